@@ -1,0 +1,110 @@
+"""LOAD_SHARD, FETCH_SHARD, UNLOAD_SHARD, EVICT_SHARD, LIST_FILES, GET_MANIFEST."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from protocol.commands.common import NameOrDigest, Params, Result, ShardSelector
+from protocol.ids import ContentId, InfoHash, ManifestDigest, ShardId
+from protocol.manifest import SignedManifest
+
+
+class LoadShardParams(Params, frozen=True, kw_only=True):
+    """LOAD_SHARD: have the shard here, checked, and loaded by a stage."""
+
+    model: NameOrDigest | None = None
+    """Without it, the only model of the cluster."""
+    shard_id: ShardId
+    wait: bool = True
+    """False: answer at once with status "loading" and go on in the background."""
+
+
+class FetchShardParams(ShardSelector, frozen=True, kw_only=True):
+    """FETCH_SHARD: have the shard on disk, checked."""
+
+    wait: bool = True
+
+
+class UnloadShardParams(ShardSelector, frozen=True, kw_only=True):
+    """UNLOAD_SHARD: free the memory, keep the file."""
+
+
+class EvictShardParams(ShardSelector, frozen=True, kw_only=True):
+    """EVICT_SHARD: stop seeding and delete the file."""
+
+
+ShardSource = Literal["local", "peers", "origin"]
+
+
+class ShardResult(Result, frozen=True, kw_only=True):
+    """Answer of LOAD_SHARD, FETCH_SHARD, UNLOAD_SHARD and EVICT_SHARD."""
+
+    shard_id: int
+    status: Literal["loaded", "loading", "fetched", "fetching", "unloaded", "evicted"]
+    path: str
+    """On the node's machine; where it was, for an evicted one."""
+    source: ShardSource
+    """Where most of the bytes came from in this request; "local" where none moved."""
+    bytes: int
+    """Size of the shard."""
+    seconds: float
+    content_id: ContentId
+    bytes_by_source: dict[str, int] = msgspec.field(default_factory=dict)
+    """Payload bytes that this request moved, by source."""
+
+
+class Progress(Result, frozen=True, kw_only=True):
+    """PROGRESS notification of LOAD_SHARD and FETCH_SHARD."""
+
+    request_id: str
+    shard_id: int
+    phase: Literal["finding", "downloading", "verifying", "loading"]
+    bytes_done: int
+    bytes_total: int
+    rate_bytes_s: float
+    peers: int
+
+
+class ListFilesParams(Params, frozen=True, kw_only=True):
+    """LIST_FILES."""
+
+
+FileState = Literal["hashing", "seeding", "downloading", "loaded", "invalid"]
+
+
+class FileInfo(Result, frozen=True, kw_only=True, omit_defaults=True):
+    """One shard file of a node."""
+
+    filename: str
+    """Relative to the shards folder."""
+    size: int
+    kind: str
+    state: FileState
+    info_hash: InfoHash | None = None
+    content_id: ContentId | None = None
+    model: str | None = None
+    dataset: str | None = None
+    shard_id: int | None = None
+    error: str | None = None
+    """Why it is invalid."""
+
+
+class ListFilesResult(Result, frozen=True, kw_only=True):
+    """Answer of LIST_FILES."""
+
+    files: list[FileInfo]
+
+
+class GetManifestParams(Params, frozen=True, kw_only=True):
+    """GET_MANIFEST."""
+
+    model: NameOrDigest | None = None
+    dataset: NameOrDigest | None = None
+    digest: ManifestDigest | None = None
+
+
+class GetManifestResult(Result, frozen=True, kw_only=True):
+    """Answer of GET_MANIFEST."""
+
+    signed: SignedManifest
+    digest: ManifestDigest

@@ -1,0 +1,174 @@
+"""The manifest: the signed list of a model's or data set's shards.
+
+Its digest is the SHA-256 of its canonical body, which names content and nothing else: two nodes that cut the
+same model apart get the same digest, whoever signs. Origins, info hashes and dates stay out of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Annotated, Any, Literal
+
+import msgpack
+import msgspec
+
+from protocol.errors import InvalidManifestError, ShardNotFoundError
+from protocol.ids import ContentId, ManifestDigest, NodeId, ShardId
+from protocol.signing import SigningKey, is_signed_by
+
+MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+MANIFEST_FILENAME = "manifest.json"
+
+ShardKind = Literal["gguf", "parquet", "file"]
+_COMPONENT = r"[^/\\\x00-\x1f\x7f]+"
+FileName = Annotated[str, msgspec.Meta(min_length=1, max_length=200, pattern=rf"^{_COMPONENT}\Z")]
+"""One path component as a peer may name it; `safe_filename` refuses the rest."""
+ManifestName = Annotated[str, msgspec.Meta(min_length=1, max_length=200, pattern=rf"^{_COMPONENT}(/{_COMPONENT})?\Z")]
+"""`name` or `owner/name`."""
+
+
+class ShardEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One shard of a manifest."""
+
+    shard_id: ShardId
+    filename: FileName
+    size: Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
+    """Bytes."""
+    content_id: ContentId
+    kind: ShardKind
+    start_layer: Annotated[int, msgspec.Meta(ge=0, le=100_000)] | None = None
+    """First layer of a model shard, in the whole model's numbering."""
+    end_layer: Annotated[int, msgspec.Meta(ge=1, le=100_000)] | None = None
+    """One past its last layer."""
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a planner needs to know of a model before any shard is here."""
+
+    architecture: Annotated[str, msgspec.Meta(max_length=64)]
+    n_layers: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+    n_embd: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+    context_length: Annotated[int, msgspec.Meta(ge=1, le=1 << 32)]
+    """Tokens the model was trained for."""
+    kv_bytes_per_token_layer: Annotated[int, msgspec.Meta(ge=0, le=1 << 32)] = 0
+    """Key and value cache of one token in one layer at 16 bits, in bytes."""
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """A model (`kind` "model"), a data set, or a loose file (a manifest of one)."""
+
+    version: Literal[1] = 1
+    name: ManifestName
+    kind: Literal["model", "dataset", "file"]
+    shards: Annotated[tuple[ShardEntry, ...], msgspec.Meta(min_length=1, max_length=20_000)]
+    model: ModelInfo | None = None
+
+    def canonical_body(self) -> bytes:
+        """The bytes that are digested and signed: MessagePack of this struct, keys sorted at every level."""
+        return bytes(msgpack.packb(_sorted(msgspec.to_builtins(self))))
+
+    @property
+    def digest(self) -> ManifestDigest:
+        return ManifestDigest(hashlib.sha256(self.canonical_body()).hexdigest())
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(entry.size for entry in self.shards)
+
+    def shard(self, shard_id: int) -> ShardEntry:
+        """Raise ShardNotFoundError where there is none of that number."""
+        if not 0 <= shard_id < len(self.shards):
+            raise ShardNotFoundError(
+                f"{self.name} has no shard {shard_id}: its shards are 0 to {len(self.shards) - 1}",
+                {"name": self.name, "digest": self.digest, "shards": len(self.shards)},
+            )
+        return self.shards[shard_id]
+
+
+class SignedManifest(msgspec.Struct, frozen=True, kw_only=True):
+    """A manifest with the name and signature of who vouches for it."""
+
+    manifest: Manifest
+    publisher: NodeId
+    signature: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{128}\Z")]
+
+    @property
+    def digest(self) -> ManifestDigest:
+        return self.manifest.digest
+
+
+def sign_manifest(manifest: Manifest, key: SigningKey) -> SignedManifest:
+    check_manifest(manifest)
+    return SignedManifest(manifest=manifest, publisher=key.node_id, signature=key.sign(_signed_bytes(manifest)).hex())
+
+
+def manifest_from_wire(value: object, expected: ManifestDigest | None = None) -> SignedManifest:
+    """Decode and check what a peer, an origin or a file gave.
+
+    Raises InvalidManifestError for wrong types, names that could leave a folder, layers that do not join, a
+    signature that is not the publisher's, or another digest than `expected`.
+    """
+    try:
+        signed = msgspec.convert(value, SignedManifest)
+    except msgspec.ValidationError as err:
+        raise InvalidManifestError(f"not a signed manifest: {err}") from None
+    check_manifest(signed.manifest)
+    if not is_signed_by(signed.publisher, _signed_bytes(signed.manifest), bytes.fromhex(signed.signature)):
+        raise InvalidManifestError(
+            f"the signature of manifest {signed.manifest.name!r} is not that of its publisher {signed.publisher}"
+        )
+    if expected is not None and signed.digest != expected:
+        raise InvalidManifestError(
+            f"asked for manifest {expected}, was given {signed.digest}",
+            {"expected": expected, "found": signed.digest},
+        )
+    return signed
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Raise InvalidManifestError unless ids count from 0, names are safe and unique, and layers join."""
+    names: set[str] = set()
+    next_layer = 0
+    for place, entry in enumerate(manifest.shards):
+        if entry.shard_id != place:
+            raise InvalidManifestError(f"shard {place} of {manifest.name!r} is numbered {entry.shard_id}")
+        safe_filename(entry.filename)
+        if entry.filename in names:
+            raise InvalidManifestError(f"{manifest.name!r} names {entry.filename!r} twice")
+        names.add(entry.filename)
+        if manifest.kind == "model":
+            start, end = entry.start_layer, entry.end_layer
+            if start != next_layer or end is None or end <= next_layer:
+                raise InvalidManifestError(
+                    f"shard {place} of {manifest.name!r} holds layers [{start}, {end}), expected start {next_layer}"
+                )
+            next_layer = end
+    if manifest.kind == "model" and (manifest.model is None or manifest.model.n_layers != next_layer):
+        raise InvalidManifestError(f"the shards of {manifest.name!r} end at layer {next_layer}, the model does not")
+    if manifest.kind == "file" and len(manifest.shards) != 1:
+        raise InvalidManifestError(f"{manifest.name!r} is a loose file but lists {len(manifest.shards)} shards")
+
+
+def safe_filename(name: str) -> str:
+    """Return a peer's file name unchanged, or raise InvalidManifestError where it could mean another folder."""
+    if (
+        name in (".", "..")
+        or name.startswith(".")
+        or re.search(r"[/\\\x00-\x1f\x7f]", name)
+        or len(name.encode()) > 200
+    ):
+        raise InvalidManifestError(f"{name!r} is not a plain file name")
+    return name
+
+
+def _signed_bytes(manifest: Manifest) -> bytes:
+    return b"shoal-manifest-v1\0" + manifest.canonical_body()
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _sorted(value[key]) for key in sorted(value)}
+    if isinstance(value, list | tuple):
+        return [_sorted(item) for item in value]
+    return value
