@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from protocol.commands.common import NameOrDigest, Params, Result, ShardSelector
 from protocol.ids import ContentId, InfoHash, ManifestDigest, ShardId
 from protocol.manifest import SignedManifest
