@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
 import msgspec
+from msgspec import inspect
 
 from protocol.errors import InvalidParamsError
 from protocol.ids import ContentId, ShardId
@@ -62,25 +64,60 @@ P = TypeVar("P", bound=msgspec.Struct)
 def decode_params(kind: type[P], value: object) -> P:
     """Check a map of parameters against its declaration.
 
-    Keys, and values where text is declared, may come as bin: MessagePack before 2013 had no string type, and
-    clients of that age are still about. Raises InvalidParamsError that names the offending field.
+    Keys, and values where text is declared, may come as bin, at any depth: some MessagePack libraries send all
+    text so. Raises InvalidParamsError that names the offending field.
     """
     if not isinstance(value, Mapping):
         raise InvalidParamsError(f"params[0] must be a map of parameters, not {type(value).__name__}")
-    fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
-    found: dict[str, Any] = {}
-    for raw_key, item in value.items():
-        key = _text(raw_key) if isinstance(raw_key, bytes) else raw_key
-        if not isinstance(key, str):
-            raise InvalidParamsError(f"a parameter's name must be a string, not {type(key).__name__}")
-        if isinstance(item, bytes) and key in fields and "bytes" not in repr(fields[key]):
-            item = _text(item)
-        found[key] = item
+    declared = _inspect(kind)
     try:
-        return msgspec.convert(found, kind)
+        return msgspec.convert(_with_text(value, declared), kind)
     except msgspec.ValidationError as err:
-        known = ", ".join(fields) or "none"
+        known = ", ".join(field.encode_name for field in declared.fields) or "none"
         raise InvalidParamsError(f"{err}; the parameters are: {known}") from None
+
+
+@functools.cache
+def _inspect(kind: type[msgspec.Struct]) -> inspect.StructType:
+    found = inspect.type_info(kind)
+    assert isinstance(found, inspect.StructType)
+    return found
+
+
+def _with_text(value: Any, declared: inspect.Type) -> Any:
+    """The value with bin made text where text is declared, and in every key."""
+    if isinstance(declared, inspect.UnionType):
+        # Of a union, the member that fits a map, an array or a text; no parameter has two of one sort.
+        fits = _FITS.get(type(value), ())
+        declared = next((member for member in declared.types if isinstance(member, fits)), inspect.AnyType())
+    match value, declared:
+        case bytes(), inspect.StrType() | inspect.LiteralType():
+            return _text(value)
+        case dict(), inspect.StructType(fields=fields):
+            kinds = {field.encode_name: field.type for field in fields}
+            return {key: _with_text(item, kinds.get(key, _ANY)) for key, item in _with_text_keys(value)}
+        case dict(), inspect.DictType(value_type=item_type):
+            return {key: _with_text(item, item_type) for key, item in _with_text_keys(value)}
+        case list(), inspect.VarTupleType(item_type=item_type) | inspect.ListType(item_type=item_type):
+            return [_with_text(item, item_type) for item in value]
+        case _:
+            return value
+
+
+_ANY = inspect.AnyType()
+_FITS: dict[type, tuple[type[inspect.Type], ...]] = {
+    bytes: (inspect.BytesType, inspect.StrType, inspect.LiteralType),
+    dict: (inspect.StructType, inspect.DictType),
+    list: (inspect.VarTupleType, inspect.ListType),
+}
+
+
+def _with_text_keys(value: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        name = _text(key) if isinstance(key, bytes) else key
+        if not isinstance(name, str):
+            raise InvalidParamsError(f"a parameter's name must be a string, not {type(name).__name__}")
+        yield name, item
 
 
 def _text(value: bytes) -> str:

@@ -1,0 +1,23 @@
+"""What a person types: `python -m node COMMAND`.
+
+app       the commands, and `serve` as the default one
+serve     the daemon
+files     split, publish
+remote    call, nodes, status, generate: one RPC each
+demo      three nodes, one model, one generation
+console   how all of them print
+"""
+
+from __future__ import annotations
+
+import sys
+
+from node.cli.app import run
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `python -m node` and of the `shoal` script."""
+    run(sys.argv[1:] if argv is None else argv)
+
+
+__all__ = ["main"]

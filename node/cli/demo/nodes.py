@@ -1,0 +1,98 @@
+"""Node processes of a demo: started, awaited, and always ended."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+READY_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 6.0
+_PR_SET_PDEATHSIG = 1
+
+
+class NodeStartError(RuntimeError):
+    """Raised when a node process ended, or said nothing in time, instead of getting ready."""
+
+
+@dataclass(frozen=True)
+class RunningNode:
+    """One node process that said it is ready."""
+
+    name: str
+    node_id: str
+    rpc_port: int
+    dht_port: int
+    log_path: Path
+    process: asyncio.subprocess.Process
+
+
+@asynccontextmanager
+async def running_node(name: str, home: Path, arguments: Sequence[str]) -> AsyncIterator[RunningNode]:
+    """Start `python -m node serve` on free loopback ports with `home` as its data directory; end it at the exit.
+
+    Raises NodeStartError with the last lines of its log.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    log_path = home / "node.log"
+    command = [sys.executable, "-m", "node", "serve", "--data-dir", str(home), *arguments]
+    for port in ("rpc", "dht", "bt", "http"):
+        command += [f"--{port}-port", "0"]
+    with log_path.open("wb") as log_file:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=log_file,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            start_new_session=True,  # Ctrl-C is for the demo, which then stops its nodes in order
+            preexec_fn=_die_with_parent,
+        )
+    try:
+        ready = await _ready_line(process, log_path)
+        ports = ready["ports"]
+        yield RunningNode(name, ready["node_id"], ports["rpc"], ports["dht"], log_path, process)
+    finally:
+        await _stop(process)
+
+
+async def _ready_line(
+    process: asyncio.subprocess.Process, log_path: Path
+) -> dict[str, dict[str, int]] | dict[str, str]:
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(READY_TIMEOUT_S):
+            line = await process.stdout.readline()
+    except TimeoutError:
+        line = b""
+    try:
+        return json.loads(line)  # type: ignore[no-any-return]
+    except json.JSONDecodeError:
+        tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-15:])
+        raise NodeStartError(
+            f"a node did not get ready within {READY_TIMEOUT_S:.0f} s; its log ends:\n{tail}"
+        ) from None
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is not None:
+        return
+    process.send_signal(signal.SIGTERM)
+    try:
+        async with asyncio.timeout(STOP_TIMEOUT_S):
+            await process.wait()
+    except (TimeoutError, asyncio.CancelledError):
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

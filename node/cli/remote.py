@@ -1,0 +1,185 @@
+"""`call`, `nodes`, `status`, `generate`: one request to a running node each."""
+
+from __future__ import annotations
+
+import json
+import sys
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from protocol.sync_client import SyncClient
+from rich.table import Table
+
+from node.cli.console import err, fail, human_bytes, out, print_json
+from node.config import Address
+from protocol.commands.nodes import NodesResult, StatusResult
+from protocol.commands.tasks import InferenceResult
+from protocol.errors import ShoalError
+
+Target = Annotated[str, typer.Argument(metavar="HOST:PORT", help="RPC address of a node.")]
+
+
+def call(
+    node: Target,
+    command: Annotated[str, typer.Argument(metavar="COMMAND")],
+    parameters: Annotated[str, typer.Argument(metavar="[JSON]")] = "{}",
+    *,
+    timeout: Annotated[float, typer.Option(help="Seconds.")] = 3600.0,
+) -> None:
+    """Send one command and print one JSON envelope: command, request_id, status, and result or error.
+
+    Notifications (PROGRESS, TASK_OUTPUT) go to stderr, a line of JSON each. Exit status 1 where the answer is an
+    error.
+
+    Example: python -m node call 127.0.0.1:7400 LOAD_SHARD '{"model": "smol", "shard_id": 1}'
+    """
+    command = command.upper().replace("-", "_")
+    try:
+        given = json.loads(parameters)
+    except json.JSONDecodeError as error:
+        fail(f"the parameters are not JSON: {error}; write them as '{{\"shard_id\": 0}}'", code=2)
+    if not isinstance(given, dict):
+        fail(f"the parameters must be a JSON object, not {type(given).__name__}", code=2)
+    request_id = uuid.uuid4().hex
+    envelope: dict[str, Any] = {"command": command, "request_id": request_id}
+
+    def show(method: str, params: Mapping[str, Any]) -> None:
+        sys.stderr.write(json.dumps({"notification": method, **params}, default=bytes.hex, ensure_ascii=False) + "\n")
+
+    try:
+        result = _call(node, command, given, request_id=request_id, timeout_s=timeout, on_notification=show)
+    except ShoalError as error:
+        print_json(envelope | {"status": "error", "error": error.to_wire()})
+        sys.exit(1)
+    print_json(envelope | {"status": "ok", "result": result})
+
+
+def nodes(node: Target, *, json_output: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """List the nodes of the cluster that a node knows.
+
+    Example: python -m node nodes 127.0.0.1:7400
+    """
+    found = msgspec.convert(_call(node, "NODES", {}), NodesResult)
+    if json_output:
+        print_json(found)
+        return
+    table = Table("node", "address", "dht", "bittorrent", "memory free", "cores", box=None)
+    for one in found.nodes:
+        mark = " (asked)" if one.here else ""
+        table.add_row(
+            one.node_id[:12] + mark,
+            f"{one.host}:{one.rpc_port}",
+            str(one.dht_port),
+            str(one.bt_port),
+            human_bytes(one.memory_available_bytes),
+            str(one.cores),
+        )
+    out.print(table)
+
+
+def status(node: Target, *, json_output: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """Show what a node is doing.
+
+    Example: python -m node status 127.0.0.1:7400 --json
+    """
+    found = msgspec.convert(_call(node, "STATUS", {}), StatusResult)
+    if json_output:
+        print_json(found)
+        return
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("node", found.node_id)
+    grid.add_row("cluster", found.cluster)
+    grid.add_row("up", f"{found.uptime_s:.0f} s, Shoal {found.versions.get('shoal', '?')}")
+    memory = found.memory
+    grid.add_row(
+        "memory",
+        f"{human_bytes(memory.get('available_bytes', 0))} free of {human_bytes(memory.get('total_bytes', 0))}, "
+        f"{found.threads} engine threads",
+    )
+    swarm = found.swarm
+    grid.add_row(
+        "swarm",
+        f"{swarm.torrents} torrents, {swarm.peers} peers, up {human_bytes(swarm.uploaded_bytes)}, "
+        f"down {human_bytes(swarm.downloaded_bytes)}",
+    )
+    grid.add_row("dht", f"{found.dht.nodes} nodes, {found.dht.records} records")
+    for stage in found.stages:
+        grid.add_row(
+            "stage",
+            f"{stage.model} shards {', '.join(map(str, stage.shards))}: {stage.sessions} sessions, "
+            f"{human_bytes(stage.memory_bytes)}, process {stage.pid}",
+        )
+    for one in found.downloads:
+        share = 100 * one.bytes_done / max(1, one.bytes_total)
+        grid.add_row(
+            "download", f"{one.filename} {share:.0f}% at {human_bytes(one.rate_bytes_s)}/s from {one.peers} peers"
+        )
+    out.print(grid)
+
+
+def generate(
+    node: Target,
+    *,
+    model: Annotated[str | None, typer.Option(help="Name, or name@digest. Default: the cluster's only one.")] = None,
+    prompt: Annotated[str, typer.Option(help="A message to a chat model; '-' reads stdin.")],
+    raw: Annotated[bool, typer.Option("--raw", help="The prompt goes in as it is, without a chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON result at the end, nothing streamed.")] = False,
+) -> None:
+    """Generate text through a pipeline of the cluster; it streams to stdout.
+
+    Example: python -m node generate 127.0.0.1:7400 --model smol --prompt "Why is the sky blue?"
+    """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    parameters: dict[str, Any] = {
+        "task_type": "ai_inference",
+        "model": model,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "stream": not json_output,
+    }
+    parameters |= {"prompt": text} if raw else {"messages": [{"role": "user", "content": text}]}
+
+    def show(method: str, params: Mapping[str, Any]) -> None:
+        if method == "TASK_OUTPUT":
+            sys.stdout.write(str(params.get("text", "")))
+            sys.stdout.flush()
+
+    result = msgspec.convert(_call(node, "EXECUTE_TASK", parameters, on_notification=show), InferenceResult)
+    if json_output:
+        print_json(result)
+        return
+    sys.stdout.write("\n")
+    timings = result.timings
+    err.print(
+        f"[dim]{result.usage.prompt_tokens} + {result.usage.completion_tokens} tokens, first after "
+        f"{timings.time_to_first_token_s:.2f} s, {timings.tokens_per_s:.1f} tokens/s, "
+        f"{len(result.stages)} stages, ended by {result.finish_reason}[/]"
+    )
+
+
+def _call(
+    node: str,
+    command: str,
+    parameters: dict[str, Any],
+    *,
+    request_id: str | None = None,
+    timeout_s: float | None = 3600.0,
+    on_notification: Callable[[str, Mapping[str, Any]], None] | None = None,
+) -> Any:
+    try:
+        address = Address.parse(node)
+    except ValueError as error:
+        fail(f"{error}; a node prints its rpc port when it is ready", code=2)
+    with SyncClient(address.host, address.port) as client:
+        return client.call(
+            command, parameters, request_id=request_id, timeout_s=timeout_s, on_notification=on_notification
+        )

@@ -1,0 +1,160 @@
+"""`serve`: the daemon, until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import platform
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from node.cli.console import fail
+from node.config import ConfigError, Settings, is_loopback, load_settings
+from node.lock import DataDirInUseError, data_dir_lock
+from protocol.errors import UnsupportedPlatformError
+
+if TYPE_CHECKING:
+    from node.node import Ready
+
+log = logging.getLogger("node")
+
+MIN_GLIBC = (2, 34)
+SHUTDOWN_LIMIT_S = 4.5
+"""After this a shutdown that hangs is cut short; 5 s are promised."""
+
+_Limit = Annotated[str | None, typer.Option(metavar="BYTES/S", help="In total, on loopback too; 0: none. 8MB, 512KiB.")]
+
+
+def serve(
+    *,
+    config: Annotated[Path | None, typer.Option(help="TOML file of these settings.", envvar="SHOAL_CONFIG")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Key, hashes, resume data. Default: the user's data folder.")
+    ] = None,
+    shards_dir: Annotated[
+        Path | None, typer.Option(help="Shards to seed; fetched ones land here. Default: DATA_DIR/shards.")
+    ] = None,
+    cluster: Annotated[str | None, typer.Option(help="Nodes of other clusters are not seen. Default: default.")] = None,
+    assign: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL:ID[,ID...]", help="Shards to load at start; repeatable.")
+    ] = None,
+    listen: Annotated[str | None, typer.Option(help="Address to bind to. Default: 127.0.0.1.")] = None,
+    insecure_listen: Annotated[
+        bool | None, typer.Option("--insecure-listen", help="Allow --listen beyond loopback, without authentication.")
+    ] = None,
+    advertise: Annotated[str | None, typer.Option(metavar="HOST", help="Where other nodes reach this one.")] = None,
+    rpc_port: Annotated[int | None, typer.Option(help="Default 7400; 0 picks a free one.")] = None,
+    dht_port: Annotated[int | None, typer.Option(help="Default 7401 (UDP).")] = None,
+    bt_port: Annotated[int | None, typer.Option(help="Default 7402.")] = None,
+    http_port: Annotated[int | None, typer.Option(help="Default 7480: /healthz and /metrics.")] = None,
+    bootstrap: Annotated[
+        list[str] | None, typer.Option(metavar="HOST:DHT_PORT", help="A node of the DHT to join at; repeatable.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Of an engine process. Default: the cores it may use.")] = None,
+    gpu_layers: Annotated[int | None, typer.Option(help="Layers put on a GPU, if the engine has one.")] = None,
+    ctx_size: Annotated[int | None, typer.Option(help="Tokens a session may have. Default 2048.")] = None,
+    max_sessions: Annotated[int | None, typer.Option(help="Sessions at once of one model. Default 4.")] = None,
+    upload_limit: _Limit = None,
+    download_limit: _Limit = None,
+    min_free_disk: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Downloads leave it. Default 1GiB.")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Run the daemon: seed the shards here, answer RPC, run stages.
+
+    Flags stand over SHOAL_* environment variables (SHOAL_RPC_PORT=...), those over the TOML file, that over the
+    defaults. One line of JSON on stdout says when it is ready, and on which ports; the log goes to stderr.
+
+    Examples:
+
+      python -m node --data-dir ~/shoal --shards-dir ~/models
+
+      python -m node --bootstrap 10.0.0.5:7401 --listen 10.0.0.6 --insecure-listen --assign smol:1
+    """
+    flags = dict(locals())
+    config_file = flags.pop("config")
+    if config_file is not None:
+        os.environ["SHOAL_CONFIG"] = str(config_file)
+    flags["assign"], flags["bootstrap"] = flags["assign"] or None, flags["bootstrap"] or None
+    settings = load_settings(**flags)
+    check_platform()
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
+    )
+    warn_if_reachable(settings)
+    try:
+        with data_dir_lock(settings.data_dir):
+            asyncio.run(_until_signal(settings))
+    except DataDirInUseError as error:
+        fail(error)
+    except OSError as error:
+        fail(f"cannot start: {error.strerror or error} ({error.filename or 'is a port taken?'})")
+    except BaseExceptionGroup as group:
+        log.critical("the node stopped because a part of it failed", exc_info=group)
+        sys.exit(1)
+
+
+def warn_if_reachable(settings: Settings) -> None:
+    """Say at every start that anyone who reaches the node can use it."""
+    if not is_loopback(settings.listen):
+        log.warning(
+            "listening on %s without a cluster identity: whoever reaches it can read shards, load models and run tasks",
+            settings.listen,
+        )
+
+
+def check_platform() -> None:
+    """Raise UnsupportedPlatformError where a native library that a node needs has no wheel."""
+    machine, (libc, version) = platform.machine(), platform.libc_ver()
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+    if sys.platform != "linux" or machine != "x86_64" or libc != "glibc" or numbers < MIN_GLIBC:
+        raise UnsupportedPlatformError(
+            f"a node needs Linux on x86-64 with glibc 2.34 or newer (tensor_iroh has no other wheel); this is "
+            f"{sys.platform} on {machine} with {libc or 'an unknown libc'} {version}. `call`, `nodes`, `status` and "
+            "`generate` work from here against a node elsewhere"
+        )
+
+
+async def _until_signal(settings: Settings) -> None:
+    from node.node import run_node  # after check_platform: its imports would fail with a traceback
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def end(number: int) -> None:
+        if stop.is_set():
+            log.warning("second signal: leaving at once")
+            os._exit(128 + number)
+        log.info("%s: shutting down", signal.Signals(number).name)
+        last_resort = threading.Timer(SHUTDOWN_LIMIT_S, _leave_now)
+        last_resort.daemon = True
+        last_resort.start()
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end, number)
+    await run_node(settings, stop=stop, on_ready=_announce_ready)
+
+
+def _announce_ready(ready: Ready) -> None:
+    ports = {"rpc": ready.rpc_port, "dht": ready.dht_port, "bt": ready.bt_port, "http": ready.http_port}
+    sys.stdout.write(json.dumps({"event": "ready", "node_id": ready.node_id, "ports": ports}) + "\n")
+    sys.stdout.flush()
+
+
+def _leave_now() -> None:
+    log.error("a part did not stop within %.1f s: leaving without it", SHUTDOWN_LIMIT_S)
+    os._exit(1)
+
+
+__all__ = ["ConfigError", "serve"]

@@ -1,0 +1,31 @@
+"""How much a peer may ask of the server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protocol.msgpackrpc import MIB, SERVER_LIMITS, Limits
+
+
+@dataclass(frozen=True)
+class RpcSettings:
+    """Bounds; what is above one is answered with `busy` or `message_too_large`."""
+
+    limits: Limits = SERVER_LIMITS
+    """Of one message."""
+    max_connections: int = 512
+    max_in_flight: int = 256
+    """Requests of one connection at a time."""
+    max_held_bytes: int = 128 * MIB
+    """Memory for requests over all connections: those that are still coming in, and those in progress."""
+    max_unsent_bytes: int = 8 * MIB
+    """Notifications that a connection may leave unread before it is closed."""
+    stall_s: float = 30.0
+    """A connection is closed that takes no byte of an answer for this long, or stops within a message for it."""
+    linger_s: float = 2.0
+    """After a fatal error the rest of what the peer sends is read and dropped for this long, so that the error
+    reaches it: closing with unread bytes would reset the connection."""
+
+    def __post_init__(self) -> None:
+        if self.max_held_bytes < self.limits.max_message_bytes:
+            raise ValueError("max_held_bytes must hold at least one message of max_message_bytes")

@@ -1,0 +1,116 @@
+"""A manifest that this node holds, and the folder on disk where its shards lie."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from protocol.errors import InvalidManifestError
+from protocol.ids import ManifestDigest
+from protocol.manifest import (
+    MANIFEST_FILENAME,
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    ShardEntry,
+    SignedManifest,
+    check_manifest,
+    manifest_from_wire,
+    safe_filename,
+    sign_manifest,
+)
+from protocol.signing import SigningKey
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A signed manifest with what would be costly to work out again: its digest, its entries by name."""
+
+    signed: SignedManifest
+    fetched: bool = False
+    """Whether its folder was made for a download, and goes when its last shard is evicted."""
+
+    @cached_property
+    def digest(self) -> ManifestDigest:
+        return self.signed.digest
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.signed.manifest
+
+    @cached_property
+    def entries(self) -> Mapping[str, ShardEntry]:
+        """By file name."""
+        return {entry.filename: entry for entry in self.manifest.shards}
+
+
+def sign_loose(entry: ShardEntry, key: SigningKey) -> Holding:
+    """Make the manifest of one of a loose file. Raises InvalidManifestError for a name that peers would refuse."""
+    manifest = Manifest(name=entry.filename, kind="file", shards=(entry,))
+    try:
+        msgspec.convert(msgspec.to_builtins(manifest), Manifest)
+    except msgspec.ValidationError as err:
+        raise InvalidManifestError(f"{entry.filename!r} cannot be shared under that name: {err}") from None
+    return Holding(sign_manifest(manifest, key))
+
+
+def read_manifest(path: Path, key: SigningKey) -> Holding | None:
+    """Read `manifest.json`: unsigned as `split` writes it, then signed with `key`, or signed by whoever published it.
+
+    None for JSON that is about something else: other tools call their files so too. Raises InvalidManifestError for
+    what claims to be ours and is not in order, and for what is no JSON.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(2 * MAX_MANIFEST_BYTES + 1)
+    except OSError as err:
+        raise InvalidManifestError(f"cannot read {path.name}: {err.strerror}") from None
+    if len(text) > 2 * MAX_MANIFEST_BYTES:
+        raise InvalidManifestError(f"{path.name} is above {2 * MAX_MANIFEST_BYTES} bytes")
+    try:
+        value: Any = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError) as err:
+        raise InvalidManifestError(f"{path.name} is not JSON: {err}") from None
+    if not isinstance(value, dict) or "manifest" not in value:
+        return None
+    if "signature" in value:
+        signed = manifest_from_wire(value)
+        return Holding(signed, fetched=path.parent.name in folder_names(signed.manifest.name, signed.digest))
+    try:
+        manifest = msgspec.convert(value["manifest"], Manifest)
+    except msgspec.ValidationError as err:
+        raise InvalidManifestError(f"{path.name} is not a manifest: {err}") from None
+    check_manifest(manifest)
+    return Holding(sign_manifest(manifest, key))
+
+
+def write_manifest(folder: Path, signed: SignedManifest) -> None:
+    """Write the signed manifest into `folder`, whole or not at all; a crash leaves at most a hidden file."""
+    fd, temporary = tempfile.mkstemp(prefix=".manifest-", dir=folder)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(msgspec.json.encode(signed))
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(folder / MANIFEST_FILENAME)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def folder_names(name: str, digest: ManifestDigest) -> tuple[str, str]:
+    """Names of the folder for a fetched manifest: the usual one, and the one to take where that is another's.
+
+    The name comes from a peer: what could lead out of the folder, or hide it, is replaced.
+    """
+    safe = re.sub(r"[^\w.+ -]", "_", name.replace("/", "--"))
+    safe = safe.strip(" .").encode()[:100].decode(errors="ignore") or "unnamed"
+    return safe_filename(f"{safe}@{digest[:12]}"), safe_filename(f"{safe}@{digest}")

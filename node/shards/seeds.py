@@ -1,0 +1,67 @@
+"""Which files the swarm seeds from: two files may be one torrent, and the swarm wants one of them."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from node.shards.catalog import ShardFile
+from node.shards.index import Index
+from node.shards.ports import Swarm
+from node.swarm.torrent import Torrent
+from protocol.ids import InfoHash
+
+
+class Seeds:
+    """Adds and removes torrents so that each good file is seeded once, whatever its copies."""
+
+    def __init__(self, swarm: Swarm, index: Index) -> None:
+        self._swarm = swarm
+        self._index = index
+        self._copies: dict[InfoHash, dict[Path, ShardFile]] = {}
+        self._turn = asyncio.Lock()
+
+    async def start(self, file: ShardFile, piece_layer: bytes) -> None:
+        """Seed a good file. Raises ShoalError where the swarm refuses it."""
+        torrent = _torrent(file)
+        async with self._turn:
+            copies = self._copies.setdefault(torrent.info_hash, {})
+            if not copies:
+                await self._swarm.seed(torrent, file.path, piece_layer)
+            copies[file.path] = file
+
+    def adopt(self, file: ShardFile) -> None:
+        """Count a file that the swarm downloaded, and has seeded since."""
+        self._copies.setdefault(_torrent(file).info_hash, {})[file.path] = file
+
+    async def stop(self, file: ShardFile) -> None:
+        """Seed this file no longer; a copy of it takes over."""
+        if file.torrent is None:
+            return
+        info_hash = file.torrent.info_hash
+        async with self._turn:
+            copies = self._copies.get(info_hash, {})
+            if file.path not in copies:
+                return
+            was_seeded = next(iter(copies)) == file.path
+            del copies[file.path]
+            if not copies:
+                del self._copies[info_hash]
+            if not was_seeded:
+                return
+            await self._swarm.remove(info_hash)
+            for copy in list(copies.values()):
+                content = copy.fingerprint and await asyncio.to_thread(self._index.get, copy.path, copy.fingerprint)
+                if content:
+                    await self._swarm.seed(_torrent(copy), copy.path, content.piece_layer)
+                    return
+                del copies[copy.path]
+
+    def seeded_path(self, torrent: Torrent) -> Path | None:
+        """The file that the swarm reads for this torrent."""
+        return next(iter(self._copies.get(torrent.info_hash, {})), None)
+
+
+def _torrent(file: ShardFile) -> Torrent:
+    assert file.torrent is not None, f"{file.path} is no shard yet"
+    return file.torrent

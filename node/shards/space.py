@@ -1,0 +1,70 @@
+"""Bytes promised to downloads before they begin, so that together they never fill the disk."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from protocol.errors import InsufficientDiskError
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that an ordinary user may still write to the file system of `folder`."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
+def allocated_bytes(path: Path) -> int:
+    """Bytes that a file takes on the disk, holes left out; 0 where there is none."""
+    try:
+        return path.stat().st_blocks * 512
+    except OSError:
+        return 0
+
+
+PART_SUFFIX = ".part"
+"""Of a download in progress, beside the name that the file will have."""
+
+
+class Space:
+    """Counts what downloads in progress have still to write against what the disk has free."""
+
+    def __init__(self, folder: Path, min_free: int, free: Callable[[Path], int] = free_bytes) -> None:
+        self._folder = folder
+        self._min_free = min_free
+        self._free = free
+        self._open: dict[Path, int] = {}
+        self._turn = asyncio.Lock()
+
+    @asynccontextmanager
+    async def reserved(self, path: Path, size: int) -> AsyncIterator[None]:
+        """Hold room for a download of `size` bytes to `path` for the length of the block.
+
+        What an earlier try left on the disk is not counted again. Raises InsufficientDiskError where the rest does not
+        fit beside what other downloads were promised and what the node keeps free.
+        """
+        async with self._turn:
+            free, needed, promised = await asyncio.to_thread(self._count, path, size, dict(self._open))
+            if needed > 0 and free - promised - needed < self._min_free:
+                raise InsufficientDiskError(
+                    f"{path.name} needs {needed} bytes more on the disk of {self._folder}: "
+                    f"{free} are free, {promised} of them promised to other downloads and {self._min_free} kept; "
+                    "evict shards, or lower --min-free-disk",
+                    {"needed": needed, "free": free, "promised": promised, "kept": self._min_free},
+                )
+            self._open[path] = size
+        try:
+            yield
+        finally:
+            del self._open[path]
+
+    def _count(self, path: Path, size: int, others: dict[Path, int]) -> tuple[int, int, int]:
+        promised = sum(max(0, total - _written_bytes(other)) for other, total in others.items())
+        return self._free(self._folder), max(0, size - _written_bytes(path)), promised
+
+
+def _written_bytes(path: Path) -> int:
+    return max(allocated_bytes(path.with_name(path.name + PART_SUFFIX)), allocated_bytes(path))

@@ -1,0 +1,123 @@
+"""One torrent in the session: commands go to libtorrent, answers come back as awaited events."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import libtorrent as lt
+
+from node.swarm.alerts import CacheFlushed, Event, FileFailed, FileRenamed, ResumeSaved, TorrentStatus
+from node.swarm.torrent import PeerAddress, Torrent
+from protocol.errors import InsufficientDiskError, InternalError, ShoalError, TimedOutError
+
+E = TypeVar("E")
+
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class Handle:
+    """A torrent that the session holds. Lives on the event loop; no call of it waits for libtorrent's threads."""
+
+    def __init__(self, torrent: Torrent, path: Path, listener: Callable[[Event], None]) -> None:
+        self.torrent = torrent
+        self.path = path
+        """Where its file is now."""
+        self._listener = listener
+        self._raw: Any = None
+        self._waiting: defaultdict[type[Any], list[asyncio.Future[Any]]] = defaultdict(list)
+
+    def attach(self, raw: Any) -> None:
+        """The session's part: the torrent is added. Events may have come before."""
+        self._raw = raw
+
+    def on_event(self, event: Event) -> None:
+        """The session's part: an event of this torrent."""
+        if isinstance(event, FileFailed):
+            self.fail(file_error(self.path, event.errno, event.message))
+        for future in self._waiting.pop(type(event), ()):
+            if not future.done():
+                future.set_result(event)
+        self._listener(event)
+
+    def fail(self, error: ShoalError) -> None:
+        """End every wait with `error`."""
+        for futures in self._waiting.values():
+            for future in futures:
+                if not future.done():
+                    future.set_exception(error)
+        self._waiting.clear()
+
+    def expect(self, kind: type[E]) -> asyncio.Future[E]:
+        """The next event of that kind. Call it before what causes the event."""
+        future: asyncio.Future[E] = asyncio.get_running_loop().create_future()
+        self._waiting[kind].append(future)
+        return future
+
+    async def _answer(self, kind: type[E], command: Callable[[], object], timeout_s: float) -> E:
+        future = self.expect(kind)
+        try:
+            command()
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except TimeoutError:
+            raise TimedOutError(
+                f"libtorrent did not answer with {kind.__name__} for {self.torrent.name!r} in {timeout_s:g} s"
+            ) from None
+        except RuntimeError as err:
+            raise InternalError(f"{self.torrent.name!r} is no longer in the session: {err}") from None
+        finally:
+            future.cancel()
+
+    async def flush(self, timeout_s: float = 60.0) -> None:
+        """Return when everything received is in the file."""
+        await self._answer(CacheFlushed, self._raw.flush_cache, timeout_s)
+
+    async def rename(self, path: Path) -> None:
+        """Move the file to another name in the same folder, replacing what is there; the torrent goes on."""
+        answer = await self._answer(FileRenamed, lambda: self._raw.rename_file(0, path.name), 30.0)
+        if answer.error:
+            raise InternalError(f"cannot rename {self.path.name!r} to {path.name!r}: {answer.error}")
+        self.path = path
+
+    async def save(self, *, flush: bool, timeout_s: float = 10.0) -> ResumeSaved:
+        """Resume data and, once peers gave all of it, the piece layer. `flush` writes queued bytes first."""
+        flags = int(lt.save_resume_flags_t.save_info_dict)
+        if flush:
+            flags |= int(lt.save_resume_flags_t.flush_disk_cache)
+        return await self._answer(ResumeSaved, lambda: self._raw.save_resume_data(flags), timeout_s)
+
+    async def status(self, timeout_s: float = 30.0) -> TorrentStatus:
+        """How far it is, with its pieces."""
+        query = int(lt.status_flags_t.query_pieces)
+        while True:
+            answer = await self._answer(TorrentStatus, lambda: self._raw.post_status(query), timeout_s)
+            if answer.pieces is not None:  # the session's regular updates come without
+                return answer
+
+    def connect(self, peer: PeerAddress) -> None:
+        """Dial a peer; what comes of it shows in events."""
+        self._raw.connect_peer((peer.host, peer.port))
+
+    def add_piece(self, index: int, data: bytes) -> None:
+        """Give a piece; PieceFinished or HashFailed follows."""
+        self._raw.add_piece(index, data, 0)
+
+    @property
+    def raw(self) -> Any:
+        """libtorrent's handle, for the session alone."""
+        return self._raw
+
+
+def file_error(path: Path, number: int, message: str) -> ShoalError:
+    """What a failed read or write means to who asked for the shard."""
+    if number in NO_SPACE:
+        return InsufficientDiskError(
+            f"the disk of {path.parent} is full while {path.name!r} is written: free some space and ask again",
+            {"path": str(path)},
+        )
+    return InternalError(f"cannot read or write {path.name!r}: {message}", {"path": str(path), "errno": number})

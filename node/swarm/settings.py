@@ -1,0 +1,90 @@
+"""Settings of the swarm, and what they mean to libtorrent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import libtorrent as lt
+
+_ALERTS = (
+    lt.alert_category.error
+    | lt.alert_category.status
+    | lt.alert_category.storage
+    | lt.alert_category.piece_progress
+    | lt.alert_category.file_progress
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmSettings:
+    """How a node takes part in swarms. Limits are totals over all torrents, on loopback and local networks too."""
+
+    state_dir: Path
+    """Folder for what continues a download after a stop; made if missing."""
+    listen_host: str = "127.0.0.1"
+    """IP address to listen on and to connect from."""
+    port: int = 0
+    """TCP port; 0 takes a free one."""
+    upload_limit_bytes_s: int = 0
+    """0 for none."""
+    download_limit_bytes_s: int = 0
+    """0 for none."""
+    super_seeding: bool = True
+    """Offer each peer other pieces first: many downloaders at once take little more than one copy from this node."""
+    stall_s: float = 3.0
+    """A download that gets nothing for so long after a bad piece is begun anew, its peers tried one at a time."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port {self.port} is not between 0 and 65535")
+        if self.upload_limit_bytes_s < 0 or self.download_limit_bytes_s < 0:
+            raise ValueError("a rate limit is 0 (none) or bytes per second")
+
+
+def session_params(settings: SwarmSettings) -> Any:
+    """Parameters for a libtorrent session. The choices were measured on a LAN-like loopback with libtorrent 2.1.1."""
+    host = f"[{settings.listen_host}]" if ":" in settings.listen_host else settings.listen_host
+    params = lt.session_params()
+    # pread with a short write queue: faster than mmap, and what a kill -9 can lose stays small.
+    params.disk_io_constructor = "pread_disk_io_constructor"
+    params.settings = {
+        "alert_mask": int(_ALERTS),
+        "alert_queue_size": 100_000,
+        "listen_interfaces": f"{host}:{settings.port}",
+        "user_agent": "shoal",
+        # Peers come from Shoal's own discovery and from peer exchange; nothing calls out.
+        "enable_dht": False,
+        "enable_lsd": False,
+        "enable_upnp": False,
+        "enable_natpmp": False,
+        "dht_bootstrap_nodes": "",
+        "webtorrent_stun_server": "",
+        "stop_tracker_timeout": 0,
+        # uTP is ten times slower than TCP on a LAN.
+        "enable_outgoing_utp": False,
+        "enable_incoming_utp": False,
+        # Several nodes may share one address.
+        "allow_multiple_connections_per_ip": True,
+        "upload_rate_limit": settings.upload_limit_bytes_s,
+        "download_rate_limit": settings.download_limit_bytes_s,
+        "ignore_limits_on_local_network": False,
+        "rate_limit_ip_overhead": False,
+        "max_queued_disk_bytes": 8 * 1024 * 1024,
+        "aio_threads": 2,
+        "hashing_threads": 2,
+        # Encryption without authentication costs half the speed and protects nothing.
+        "out_enc_policy": int(lt.enc_policy.pe_disabled),
+        "in_enc_policy": int(lt.enc_policy.pe_disabled),
+        # Every interested peer is served: the swarm is a cluster's own.
+        "unchoke_slots_limit": -1,
+        "active_seeds": -1,
+        "active_downloads": -1,
+        "active_limit": -1,
+        "connections_limit": 1000,
+        # Connect to peers at once, not one a tick.
+        "smooth_connects": False,
+        "connection_speed": 200,
+    }
+    return params

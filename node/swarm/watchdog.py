@@ -1,0 +1,103 @@
+"""When a download is begun anew, and which of its peers it may then speak to: decided here, done elsewhere.
+
+libtorrent bans a peer whose bytes made a piece fail. Where a good and a bad peer both gave to that piece, the good
+one is banned too now and then, and the download stands still. The cure, measured: take the torrent out, put it back,
+and connect its peers one at a time, so that whoever is connected when a piece fails is the one to blame.
+
+Pure: time is an argument, in seconds of any steady clock.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from enum import Enum
+
+from node.swarm.torrent import PeerAddress
+
+IDLE_RESTART_S = 20.0
+MAX_RESTART_S = 60.0
+
+
+class Verdict(Enum):
+    """What to do now."""
+
+    GO_ON = "go on"
+    RESTART = "restart"
+    """Take the torrent out and put it back, then connect `next_peer()`."""
+    CONNECT_NEXT = "connect next"
+    """Connect `next_peer()` beside those that are connected."""
+
+
+class Watchdog:
+    """Watches one download."""
+
+    def __init__(self, stall_s: float, now: float) -> None:
+        self.careful = False
+        """Whether peers are connected one at a time, and peer exchange is off."""
+        self._stall_s = stall_s
+        self._blame: Counter[PeerAddress] = Counter()
+        self._trial: list[PeerAddress] = []
+        self._trouble = False
+        self._bytes = -1
+        self._moved = now
+        self._began = now
+        self._gained = 0
+        self._restarts = 0
+
+    def progressed(self, now: float, bytes_done: int) -> None:
+        """The download has `bytes_done` checked bytes."""
+        if bytes_done > self._bytes:
+            if self._bytes >= 0:
+                self._gained += bytes_done - self._bytes
+            self._moved = now
+        self._bytes = bytes_done
+
+    def piece_failed(self) -> None:
+        """A piece did not pass its check, or a peer was banned for it."""
+        if not self._trouble and self.careful and self._trial:
+            # The latest to be connected is the only one that had not proved itself.
+            self._blame[self._trial[-1]] += 1
+        self._trouble = True
+
+    def verdict(self, now: float, known: Iterable[PeerAddress]) -> Verdict:
+        """What to do, given the peers that are known."""
+        peers = set(known)
+        if not peers:
+            return Verdict.GO_ON
+        still_s = now - self._moved
+        patience = min(MAX_RESTART_S, self._stall_s * 2 ** max(0, self._restarts - 2 * len(peers)))
+        if self.careful:
+            untried = peers - set(self._trial)
+            if self._trouble and not self._all_blamed(peers):
+                return Verdict.RESTART if still_s >= min(1.0, patience) else Verdict.GO_ON
+            if still_s >= patience:
+                return Verdict.CONNECT_NEXT if untried and not self._trouble else Verdict.RESTART
+            return Verdict.GO_ON
+        if self._trouble and still_s >= patience:
+            return Verdict.RESTART
+        if still_s >= max(patience, IDLE_RESTART_S):
+            return Verdict.RESTART
+        return Verdict.GO_ON
+
+    def _all_blamed(self, peers: set[PeerAddress]) -> bool:
+        return all(self._blame[peer] for peer in peers)
+
+    def restarted(self, now: float) -> None:
+        """The torrent was taken out and put back; no peer is connected."""
+        self.careful = self.careful or self._trouble
+        self._trouble = False
+        self._trial = []
+        self._moved = self._began = now
+        self._gained = 0
+        self._restarts += 1
+
+    def next_peer(self, now: float, known: Iterable[PeerAddress]) -> PeerAddress | None:
+        """The least blamed peer that has not been connected since the last restart; it counts as connected now."""
+        untried = [peer for peer in known if peer not in self._trial]
+        if not untried:
+            return None
+        peer = min(untried, key=lambda candidate: self._blame[candidate])
+        self._trial.append(peer)
+        self._moved = now
+        return peer

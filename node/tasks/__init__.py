@@ -1,0 +1,6 @@
+"""What EXECUTE_TASK can run.
+
+registry   task types, the built-in ones and those of installed packages (entry points of the group `shoal.tasks`)
+inference  `ai_inference`: generate text through a pipeline
+verify     `verify_shard`: hash a shard on disk again
+"""

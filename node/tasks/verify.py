@@ -1,0 +1,28 @@
+"""`verify_shard`: hash a shard on disk again and compare it with the manifest."""
+
+from __future__ import annotations
+
+import time
+
+from node.rpc import Call
+from node.tasks.registry import TaskContext, TaskType
+from protocol.commands.tasks import VerifyShardParams, VerifyShardResult
+
+
+async def verify_shard(context: TaskContext, params: VerifyShardParams, call: Call) -> VerifyShardResult:
+    """Raises ShardNotFoundError where the shard is not on this node's disk."""
+    del call
+    signed, entry = await context.shards.select(params)
+    started = time.monotonic()
+    path = context.shards.path_of(signed, entry)
+    found = await context.shards.verify(signed, entry)
+    return VerifyShardResult(
+        valid=found == entry.content_id,
+        expected=entry.content_id,
+        found=found,
+        path=str(path),
+        seconds=time.monotonic() - started,
+    )
+
+
+VERIFY_SHARD = TaskType("verify_shard", VerifyShardParams, verify_shard)

@@ -1,0 +1,108 @@
+"""Settings: the order of sources, and what is refused where it is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from node.config import Address, Assignment, ConfigError, is_loopback, load_settings
+
+
+@pytest.fixture(autouse=True)
+def _bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+
+
+def test_defaults_bind_to_loopback_and_keep_shards_below_the_data_dir(tmp_path: Path) -> None:
+    settings = load_settings()
+    assert is_loopback(settings.listen)
+    assert settings.data_dir == tmp_path / "data" / "shoal"
+    assert settings.shards_dir == tmp_path / "data" / "shoal" / "shards"
+    assert (settings.rpc_port, settings.dht_port, settings.bt_port, settings.http_port) == (7400, 7401, 7402, 7480)
+
+
+def test_shards_dir_follows_a_data_dir_from_any_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert load_settings(data_dir=tmp_path / "a").shards_dir == tmp_path / "a" / "shards"
+    monkeypatch.setenv("SHOAL_DATA_DIR", str(tmp_path / "b"))
+    assert load_settings().shards_dir == tmp_path / "b" / "shards"
+    monkeypatch.setenv("SHOAL_SHARDS_DIR", str(tmp_path / "c"))
+    assert load_settings().shards_dir == tmp_path / "c"
+
+
+def test_flags_over_environment_over_file_over_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "shoal.toml"
+    file.write_text('cluster = "file"\nrpc_port = 1001\ndht_port = 1002\nbootstrap = ["h:1"]\nassign = ["m:0"]\n')
+    monkeypatch.setenv("SHOAL_CONFIG", str(file))
+    monkeypatch.setenv("SHOAL_RPC_PORT", "2001")
+    monkeypatch.setenv("SHOAL_CLUSTER", "environment")
+    settings = load_settings(cluster="flag")
+    assert settings.cluster == "flag"
+    assert settings.rpc_port == 2001
+    assert settings.dht_port == 1002
+    assert settings.bt_port == 7402
+    assert settings.bootstrap == (Address("h", 1),)
+    assert settings.assign == (Assignment("m", (0,)),)
+
+
+def test_the_users_own_config_file_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "config" / "shoal"
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text('cluster = "mine"\n')
+    assert load_settings().cluster == "mine"
+
+
+def test_lists_and_sizes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_BOOTSTRAP", "a:1,[::1]:2")
+    monkeypatch.setenv("SHOAL_ASSIGN", "org/model:0,2 other:1")
+    monkeypatch.setenv("SHOAL_UPLOAD_LIMIT", "8MB")
+    settings = load_settings()
+    assert settings.bootstrap == (Address("a", 1), Address("::1", 2))
+    assert settings.assign == (Assignment("org/model", (0, 2)), Assignment("other", (1,)))
+    assert settings.upload_limit == 8_000_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"listen": "0.0.0.0"}, "--insecure-listen"),
+        ({"rpc_port": 65536}, "rpc_port"),
+        ({"cluster": "two words"}, "cluster"),
+        ({"bootstrap": ["nowhere"]}, "HOST:PORT"),
+        ({"bootstrap": ["h:0"]}, "HOST:PORT"),
+        ({"assign": ["model"]}, "MODEL:ID"),
+        ({"assign": ["model:-1"]}, "MODEL:ID"),
+        ({"upload_limit": "fast"}, "upload_limit"),
+        ({"rpc_port": 5, "http_port": 5}, "must differ"),
+        ({"threads": 0}, "threads"),
+    ],
+)
+def test_what_contradicts_is_refused_by_name(flags: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_settings(**flags)
+
+
+def test_a_misspelt_setting_in_the_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "shoal.toml"
+    file.write_text("rcp_port = 1001\n")
+    monkeypatch.setenv("SHOAL_CONFIG", str(file))
+    with pytest.raises(ConfigError, match="rcp_port"):
+        load_settings()
+
+
+@pytest.mark.parametrize("content", [None, "rpc_port = \n"])
+def test_a_missing_or_broken_file_is_an_error_that_names_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str | None
+) -> None:
+    file = tmp_path / "shoal.toml"
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.setenv("SHOAL_CONFIG", str(file))
+    with pytest.raises(ConfigError, match=r"shoal\.toml|cannot read the configuration"):
+        load_settings()
+
+
+def test_insecure_listen_allows_it() -> None:
+    assert load_settings(listen="0.0.0.0", insecure_listen=True).listen == "0.0.0.0"
