@@ -7,6 +7,7 @@ manifest    the signed list of a model's or data set's shards
 records     signed, expiring records of the DHT
 commands    the parameters and results of every command
 errors      one tree of errors, each with its wire code
+sockets     the one socket option that both ends need
 msgpackrpc  MessagePack-RPC without I/O: bytes to messages and back
 client      the asyncio client
 sync_client the same for code without an event loop

@@ -6,7 +6,9 @@ padded with zero hashes to a power of two; it is the same whatever the piece len
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +19,7 @@ LEAF_BYTES = 16 * 1024
 MIN_PIECE_BYTES = 256 * 1024
 MAX_PIECE_BYTES = 4 * 1024 * 1024
 TARGET_PIECES = 1024
+HASH_RUN = 512
 
 
 class ContentHash(NamedTuple):
@@ -30,12 +33,16 @@ class ContentHash(NamedTuple):
 
 
 def piece_length(size: int) -> int:
-    """Piece length in bytes for a file of `size` bytes: the power of two nearest above size / 1024, in bounds.
+    """Piece length in bytes for a file of `size` bytes: the power of two nearest above size / 1024, in bounds;
+    longer where the file would end in a lone piece of a run of hashes.
 
     A fixed rule, since an info hash follows from it: never change it for files that are already shared.
     """
     length = MIN_PIECE_BYTES
     while length < MAX_PIECE_BYTES and length * TARGET_PIECES < size:
+        length *= 2
+    # libtorrent 2.1 asks peers for piece hashes in runs of 512, and drops the peer over a last run of a single hash.
+    while (pieces := -(-size // length)) > HASH_RUN and pieces % HASH_RUN == 1:
         length *= 2
     return length
 
@@ -62,15 +69,16 @@ def _zero_subtree(leaves: int) -> bytes:
 def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> ContentHash:
     """Read a file once and hash it. Holds the GIL for most of it: run it in a process of its own.
 
-    Raises OSError as reading does, and ValueError for an empty file (BEP 52 gives it no root).
+    What is appended while it is read is left out. Raises OSError as reading does, and where the file is shortened
+    meanwhile; ValueError for an empty file (BEP 52 gives it no root).
     """
-    size = path.stat().st_size
-    leaves_per_piece = piece_length(size) // LEAF_BYTES
     pieces: list[bytes] = []
     leaves: list[bytes] = []
     seen = 0
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
+        size = os.fstat(file.fileno()).st_size
+        leaves_per_piece = piece_length(size) // LEAF_BYTES
+        while block := file.read(min(1 << 20, size - seen)):
             view = memoryview(block)
             for start in range(0, len(block), LEAF_BYTES):
                 leaves.append(hashlib.sha256(view[start : start + LEAF_BYTES]).digest())
@@ -80,6 +88,8 @@ def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> Cont
             seen += len(block)
             if progress:
                 progress(seen)
+    if seen < size:
+        raise OSError(errno.EIO, f"it was shortened from {size} bytes to {seen} while it was read", str(path))
     if seen == 0:
         raise ValueError(f"{path.name} is empty: there is nothing to share")
     if not pieces:

@@ -216,10 +216,13 @@ def error_from_wire(value: object) -> ShoalError:
     """Turn the error slot of a MessagePack-RPC answer into an exception.
 
     Answers of other implementations may carry anything there; what is not our map becomes an InternalError
-    whose message is its text, cut at 1,000 characters.
+    whose message is its text, cut at 1,000 characters; so does a code unknown here, kept as `details.code`.
     """
     if not isinstance(value, Mapping):
         return InternalError(str(value)[:1000])
-    details = value.get("details")
-    cls = _tree(ShoalError).get(str(value.get("code")), InternalError)
-    return cls(str(value.get("message", ""))[:4000], details if isinstance(details, Mapping) else None)
+    details, code = value.get("details"), str(value.get("code"))[:100]
+    details = dict(details) if isinstance(details, Mapping) else {}
+    cls = _tree(ShoalError).get(code)
+    if cls is None:
+        cls, details = InternalError, details | {"code": code}
+    return cls(str(value.get("message", ""))[:4000], details)

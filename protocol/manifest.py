@@ -6,6 +6,7 @@ same model apart get the same digest, whoever signs. Origins, info hashes and da
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from typing import Annotated, Any, Literal
@@ -55,7 +56,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Key and value cache of one token in one layer at 16 bits, in bytes."""
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """A model (`kind` "model"), a data set, or a loose file (a manifest of one)."""
 
     version: Literal[1] = 1
@@ -68,7 +69,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         """The bytes that are digested and signed: MessagePack of this struct, keys sorted at every level."""
         return bytes(msgpack.packb(_sorted(msgspec.to_builtins(self))))
 
-    @property
+    @functools.cached_property
     def digest(self) -> ManifestDigest:
         return ManifestDigest(hashlib.sha256(self.canonical_body()).hexdigest())
 
@@ -127,7 +128,9 @@ def manifest_from_wire(value: object, expected: ManifestDigest | None = None) ->
 
 
 def check_manifest(manifest: Manifest) -> None:
-    """Raise InvalidManifestError unless ids count from 0, names are safe and unique, and layers join."""
+    """Raise InvalidManifestError unless ids count from 0, names are safe and unique, layers join, and it is small."""
+    for component in manifest.name.split("/"):
+        safe_filename(component)
     names: set[str] = set()
     next_layer = 0
     for place, entry in enumerate(manifest.shards):
@@ -148,14 +151,17 @@ def check_manifest(manifest: Manifest) -> None:
         raise InvalidManifestError(f"the shards of {manifest.name!r} end at layer {next_layer}, the model does not")
     if manifest.kind == "file" and len(manifest.shards) != 1:
         raise InvalidManifestError(f"{manifest.name!r} is a loose file but lists {len(manifest.shards)} shards")
+    size = len(manifest.canonical_body())
+    if size > MAX_MANIFEST_BYTES:
+        raise InvalidManifestError(f"{manifest.name!r} takes {size} bytes, a manifest at most {MAX_MANIFEST_BYTES}")
 
 
 def safe_filename(name: str) -> str:
     """Return a peer's file name unchanged, or raise InvalidManifestError where it could mean another folder."""
     if (
-        name in (".", "..")
+        not name
         or name.startswith(".")
-        or re.search(r"[/\\\x00-\x1f\x7f]", name)
+        or re.search(r"[/\\\x00-\x1f\x7f\ud800-\udfff]", name)
         or len(name.encode()) > 200
     ):
         raise InvalidManifestError(f"{name!r} is not a plain file name")

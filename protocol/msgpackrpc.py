@@ -182,7 +182,7 @@ class Decoder:
 
 
 def encode(message: Request | Response | Notification) -> bytes:
-    """Pack a message; structs in it become maps. Raises TypeError, ValueError or OverflowError for what cannot be."""
+    """Pack a message; structs in it become maps. Raises TypeError or ValueError for what cannot be."""
     match message:
         case Request(msgid, method, params):
             plain: list[Any] = [0, msgid, method, params]

@@ -29,6 +29,10 @@ MAX_VALUE_BYTES = 7_600
 MAX_RECORD_BYTES = 2_000
 MAX_TTL_S = 3_600
 _CLOCK_SKEW_S = 60
+_MAX_RECORDS = 64
+"""In MAX_VALUE_BYTES; the shortest record has some 130. msgpack makes an array as soon as one is announced, so a few
+KB of nested ones would otherwise take tens of MB."""
+_MAX_FIELDS = 16
 
 Host = Annotated[str, msgspec.Meta(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9.:_-]+\Z")]
 
@@ -123,7 +127,15 @@ def seal(
     seconds = time.time() if now is None else now
     sequence, expires = int(seconds * 1000), int(seconds + ttl_s)
     body = bytes(
-        msgpack.packb([bytes.fromhex(signer.node_id), sequence, expires, withdrawn, msgspec.to_builtins(payload)])
+        msgpack.packb(
+            [
+                bytes.fromhex(signer.node_id),
+                sequence,
+                expires,
+                withdrawn,
+                msgspec.to_builtins(payload, builtin_types=(bytes,)),
+            ]
+        )
     )
     packed = body + signer.sign(_signed_bytes(key, body))
     if len(packed) > MAX_RECORD_BYTES:
@@ -138,7 +150,7 @@ def open_record(key: RecordKey, packed: bytes, *, now: float | None = None) -> R
         raise InvalidRecordError("a record is missing or has an impossible size")
     body, signature = packed[:-SIGNATURE_BYTES], packed[-SIGNATURE_BYTES:]
     try:
-        public, sequence, expires, withdrawn, payload = msgpack.unpackb(body)
+        public, sequence, expires, withdrawn, payload = msgpack.unpackb(body, max_array_len=_MAX_FIELDS, max_map_len=0)
         record = Record(
             publisher=NodeId(public.hex()),
             sequence=msgspec.convert(sequence, int),
@@ -175,7 +187,7 @@ def open_value(key: RecordKey, value: object, *, now: float | None = None) -> li
     if not isinstance(value, bytes) or len(value) > MAX_VALUE_BYTES:
         return []
     try:
-        packed: Any = msgpack.unpackb(value)
+        packed: Any = msgpack.unpackb(value, max_array_len=_MAX_RECORDS, max_map_len=0)
     except (ValueError, RecursionError):
         return []
     records: list[Record] = []

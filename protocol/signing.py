@@ -34,11 +34,14 @@ class SigningKey:
             seed = path.read_bytes()
         except FileNotFoundError:
             seed = os.urandom(32)
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            # Whole or not there: a crash in between must not leave an empty file that no start can use.
+            partial = path.with_name(f"{path.name}.{os.getpid()}.new")
+            fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(fd, "wb") as file:
                 file.write(seed)
                 file.flush()
                 os.fsync(file.fileno())
+            partial.rename(path)
         if len(seed) != 32:
             raise ValueError(
                 f"{path} holds {len(seed)} bytes, a node key has 32; restore it, or delete it for a new identity"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import msgpack
 
@@ -32,34 +32,32 @@ class Sampled(Protocol):
     def packed(self) -> bytes: ...
 
 
-S = TypeVar("S", bound=Sampled)
+def fair_sample(records: Iterable[Sampled], size_bytes: int, rng: random.Random) -> bytes:
+    """A value of a random choice of records, at most `size_bytes` long.
 
-
-def fair_sample(records: Iterable[S], size_bytes: int, rng: random.Random) -> list[S]:
-    """A random choice that packs into `size_bytes`: every publisher gets one record in before any gets a second.
-
-    Withdrawn ones come last: they only matter to a reader who met an older record elsewhere.
+    Every publisher gets one record in before any gets a second. Withdrawn ones come last: they only matter to a
+    reader who met an older record elsewhere.
     """
-    by_publisher: dict[tuple[bool, NodeId], list[S]] = {}
+    by_publisher: dict[tuple[bool, NodeId], list[Sampled]] = {}
     for record in records:
         by_publisher.setdefault((record.withdrawn, record.publisher), []).append(record)
-    ranked: list[tuple[bool, int, float, S]] = []
+    ranked: list[tuple[bool, int, float, Sampled]] = []
     for (withdrawn, _), own in by_publisher.items():
         rng.shuffle(own)
         ranked += [(withdrawn, turn, rng.random(), record) for turn, record in enumerate(own)]
     ranked.sort(key=lambda item: item[:3])
-    chosen: list[S] = []
+    chosen: list[bytes] = []
     room = size_bytes - _OVERHEAD_BYTES
     for *_, record in ranked:
         need = len(record.packed) + _OVERHEAD_BYTES
         if need <= room and len(chosen) < _MAX_RECORDS:
-            chosen.append(record)
+            chosen.append(record.packed)
             room -= need
-    return chosen
+    return bytes(msgpack.packb(chosen))
 
 
 def read_value(key: RecordKey, value: object, now: float, seen: Mapping[bytes, Record] | None = None) -> list[Record]:
-    """The valid records of a value that a peer sent. `seen`: packed bytes whose signature under this key was checked."""
+    """The valid records of a value that a peer sent. `seen` has those of this key that were checked before, packed."""
     if not isinstance(value, bytes):
         return []
     try:

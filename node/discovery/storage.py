@@ -13,7 +13,7 @@ from kademlia.storage import IStorage
 
 from node.discovery.sampling import fair_sample, read_value
 from protocol.ids import NodeId
-from protocol.records import MAX_VALUE_BYTES, Record, RecordKey, open_record, pack_value
+from protocol.records import MAX_VALUE_BYTES, Record, RecordKey, open_record
 
 MAX_BYTES = 32 * 1024 * 1024
 """Of all records, each with `_RECORD_OVERHEAD_BYTES`."""
@@ -41,7 +41,7 @@ class RecordStorage(IStorage):  # type: ignore[misc]
 
     When it is full, the records of keys that are far from `own_id` make room for those of nearer keys: others
     are more responsible for them. Above `MAX_RECORDS_PER_KEY` a random one goes, so that holders of a popular key
-    come to hold different samples. Our own records (`pin`) never go, and no bound counts them.
+    come to hold different samples. Our own records (`pin`) never make room.
     """
 
     def __init__(self, own_id: bytes, *, max_bytes: int = MAX_BYTES, clock: Callable[[], float] = time.time) -> None:
@@ -53,7 +53,7 @@ class RecordStorage(IStorage):  # type: ignore[misc]
         self._pinned: set[tuple[RecordKey, Subject]] = set()
         self._per_publisher: Counter[NodeId] = Counter()
         self._size_bytes = 0
-        self._random = random.Random()  # noqa: S311  which records a sample has is no secret
+        self._random = random.Random()
 
     def merge(self, key: RecordKey, value: object) -> bool:
         """Keep the valid records of a value. False if none was valid, or none found room."""
@@ -61,20 +61,16 @@ class RecordStorage(IStorage):  # type: ignore[misc]
         return sum(self._keep(key, record) for record in records) > 0
 
     def pin(self, key: RecordKey, record: Record) -> None:
-        """Keep a record of our own; it stays until it expires or `unpin` is called."""
-        self._pinned.add((key, record.subject))
+        """Keep a record of our own: bounds do not refuse it, and it does not make room for others."""
         self._put(key, record.subject, _kept(record))
-
-    def unpin(self, key: RecordKey, subject: Subject) -> None:
-        """Give a record of our own the place of any other: it may make room, and expires."""
-        self._pinned.discard((key, subject))
+        self._pinned.add((key, record.subject))
 
     def answer(self, key: RecordKey, size_bytes: int = MAX_VALUE_BYTES) -> tuple[bytes, int] | None:
         """A value of a fair sample, at most `size_bytes`, and how many records there are; None without any."""
         live = self._live(key)
         if not live:
             return None
-        return pack_value_of(fair_sample(live.values(), min(size_bytes, MAX_VALUE_BYTES), self._random)), len(live)
+        return fair_sample(live.values(), min(size_bytes, MAX_VALUE_BYTES), self._random), len(live)
 
     def records(self, key: RecordKey) -> list[Record]:
         """Everything that is kept under a key, opened and checked again."""
@@ -97,6 +93,27 @@ class RecordStorage(IStorage):  # type: ignore[misc]
     def size_bytes(self) -> int:
         return self._size_bytes
 
+    def __setitem__(self, key: RecordKey, value: object) -> None:
+        self.merge(key, value)
+
+    def __getitem__(self, key: RecordKey) -> bytes:
+        answer = self.answer(key)
+        if answer is None:
+            raise KeyError(key)
+        return answer[0]
+
+    def get(self, key: RecordKey, default: bytes | None = None) -> bytes | None:
+        answer = self.answer(key)
+        return default if answer is None else answer[0]
+
+    def iter_older_than(self, seconds_old: float) -> Iterator[tuple[RecordKey, bytes]]:
+        """Nothing: kademlia would publish it again, and a record is for its publisher to refresh."""
+        return iter(())
+
+    def __iter__(self) -> Iterator[tuple[RecordKey, bytes]]:
+        """Nothing: kademlia would hand it to every joiner (under wrong keys); publishers do that themselves."""
+        return iter(())
+
     def _keep(self, key: RecordKey, record: Record) -> bool:
         subject, kept = record.subject, _kept(record)
         subjects = self._live(key)
@@ -109,9 +126,9 @@ class RecordStorage(IStorage):  # type: ignore[misc]
             return False
         if sum(publisher == record.publisher for publisher, _ in subjects) >= MAX_SUBJECTS_PER_KEY:
             return False
-        if len(subjects) >= MAX_RECORDS_PER_KEY:
-            self._drop(key, self._random.choice([s for s in subjects if (key, s) not in self._pinned]))
         if not self._make_room(key, _cost(kept)):
+            return False
+        if len(subjects) >= MAX_RECORDS_PER_KEY and not self._drop_one(key):
             return False
         self._put(key, subject, kept)
         return True
@@ -125,12 +142,15 @@ class RecordStorage(IStorage):  # type: ignore[misc]
             if place < 0 or self._distances[place] <= own_distance:
                 return False
             far = RecordKey((self._distances[place] ^ self._own).to_bytes(20, "big"))
-            loose = [s for s in self._keys[far] if (far, s) not in self._pinned]
-            if loose:
-                self._drop(far, self._random.choice(loose))
-            if len(loose) <= 1:
+            if not self._drop_one(far) or far not in self._keys:
                 place -= 1
         return True
+
+    def _drop_one(self, key: RecordKey) -> bool:
+        loose = [subject for subject in self._keys[key] if (key, subject) not in self._pinned]
+        if loose:
+            self._drop(key, self._random.choice(loose))
+        return bool(loose)
 
     def _live(self, key: RecordKey) -> dict[Subject, Kept]:
         now = self._clock()
@@ -140,28 +160,35 @@ class RecordStorage(IStorage):  # type: ignore[misc]
         return subjects
 
     def _put(self, key: RecordKey, subject: Subject, kept: Kept) -> None:
-        if subject in self._keys.get(key, ()):
-            self._drop(key, subject, unpin=False)
-        if key not in self._keys:
-            self._keys[key] = {}
+        subjects = self._keys.get(key)
+        if subjects is None:
+            subjects = self._keys[key] = {}
             bisect.insort(self._distances, self._distance(key))
-        self._keys[key][subject] = kept
-        if (key, subject) not in self._pinned:
+        old = subjects.get(subject)
+        subjects[subject] = kept
+        self._size_bytes += _cost(kept) - (_cost(old) if old is not None else 0)
+        if old is None:
             self._per_publisher[kept.publisher] += 1
-            self._size_bytes += _cost(kept)
 
-    def _drop(self, key: RecordKey, subject: Subject, *, unpin: bool = True) -> None:
-        kept = self._keys[key].pop(subject)
-        if not self._keys[key]:
+    def _drop(self, key: RecordKey, subject: Subject) -> None:
+        subjects = self._keys[key]
+        kept = subjects.pop(subject)
+        self._pinned.discard((key, subject))
+        self._size_bytes -= _cost(kept)
+        self._per_publisher[kept.publisher] -= 1
+        if not self._per_publisher[kept.publisher]:
+            del self._per_publisher[kept.publisher]
+        if not subjects:
             del self._keys[key]
             self._distances.pop(bisect.bisect_left(self._distances, self._distance(key)))
-        if (key, subject) not in self._pinned:
-            self._per_publisher[kept.publisher] -= 1
-            if not self._per_publisher[kept.publisher]:
-                del self._per_publisher[kept.publisher]
-            self._size_bytes -= _cost(kept)
-        elif unpin:
-            self._pinned.discard((key, subject))
 
     def _distance(self, key: RecordKey) -> int:
         return int.from_bytes(key, "big") ^ self._own
+
+
+def _kept(record: Record) -> Kept:
+    return Kept(record.publisher, record.sequence, record.expires, record.withdrawn, record.packed)
+
+
+def _cost(kept: Kept) -> int:
+    return len(kept.packed) + _RECORD_OVERHEAD_BYTES

@@ -49,9 +49,7 @@ def parse(datagram: bytes) -> Request | Answer | None:
     if not _HEADER_BYTES < len(datagram) <= MAX_DATAGRAM_BYTES:
         return None
     try:
-        body = msgpack.unpackb(
-            datagram[_HEADER_BYTES:], max_array_len=_MAX_ARRAY, max_map_len=_MAX_MAP, max_ext_len=0
-        )
+        body = msgpack.unpackb(datagram[_HEADER_BYTES:], max_array_len=_MAX_ARRAY, max_map_len=_MAX_MAP, max_ext_len=0)
     except (ValueError, TypeError, RecursionError):
         return None
     message_id = datagram[1:_HEADER_BYTES]

@@ -8,51 +8,41 @@ prefill never keeps the loop from its heartbeats, and llama.cpp keeps one team o
 from __future__ import annotations
 
 import asyncio
+import itertools
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from node.pipeline.parts import Array, EngineLike
+from node.pipeline.batch import Slot
+from node.pipeline.parts import EngineLike
+from node.pipeline.settings import PREFILL_CHUNK
 from protocol.commands.tasks import Sampling
-
-CHUNK_TOKENS = 32
-"""Prefill goes in chunks of this size: equal shapes give equal bits, and it costs no speed."""
-MAX_BATCH_TOKENS = 63
-"""Of one forward; from 64 on some quantisations take other kernels and give other bits."""
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """The next tokens of one session, through all shards of its stage."""
 
     shards: tuple[int, ...]
-    sequence: int
-    position: int
-    """Of the first value."""
-    values: Array
-    """Tokens, int32 [n], or hidden states, float32 [n, n_embd]."""
+    slot: Slot
     alone: bool
     """Never in a batch with others."""
     sampling: Sampling | None = None
     """Where a token is to be drawn from the last position's logits."""
     wants_output: bool = True
     """False where neither hidden states nor a token are needed, only the cache."""
-    logits_for_last: bool = field(init=False, default=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "logits_for_last", self.sampling is not None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What a step gave."""
 
@@ -62,21 +52,22 @@ class Outcome:
     """The token drawn, of one that is."""
 
 
-def choose(waiting: Sequence[Step], max_tokens: int = MAX_BATCH_TOKENS) -> list[int]:
+def choose(waiting: Sequence[Step], max_tokens: int = PREFILL_CHUNK) -> list[int]:
     """Which of the waiting steps go into the next forward, oldest first, as indices.
 
-    The oldest always goes. Others join it if they run the same shards, nothing in the batch wants to be alone,
-    and the batch stays within `max_tokens`.
+    The oldest always goes. Others join it if they run the same shards with as many tokens (so that a token never
+    waits for another session's chunk), if none of them wants to be alone, and while they fit `max_tokens`.
     """
     first = waiting[0]
-    chosen, tokens = [0], len(first.values)
+    n = len(first.slot.values)
     if first.alone:
-        return chosen
-    for index, step in enumerate(waiting[1:], 1):
-        if not step.alone and step.shards == first.shards and tokens + len(step.values) <= max_tokens:
-            chosen.append(index)
-            tokens += len(step.values)
-    return chosen
+        return [0]
+    like = (
+        index
+        for index, step in enumerate(waiting)
+        if not step.alone and step.shards == first.shards and len(step.slot.values) == n
+    )
+    return list(itertools.islice(like, max(1, max_tokens // n)))
 
 
 class EngineThread:
@@ -164,13 +155,13 @@ class EngineThread:
 
 
 def _run_batch(engine: EngineLike, steps: Sequence[Step]) -> list[Outcome]:
-    outputs = engine.forward(steps[0].shards, steps)
+    outputs = engine.forward(steps[0].shards, [step.slot for step in steps])
     return [_outcome(engine, step, output) for step, output in zip(steps, outputs, strict=True)]
 
 
 def _outcome(engine: EngineLike, step: Step, output: NDArray[np.float32]) -> Outcome:
     if step.sampling is not None:
-        return Outcome(None, engine.sample(output, step.sampling, step.position + len(step.values)))
+        return Outcome(None, engine.sample(output, step.sampling, step.slot.position + len(step.slot.values)))
     return Outcome(output if step.wants_output else None, None)
 
 
@@ -181,8 +172,3 @@ def _settle(done: asyncio.Future[Any], result: Any, error: Exception | None) -> 
         done.set_result(result)
     else:
         done.set_exception(error)
-
-
-def chunks(tokens: NDArray[np.int32], size: int = CHUNK_TOKENS) -> Iterable[NDArray[np.int32]]:
-    """Runs of at most `size` tokens."""
-    return (tokens[start : start + size] for start in range(0, len(tokens), size))

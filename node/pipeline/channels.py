@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from node.pipeline.parts import Array, EndpointLike, FrameLike, InboxLike, OutletLike
@@ -85,6 +86,10 @@ class Channels:
     @property
     def ticket(self) -> str:
         return self._endpoint.ticket
+
+    def on_peer_lost(self, callback: Callable[[str], None]) -> Callable[[], None]:
+        """Call back with the ticket of a process that is gone. Returns what takes the callback back."""
+        return self._endpoint.on_peer_lost(callback)
 
     def open_inbox(self, channel: str, key: bytes) -> Inbox:
         """Take frames for a channel from now on, those with this key."""

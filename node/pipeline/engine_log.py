@@ -49,13 +49,16 @@ class LineLog:
     def _emit(self, line: str, now: float) -> None:
         if self._level >= _WARN:
             self._troubles.append(line)
+        level = _LEVELS.get(self._level, logging.DEBUG)
+        if not _log.isEnabledFor(level):
+            return
         if now - self._minute >= 60:
             self._minute, self._lines = now, 0
         self._lines += 1
         if self._lines == MAX_LINES_PER_MINUTE:
             _log.warning("llama.cpp wrote %d lines within a minute: the rest of them is dropped", self._lines)
         elif self._lines < MAX_LINES_PER_MINUTE:
-            _log.log(_LEVELS.get(self._level, logging.DEBUG), "%s", line)
+            _log.log(level, "%s", line)
 
 
 _lines = LineLog()

@@ -14,6 +14,7 @@ import ctypes
 import functools
 import importlib.metadata
 import importlib.util
+from collections.abc import Mapping
 from ctypes import c_bool, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -257,7 +258,7 @@ def library() -> ctypes.CDLL:
     return lib
 
 
-def check_defaults(params: ctypes.Structure, expected: dict[str, object]) -> None:
+def check_defaults(params: ctypes.Structure, expected: Mapping[str, object]) -> None:
     """Raise UnsupportedPlatformError unless the fields of a parameter struct have the values they should."""
     found = {name: getattr(params, name) for name in expected}
     wrong = {name: value for name, value in found.items() if value != expected[name]}
@@ -289,5 +290,3 @@ def _open(path: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as err:
         raise UnsupportedPlatformError(f"cannot load {path.name} of {WHEEL} {WHEEL_VERSION}: {err}") from None
-
-

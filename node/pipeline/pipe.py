@@ -135,6 +135,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 class Drawn(msgspec.Struct, frozen=True, tag=True):
     """A session of which this is the last stage drew a token."""
 
+    stage: int
     token: SessionToken
 
 

@@ -17,6 +17,8 @@ from protocol.errors import EngineError
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 """`llama_token_data`."""
+GREEDY_BELOW = 1e-5
+"""Of the temperature: dividing by less could overflow a float, and would choose the largest logit anyway."""
 _MAX_CHAINS = 64
 _MASK = (1 << 64) - 1
 
@@ -43,7 +45,7 @@ class Sampler:
         best = int(logits.argmax())
         if not np.isfinite(logits[best]):  # argmax finds NaN first
             raise EngineError(f"the model's largest logit at position {position} is {logits[best]}")
-        if sampling.temperature == 0:
+        if sampling.temperature < GREEDY_BELOW:
             return best
         lib = library()
         candidates = self._fill(logits)

@@ -7,15 +7,16 @@ stage 0, and only then reports it, so that no report delays the next token.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from node.pipeline.batching import CHUNK_TOKENS, EngineThread, Outcome, Step, chunks
+from node.pipeline.batch import Slot
+from node.pipeline.batching import EngineThread, Outcome, Step
 from node.pipeline.channels import Channels, Inbox, channel_name
 from node.pipeline.parts import Array, OutletLike, Words
+from node.pipeline.settings import PREFILL_CHUNK
 from protocol.commands.sessions import OpenSessionParams, SessionToken, StartSessionParams
 from protocol.errors import InvalidParamsError, TransportError
 
@@ -47,7 +48,7 @@ class StageSession:
         self._inbox: Inbox | None = None if params.n_stages == 1 else channels.open_inbox(name, params.key)
         self._outlet: OutletLike | None = None
         self._position = self._received = self._sent = self._drawn = 0
-        self._sending: asyncio.Future[None] | None = None
+        self._max_tokens = self._n_given = 0
         self._next_token: int | None = None
 
     async def run(self, start: StartSessionParams) -> None:
@@ -76,8 +77,6 @@ class StageSession:
 
     def close(self) -> None:
         """Let go of the channels; the engine's sequence is the caller's."""
-        if self._sending is not None:
-            self._sending.cancel()
         if self._inbox is not None:
             self._inbox.close()
         if self._outlet is not None:
@@ -92,9 +91,9 @@ class StageSession:
             )
         if self.params.exact:
             # In the shapes of the first time: the prompt in chunks, what was drawn one by one.
-            runs = [*chunks(prompt), *chunks(replay, 1)]
+            runs = [*_chunks(prompt, PREFILL_CHUNK), *_chunks(replay, 1)]
         else:
-            runs = [*chunks(np.concatenate((prompt, replay)))]
+            runs = [*_chunks(np.concatenate((prompt, replay)), PREFILL_CHUNK)]
         for run in runs:
             await self._advance(run)
 
@@ -107,11 +106,12 @@ class StageSession:
         if frame.sequence != self._received:
             raise TransportError(f"frame {self._received} of session {self.params.session} is missing")
         self._received += 1
-        wanted = (np.int32, 1) if self._first else (np.float32, 2)
-        if (values.dtype, values.ndim) != wanted or not 1 <= len(values) <= CHUNK_TOKENS:
-            raise TransportError(f"stage {self.params.stage} was sent {values.dtype} {values.shape}")
-        if not self._first and values.shape[1] != self._width:
-            raise TransportError(f"stage {self.params.stage} was sent states of {values.shape[1]}, not {self._width}")
+        kind, shape = ("int32", (1,)) if self._first else ("float32", (*values.shape[:1], self._width))
+        if values.dtype != kind or values.shape != shape or not 1 <= len(values) <= PREFILL_CHUNK:
+            raise TransportError(
+                f"stage {self.params.stage} takes {kind} {shape}, at most {PREFILL_CHUNK} long; it was sent "
+                f"{values.dtype} {values.shape}"
+            )
         return values
 
     async def _advance(self, values: Array) -> None:
@@ -123,9 +123,7 @@ class StageSession:
         outcome = await self._engine.step(
             Step(
                 shards=params.shards,
-                sequence=self.sequence,
-                position=position,
-                values=values,
+                slot=Slot(self.sequence, position, values, logits_for_last=drawing),
                 alone=params.exact,
                 sampling=params.sampling if drawing else None,
                 wants_output=not self._last,
@@ -133,8 +131,8 @@ class StageSession:
         )
         if drawing:
             await self._drew(outcome)
-        elif not self._last:
-            await self._pass_on(outcome.hidden)
+        elif outcome.hidden is not None:
+            await self._send(outcome.hidden)
 
     async def _drew(self, outcome: Outcome) -> None:
         assert outcome.token is not None
@@ -148,8 +146,7 @@ class StageSession:
             if self._outlet is None:
                 self._next_token = token
             else:
-                await self._outlet.send(self._sent, np.array([token], np.int32))
-                self._sent += 1
+                await self._send(np.array([token], np.int32))
         self._report(
             SessionToken(
                 session=params.session,
@@ -161,21 +158,18 @@ class StageSession:
             )
         )
 
-    async def _pass_on(self, hidden: NDArray[np.float32] | None) -> None:
-        """Send states on: a token's at once, a chunk's while the next chunk is computed."""
-        assert hidden is not None
+    async def _send(self, values: Array) -> None:
+        """Returns when it left: then it travels while the next chunk is computed. The transport bounds the window."""
         assert self._outlet is not None
-        if self._sending is not None:
-            sending, self._sending = self._sending, None
-            await sending
-        sequence, self._sent = self._sent, self._sent + 1
-        if len(hidden) == 1:
-            await self._outlet.send(sequence, hidden)
-        else:
-            self._sending = asyncio.ensure_future(self._outlet.send(sequence, hidden))
+        await self._outlet.send(self._sent, values)
+        self._sent += 1
 
 
 def _token_array(data: bytes, name: str) -> NDArray[np.int32]:
     if len(data) % 4:
         raise InvalidParamsError(f"{name} has {len(data)} bytes, which is no number of int32")
     return np.frombuffer(data, "<i4").astype(np.int32, copy=False)
+
+
+def _chunks(tokens: NDArray[np.int32], size: int) -> Iterable[NDArray[np.int32]]:
+    return (tokens[start : start + size] for start in range(0, len(tokens), size))

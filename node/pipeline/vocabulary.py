@@ -39,7 +39,7 @@ class Vocabulary:
         """The shard is unloaded: from now on every call raises EngineError."""
         self._vocab = None
 
-    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
+    def tokenize(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """Token ids of `text`.
 
         A plain prompt: `add_special=True` puts the tokens around it that the tokenizer's own rule asks for (BOS,

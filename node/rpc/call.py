@@ -36,5 +36,6 @@ Handler = Callable[[Any, Call], Awaitable[msgspec.Struct | Mapping[str, Any] | N
 class Command:
     """What the server needs to know of one command."""
 
-    params: type[msgspec.Struct]
+    params: type[msgspec.Struct] | None
+    """None: the handler gets the map as it came, a `dict[str, Any]`, and decodes it itself."""
     handler: Handler

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from node.rpc.call import Call, Command
-from protocol.commands.common import Envelope, decode_params
+from protocol.commands.common import Envelope, decode_params, text_keys
 from protocol.errors import (
     BusyError,
     CancelledRequestError,
@@ -96,8 +96,7 @@ class Connection:
                 try:
                     await self._read(group)
                 finally:
-                    for task in self._requests:
-                        task.cancel()
+                    self._end()
         finally:
             self._close()
 
@@ -109,18 +108,21 @@ class Connection:
 
     def _hold(self, buffered_bytes: int) -> None:
         """Count what has come of the next message. Raises BusyError where all connections together hold too much."""
-        more = buffered_bytes - self._held_bytes
-        if more > 0:
-            self._server.check_room(more)
-        self._server.held_bytes += more
+        self._server.receive(buffered_bytes - self._held_bytes)
         self._held_bytes = buffered_bytes
 
     def _close(self) -> None:
+        self._end()
+        self._writer.transport.abort()
+
+    def _end(self) -> None:
+        """Nothing more is sent; what was asked for is cancelled."""
         if self.closed.is_set():
             return
         self.closed.set()
         self._hold(0)
-        self._writer.transport.abort()
+        for task in self._requests:
+            task.cancel()
         for callback in list(self._on_close.values()):
             try:
                 callback()
@@ -131,6 +133,7 @@ class Connection:
         try:
             while data := await self._next_bytes():
                 for message in self._decoder.feed(data):
+                    self._hold(min(self._held_bytes, self._decoder.buffered_bytes))
                     await self._take(message, group)
                 self._hold(self._decoder.buffered_bytes)
         except (MalformedMessageError, MessageTooLargeError, BusyError) as err:
@@ -154,6 +157,7 @@ class Connection:
         with contextlib.suppress(OSError):
             async with asyncio.timeout(self._settings.linger_s):
                 await self._send(Response(self._decoder.msgid, error.to_wire(), None))
+                self._end()
                 self._writer.write_eof()
                 while await self._reader.read(_READ_BYTES):
                     pass
@@ -193,7 +197,8 @@ class Connection:
                 f"the request is for node {envelope.recipient[:100]}, this is {self._server.node_id}",
                 {"node_id": self._server.node_id},
             )
-        params = decode_params(command.params, {} if raw_params is None else raw_params)
+        raw_params = {} if raw_params is None else raw_params
+        params = text_keys(raw_params) if command.params is None else decode_params(command.params, raw_params)
         call = Call(request.method, envelope.request_id or uuid.uuid4().hex, envelope.sender, self)
         self._server.check_room(request.cost_bytes)
         task = group.create_task(self._run(request.msgid, command, params, call))
@@ -201,7 +206,7 @@ class Connection:
         self._server.add(task, call.request_id, request.cost_bytes)
         task.add_done_callback(self._requests.pop)
 
-    async def _run(self, msgid: int, command: Command, params: msgspec.Struct, call: Call) -> None:
+    async def _run(self, msgid: int, command: Command, params: msgspec.Struct | dict[str, Any], call: Call) -> None:
         error: ShoalError
         try:
             result = await command.handler(params, call)

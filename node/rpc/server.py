@@ -29,7 +29,9 @@ class RpcServer:
         self.node_id = node_id
         self.settings = settings or RpcSettings()
         self.held_bytes = 0
-        """About how much memory requests take, coming in and in progress, over all connections."""
+        """About how much memory the requests in progress take, over all connections."""
+        self.incoming_bytes = 0
+        """Of requests that are not whole yet, over all connections."""
         self._port = 0
         self._connections: dict[asyncio.Task[None], Connection] = {}
         self._running: dict[str, set[asyncio.Task[None]]] = {}
@@ -90,13 +92,21 @@ class RpcServer:
         """Whether `cancel_task` ended this request, and not the loss of its connection."""
         return task in self._cancelled
 
-    def check_room(self, more_bytes: int) -> None:
-        """Raise BusyError where requests would hold more memory than they may."""
-        if self.held_bytes + more_bytes > self.settings.max_held_bytes:
+    def receive(self, more_bytes: int) -> None:
+        """Count bytes of requests that are not whole yet; negative when they are, or are dropped.
+
+        Raises BusyError where there would be too many.
+        """
+        if more_bytes > 0 and self.incoming_bytes + more_bytes > self.settings.max_incoming_bytes:
             raise BusyError(
-                f"requests of all connections hold {self.held_bytes} bytes, {more_bytes} more are above the node's "
-                f"{self.settings.max_held_bytes}; try again later"
+                _no_room("half-received", self.incoming_bytes, more_bytes, self.settings.max_incoming_bytes)
             )
+        self.incoming_bytes += more_bytes
+
+    def check_room(self, cost_bytes: int) -> None:
+        """Raise BusyError where the requests in progress would take more memory than they may."""
+        if self.held_bytes + cost_bytes > self.settings.max_held_bytes:
+            raise BusyError(_no_room("running", self.held_bytes, cost_bytes, self.settings.max_held_bytes))
 
     def add(self, task: asyncio.Task[None], request_id: str, cost_bytes: int) -> None:
         """Know a request until its task is done."""
@@ -131,3 +141,7 @@ class RpcServer:
         connection = self._connections.pop(task)
         if not task.cancelled() and (error := task.exception()):
             _log.error("the connection of %s failed", connection.peer, exc_info=error)
+
+
+def _no_room(which: str, there: int, more: int, most: int) -> str:
+    return f"{which} requests hold {there} bytes of the node's memory, {more} more are above {most}; try again later"

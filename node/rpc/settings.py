@@ -16,8 +16,10 @@ class RpcSettings:
     max_connections: int = 512
     max_in_flight: int = 256
     """Requests of one connection at a time."""
+    max_incoming_bytes: int = 64 * MIB
+    """Of requests that are not whole yet, over all connections; who goes above it is disconnected."""
     max_held_bytes: int = 128 * MIB
-    """Memory for requests over all connections: those that are still coming in, and those in progress."""
+    """Memory that requests in progress take, over all connections."""
     max_unsent_bytes: int = 8 * MIB
     """Notifications that a connection may leave unread before it is closed."""
     stall_s: float = 30.0
@@ -27,5 +29,5 @@ class RpcSettings:
     reaches it: closing with unread bytes would reset the connection."""
 
     def __post_init__(self) -> None:
-        if self.max_held_bytes < self.limits.max_message_bytes:
-            raise ValueError("max_held_bytes must hold at least one message of max_message_bytes")
+        if min(self.max_held_bytes, self.max_incoming_bytes) < self.limits.max_message_bytes:
+            raise ValueError("max_held_bytes and max_incoming_bytes must each hold a message of max_message_bytes")

@@ -7,7 +7,6 @@ import logging
 
 from node.shards.catalog import Catalog
 from node.shards.ports import Discovery
-from protocol.errors import ShoalError
 from protocol.ids import ManifestDigest
 
 log = logging.getLogger(__name__)
@@ -46,8 +45,7 @@ class Announcer:
             self._telling = False
             self._catalog.pulse()
             if failed:
-                await asyncio.sleep(RETRY_S)
-                self._catalog.tell_again(failed)
+                asyncio.get_running_loop().call_later(RETRY_S, self._catalog.tell_again, failed)
 
     async def _tell_all(self, digests: set[ManifestDigest]) -> list[ManifestDigest]:
         """Return those that failed."""
@@ -58,8 +56,9 @@ class Announcer:
             async with turns:
                 try:
                     await self._tell(digest)
-                except (ShoalError, OSError) as err:
-                    log.warning("could not announce manifest %s: %s; trying again in %g s", digest, err, RETRY_S)
+                except Exception as err:
+                    # Whatever it is, the shards stay here and the node goes on.
+                    log.warning("could not announce manifest %s: %r; trying again in %g s", digest, err, RETRY_S)
                     failed.append(digest)
 
         async with asyncio.TaskGroup() as tasks:
@@ -72,8 +71,9 @@ class Announcer:
         loaded = self._catalog.loaded(digest) & on_disk
         holding = self._catalog.holding(digest)
         if holding is None or not on_disk:
-            if self._told.pop(digest, None) is not None:
+            if digest in self._told:
                 await self._discovery.withdraw_shards(digest)
+                del self._told[digest]
         elif self._told.get(digest) != (on_disk, loaded):
             await self._discovery.announce_shards(holding.signed, on_disk, loaded, self._rpc_port, self._bt_port)
             self._told[digest] = (on_disk, loaded)

@@ -134,10 +134,9 @@ class Catalog:
         if file.holding and file.entry:
             self._by_shard[file.holding.digest, file.entry.shard_id].add(file.path)
             self._by_content[file.entry.content_id].add(file.path)
-            if file.path.parent not in self._folders:
-                self._holdings[file.holding.digest].setdefault(file.path, file.holding)
+            self._holdings[file.holding.digest][file.path] = file.holding
             self._untold.add(file.holding.digest)
-        self._pulse()
+        self.pulse()
 
     def invalidate(self, file: ShardFile, error: str) -> None:
         self.put(replace(file, state="invalid", error=error))
@@ -146,21 +145,21 @@ class Catalog:
         """The file is no longer there."""
         self._unlink(path)
         self._files.pop(path, None)
-        self._pulse()
+        self.pulse()
 
     def hold_folder(self, folder: Path, held: HeldFolder) -> None:
         """The folder has this manifest now."""
         self.release_folder(folder)
         self._folders[folder] = held
         self._holdings[held.holding.digest][folder] = held.holding
-        self._pulse()
+        self.pulse()
 
     def release_folder(self, folder: Path) -> None:
         held = self._folders.pop(folder, None)
         if held:
             self._let_go(held.holding.digest, folder)
             self._untold.add(held.holding.digest)
-            self._pulse()
+            self.pulse()
 
     def set_loaded(self, digest: ManifestDigest, shard_ids: frozenset[int]) -> None:
         if shard_ids == self.loaded(digest):
@@ -170,7 +169,7 @@ class Catalog:
         else:
             self._loaded.pop(digest, None)
         self._untold.add(digest)
-        self._pulse()
+        self.pulse()
 
     def _unlink(self, path: Path) -> None:
         old = self._files.get(path)
@@ -199,17 +198,15 @@ class Catalog:
     def untold(self) -> bool:
         return bool(self._untold)
 
-    def _pulse(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
-
     def tell_again(self, digests: Iterable[ManifestDigest]) -> None:
         """These could not be told."""
         self._untold.update(digests)
+        self.pulse()
 
     def pulse(self) -> None:
-        """Let `wait_until` look again, for a condition that hangs on more than this catalog."""
-        self._pulse()
+        """Let `wait_until` look again; for others where a condition hangs on more than this catalog."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
         while True:

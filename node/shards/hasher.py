@@ -109,7 +109,7 @@ class Hasher:
         await process.stdin.drain()
         while True:
             length = int.from_bytes(await process.stdout.readexactly(4), "big")
-            answer = msgspec.msgpack.decode(await process.stdout.readexactly(length), type=Answer)
+            answer: Answer = msgspec.msgpack.decode(await process.stdout.readexactly(length), type=Answer)
             if not isinstance(answer, Advance):
                 return answer
             if progress:

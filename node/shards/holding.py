@@ -21,12 +21,14 @@ from protocol.manifest import (
     Manifest,
     ShardEntry,
     SignedManifest,
-    check_manifest,
     manifest_from_wire,
     safe_filename,
     sign_manifest,
 )
 from protocol.signing import SigningKey
+
+UNFINISHED_SUFFIXES = (".part", ".tmp", ".temp", ".partial", ".crdownload", ".invalid")
+"""Downloads in progress, and files that were set aside: no shards yet, or no longer."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,19 @@ def read_manifest(path: Path, key: SigningKey) -> Holding | None:
         return None
     if "signature" in value:
         signed = manifest_from_wire(value)
-        return Holding(signed, fetched=path.parent.name in folder_names(signed.manifest.name, signed.digest))
+    else:
+        signed = _sign(value["manifest"], path, key)
+    for entry in signed.manifest.shards:
+        shard_path(path.parent, entry)
+    return Holding(signed, fetched=path.parent.name in folder_names(signed.manifest.name, signed.digest))
+
+
+def _sign(value: Any, path: Path, key: SigningKey) -> SignedManifest:
     try:
-        manifest = msgspec.convert(value["manifest"], Manifest)
+        manifest = msgspec.convert(value, Manifest)
     except msgspec.ValidationError as err:
         raise InvalidManifestError(f"{path.name} is not a manifest: {err}") from None
-    check_manifest(manifest)
-    return Holding(sign_manifest(manifest, key))
+    return sign_manifest(manifest, key)
 
 
 def write_manifest(folder: Path, signed: SignedManifest) -> None:
@@ -104,6 +112,14 @@ def write_manifest(folder: Path, signed: SignedManifest) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def shard_path(folder: Path, entry: ShardEntry) -> Path:
+    """Where a shard lies. Raises InvalidManifestError for a name that would lead out, hide it, or hit our own files."""
+    name = safe_filename(entry.filename)
+    if name.casefold() == MANIFEST_FILENAME or name.lower().endswith(UNFINISHED_SUFFIXES):
+        raise InvalidManifestError(f"a shard cannot be called {name!r} on a node's disk: rename it and publish again")
+    return folder / name
 
 
 def folder_names(name: str, digest: ManifestDigest) -> tuple[str, str]:

@@ -47,6 +47,9 @@ class Swarm(Protocol):
 
     on_invalid: Callable[[Torrent, str], None] | None
 
+    @property
+    def port(self) -> int: ...
+
     async def seed(self, torrent: Torrent, path: Path, piece_layer: bytes) -> None: ...
 
     async def download(self, torrent: Torrent, path: Path) -> Any:

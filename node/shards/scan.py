@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from node.shards.holding import Holding
+from node.shards.holding import UNFINISHED_SUFFIXES, Holding
 from protocol.manifest import MANIFEST_FILENAME, ShardEntry, ShardKind
 
 log = logging.getLogger(__name__)
@@ -22,8 +22,6 @@ MAX_DEPTH = 8
 MAX_FILES = 200_000
 LOOSE_KINDS: Mapping[str, ShardKind] = {".gguf": "gguf", ".parquet": "parquet"}
 """Suffixes that make a file a shard though no manifest names it."""
-UNFINISHED_SUFFIXES = (".part", ".tmp", ".temp", ".partial", ".crdownload", ".invalid")
-"""Downloads in progress, and files that were set aside."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,8 @@ class Seeds:
                 return
             await self._swarm.remove(info_hash)
             for copy in list(copies.values()):
-                content = copy.fingerprint and await asyncio.to_thread(self._index.get, copy.path, copy.fingerprint)
+                assert copy.fingerprint is not None, f"{copy.path} is not here yet"
+                content = await asyncio.to_thread(self._index.get, copy.path, copy.fingerprint)
                 if content:
                     await self._swarm.seed(_torrent(copy), copy.path, content.piece_layer)
                     return

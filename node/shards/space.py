@@ -25,8 +25,9 @@ def allocated_bytes(path: Path) -> int:
         return 0
 
 
-PART_SUFFIX = ".part"
-"""Of a download in progress, beside the name that the file will have."""
+def part_of(path: Path) -> Path:
+    """Where a download to `path` lies until it is whole."""
+    return path.with_name(path.name + ".part")
 
 
 class Space:
@@ -67,4 +68,4 @@ class Space:
 
 
 def _written_bytes(path: Path) -> int:
-    return max(allocated_bytes(path.with_name(path.name + PART_SUFFIX)), allocated_bytes(path))
+    return allocated_bytes(part_of(path))

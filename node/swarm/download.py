@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -20,16 +22,18 @@ from node.swarm.alerts import (
     TorrentStatus,
 )
 from node.swarm.handle import Handle, file_error
-from node.swarm.part_file import PartFile
+from node.swarm.part_file import PartFile, fits
 from node.swarm.torrent import PeerAddress, Piece, Torrent
 from node.swarm.watchdog import Verdict, Watchdog
-from protocol.errors import CancelledRequestError, InternalError, InvalidParamsError, ShoalError
+from protocol.errors import CancelledRequestError, InvalidParamsError, ShoalError
 
 if TYPE_CHECKING:
     from node.swarm.session import Session
 
+_log = logging.getLogger(__name__)
+
 _TICK_S = 0.25
-_ADD_PIECE_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 2.0
 MAX_PEERS = 1000
 
 
@@ -48,7 +52,9 @@ class DownloadProgress:
 class Download:
     """One file on its way. Made by `Swarm.download`; lives on the event loop."""
 
-    def __init__(self, session: Session, torrent: Torrent, path: Path, part: PartFile, *, stall_s: float) -> None:
+    def __init__(
+        self, session: Session, torrent: Torrent, path: Path, part: PartFile, *, piece_layer: bytes, stall_s: float
+    ) -> None:
         self.torrent = torrent
         self._session = session
         self._path = path
@@ -58,15 +64,26 @@ class Download:
         self._have: set[int] = set()
         self._status: TorrentStatus | None = None
         self._peers: dict[PeerAddress, None] = {}  # in the order in which they became known
-        self._layer = b""
+        self._layer = piece_layer
+        self._layer_due = 0.0
         self._offered: defaultdict[int, list[asyncio.Future[bool]]] = defaultdict(list)
         self._wake = asyncio.Event()
+        self._complete = False
         self._finished = False
         self._error: ShoalError | None = None
-        self._started = asyncio.Event()
+        self._ready = asyncio.Event()
         self._done: asyncio.Future[Path] = asyncio.get_running_loop().create_future()
         self._done.add_done_callback(_retrieved)
         self._owner: asyncio.Task[None] | None = None
+
+    @classmethod
+    def finished(cls, session: Session, torrent: Torrent, path: Path, part: PartFile) -> Download:
+        """The download of a file that is here already."""
+        download = cls(session, torrent, path, part, piece_layer=b"", stall_s=1.0)
+        download._complete = download._finished = True
+        download._ready.set()
+        download._done.set_result(path)
+        return download
 
     @property
     def done(self) -> bool:
@@ -96,7 +113,7 @@ class Download:
             if peer not in self._peers and len(self._peers) >= MAX_PEERS:
                 return
             self._peers[peer] = None
-            if self._handle and not self._watchdog.careful and not self.done:
+            if self._handle and not self._watchdog.careful:
                 self._handle.connect(peer)
         self._wake.set()
 
@@ -113,7 +130,9 @@ class Download:
             raise InvalidParamsError(str(err)) from None
         if len(data) != expected.size:
             raise InvalidParamsError(f"piece {index} has {expected.size} bytes, was given {len(data)}")
-        await self._ready()
+        await self._ready.wait()
+        if self._done.done():
+            self._done.result()
         if self._finished or index in self._have:
             return True
         assert self._handle is not None
@@ -142,13 +161,158 @@ class Download:
         if delete and not self._finished:
             await self._part.forget(delete=True)
 
-    async def _ready(self) -> None:
-        """Return when pieces can be taken; raise what ended the download."""
-        if not self._started.is_set():
-            started = asyncio.ensure_future(self._started.wait())
-            try:
-                await asyncio.wait([started, self._done], return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                started.cancel()
-        if self._done.done():
-            self._done.result()
+    # What the swarm does with it.
+
+    async def run(self) -> Handle | None:
+        """Carry the download to its end; the handle of the torrent, which seeds from then on, or None."""
+        self._owner = asyncio.current_task()
+        try:
+            handle = await self._fetch()
+        except asyncio.CancelledError:
+            await self._leave(clean=True)
+            self._done.set_exception(CancelledRequestError(f"the download of {self.torrent.name!r} was stopped"))
+            raise
+        except ShoalError as err:
+            await self._leave(clean=False)
+            self._done.set_exception(err)
+            return None
+        else:
+            self._finished = True
+            self._done.set_result(self._path)
+            return handle
+        finally:
+            self._settle(kept=self._finished)
+            self._ready.set()
+
+    async def _fetch(self) -> Handle:
+        fresh = await self._part.reserve()
+        resume, layer = await self._part.load()
+        self._layer = self._layer or layer
+        if not resume and not self._layer and self.torrent.pieces > 1:
+            fresh = True  # what a crash left cannot be checked without its piece layer
+        self._handle = await self._add(resume, fresh=fresh)
+        if self._layer:
+            await self._part.keep_layer(self._layer)
+        self.add_peers(tuple(self._peers))
+        while not self._complete:
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_TICK_S):
+                    await self._wake.wait()
+            if self._error:
+                raise self._error
+            await self._keep_layer()
+            if not self._complete:
+                await self._watch(self._handle)
+        await self._handle.flush()
+        await self._handle.rename(self._path)
+        await self._part.forget(delete=False)
+        return self._handle
+
+    async def _add(self, resume: bytes, *, fresh: bool) -> Handle:
+        handle = await self._session.add(
+            self.torrent,
+            self._part.path,
+            self._on_event,
+            piece_layer=self._layer,
+            resume=resume,
+            fresh=fresh,
+            exchange_peers=not self._watchdog.careful,
+        )
+        status = await handle.status()
+        self._have = {index for index, has in enumerate(status.pieces or ()) if has}
+        self._status = status
+        self._handle = handle
+        self._ready.set()
+        return handle
+
+    async def _keep_layer(self) -> None:
+        """Keep the piece layer as soon as peers have given all of it: a crash from then on costs little."""
+        now = time.monotonic()
+        if self._layer or not self._have or self.torrent.pieces == 1 or now < self._layer_due or not self._handle:
+            return
+        self._layer_due = now + 4 * _TICK_S
+        layer = (await self._handle.save(flush=False)).piece_layer
+        if fits(self.torrent, layer):
+            self._layer = layer
+            await self._part.keep_layer(layer)
+
+    async def _watch(self, handle: Handle) -> None:
+        now = time.monotonic()
+        if self._status:
+            self._watchdog.progressed(now, self._status.bytes_done)
+        match self._watchdog.verdict(now, self._peers):
+            case Verdict.RESTART:
+                await self._restart(handle)
+            case Verdict.CONNECT_NEXT:
+                self._connect_next()
+
+    async def _restart(self, handle: Handle) -> None:
+        _log.info("%s: begun anew after a stall, %d peers known", self.torrent.name, len(self._peers))
+        self._ready.clear()
+        saved = await handle.save(flush=True)
+        await self._session.remove(handle)
+        self._handle = None
+        self._settle(kept=False)
+        self._watchdog.restarted(time.monotonic())
+        await self._add(saved.data, fresh=False)
+        if self._watchdog.careful:
+            self._connect_next()
+        else:
+            self.add_peers(tuple(self._peers))
+
+    def _connect_next(self) -> None:
+        peer = self._watchdog.next_peer(time.monotonic(), self._peers)
+        if peer and self._handle:
+            self._handle.connect(peer)
+
+    async def _leave(self, *, clean: bool) -> None:
+        """Take the torrent out; after a clean stop what came is taken up again without a check."""
+        handle, self._handle = self._handle, None
+        if handle is None:
+            return
+        saved = None
+        if clean:
+            with contextlib.suppress(ShoalError):
+                saved = await handle.save(flush=True, timeout_s=_STOP_TIMEOUT_S)
+        await self._session.remove(handle)
+        if saved and saved.data:
+            with contextlib.suppress(OSError):
+                await self._part.keep_resume(saved.data)
+
+    def _on_event(self, event: Event) -> None:
+        match event:
+            case TorrentStatus():
+                self._status = event
+            case PieceFinished():
+                self._have.add(event.piece)
+                self._answer(event.piece, kept=True)
+                if not self._layer_due:  # the first piece: the piece layer is about to be whole
+                    self._wake.set()
+            case HashFailed():
+                if event.piece not in self._offered:
+                    self._watchdog.piece_failed()
+                self._answer(event.piece, kept=False)
+            case PeerBanned():
+                self._watchdog.piece_failed()
+            case FileFailed():
+                self._error = file_error(self._part.path, event.errno, event.message)
+                self._wake.set()
+            case Finished():
+                self._complete = True
+                self._wake.set()
+
+    def _answer(self, index: int, *, kept: bool) -> None:
+        for future in self._offered.pop(index, ()):
+            if not future.done():
+                future.set_result(kept)
+
+    def _settle(self, *, kept: bool) -> None:
+        for index in tuple(self._offered):
+            self._answer(index, kept=kept)
+
+
+def _retrieved(future: asyncio.Future[Path]) -> None:
+    # A download that nobody waits for may fail without a warning from asyncio.
+    if not future.cancelled():
+        future.exception()

@@ -27,7 +27,8 @@ class Handle:
         self.torrent = torrent
         self.path = path
         """Where its file is now."""
-        self._listener = listener
+        self.listener = listener
+        """Told of every event."""
         self._raw: Any = None
         self._waiting: defaultdict[type[Any], list[asyncio.Future[Any]]] = defaultdict(list)
 
@@ -42,7 +43,7 @@ class Handle:
         for future in self._waiting.pop(type(event), ()):
             if not future.done():
                 future.set_result(event)
-        self._listener(event)
+        self.listener(event)
 
     def fail(self, error: ShoalError) -> None:
         """End every wait with `error`."""

@@ -33,11 +33,14 @@ class PartFile:
         self._layer = state_dir / f"{torrent.info_hash}.layer"
         self._resume = state_dir / f"{torrent.info_hash}.resume"
 
-    async def reserve(self) -> None:
-        """Take the space that the file needs. Raises InsufficientDiskError and leaves no new file where there is none."""
-        await asyncio.to_thread(self._reserve_now)
+    async def reserve(self) -> bool:
+        """Take the space that the file needs. True: the part file is new.
 
-    def _reserve_now(self) -> None:
+        Raises InsufficientDiskError where there is no space; then a new part file is taken away again.
+        """
+        return await asyncio.to_thread(self._reserve_now)
+
+    def _reserve_now(self) -> bool:
         created = not self.path.exists()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,6 +53,7 @@ class PartFile:
             if created:
                 self.path.unlink(missing_ok=True)
             raise file_error(self.path, err.errno or 0, str(err)) from None
+        return created
 
     async def load(self) -> tuple[bytes, bytes]:
         """(resume data of a clean stop, piece layer), each empty where there is none that fits. Takes the first away."""

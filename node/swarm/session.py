@@ -67,6 +67,7 @@ class Session:
         *,
         piece_layer: bytes = b"",
         resume: bytes = b"",
+        fresh: bool = False,
         seed: bool = False,
         super_seeding: bool = False,
         exchange_peers: bool = True,
@@ -74,12 +75,14 @@ class Session:
         """Add a torrent whose file is `path`, and return when that file, if it is there, was looked through.
 
         With `seed` the file is taken to be whole, and each piece checked at its first upload. With `resume`
-        nothing is looked through. Raises InvalidShardError where the piece layer is not the content id's, and
+        nothing is looked through, nor with `fresh`, which says that the file holds nothing yet. Raises InvalidShardError where the piece layer is not the content id's, and
         what reading the file raised.
         """
         if torrent.info_hash in self._handles:
             raise BusyError(f"{torrent.name!r} is already in the swarm")
         params = _params(torrent, path, piece_layer, resume)
+        if fresh:
+            params.have_pieces = [False] * torrent.pieces
         flags = int(params.flags) & ~int(lt.torrent_flags.auto_managed | lt.torrent_flags.paused)
         flags &= ~int(lt.torrent_flags.seed_mode | lt.torrent_flags.super_seeding | lt.torrent_flags.disable_pex)
         flags |= int(lt.torrent_flags.disable_dht | lt.torrent_flags.disable_lsd | lt.torrent_flags.duplicate_is_error)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from node.transport.sender import Bytes
 from node.transport.settings import MAX_CHUNK_BYTES, TransportSettings
-from node.transport.wire import Data, Flag
+from node.transport.wire import ANSWER, END, Data, Reason
 from protocol.errors import PeerLostError, ShoalError
 
 DTYPES = {"float32": np.dtype("<f4"), "int32": np.dtype("<i4")}
@@ -98,13 +98,13 @@ class Receiver:
         Raises MalformedFrameError when the sender breaks the rules; the channel is then of no use any more.
         """
         self.heard_at = now
-        if data.flags & Flag.ANSWER:
+        if data.flags & ANSWER:
             self.ack_at = now
         if data.number < self.received or data.number in self._early:
             self.ack_at = min(self.ack_at, now + self._settings.ack_delay_s)
             return False
         _, messages, size_bytes = self._told
-        if data.number >= messages + (1 if data.flags & Flag.END else 0):
+        if data.number >= messages + (1 if data.flags & END else 0):
             raise MalformedFrameError(f"message {data.number} with credit for {messages}")
         chunk = _checked(data, shape, dtype, read, self._settings.max_frame_bytes)
         self._bytes += len(chunk.payload)
@@ -171,9 +171,10 @@ class Receiver:
 
     def _append(self, chunk: _Chunk) -> None:
         data = chunk.data
-        if data.flags & Flag.END:
-            if self._assembly is not None:
+        if data.flags & END:
+            if self._assembly is not None and data.sequence != Reason.CUT:
                 raise MalformedFrameError("the end in the middle of a tensor")
+            self._assembly = None
             self.ended = data.sequence
             return
         assembly = self._assembly
@@ -217,7 +218,7 @@ class Receiver:
 
 def _checked(data: Data, shape: Sequence[int], dtype: str, read: Callable[[], Bytes], max_bytes: int) -> _Chunk:
     known = DTYPES.get(dtype)
-    if data.flags & Flag.END:
+    if data.flags & END:
         return _Chunk(data, (), DTYPES["int32"], 0, np.empty(0, np.uint8))
     if known is None or len(shape) > MAX_DIMENSIONS or any(not 0 <= length <= max_bytes for length in shape):
         raise MalformedFrameError(f"a tensor of dtype {dtype[:20]!r} and {len(shape)} dimensions")

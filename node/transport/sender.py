@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from node.transport.settings import FIRST_BYTES, FIRST_MESSAGES, TransportSettings
-from node.transport.wire import Flag, Reason
+from node.transport.wire import ANSWER, END, Reason
 from protocol.errors import PeerLostError, ShoalError, TransportError
 
 Bytes = npt.NDArray[np.uint8]
@@ -107,7 +107,7 @@ class Sender:
         if not self.ending and self.error is None:
             self._frame = None
             self.ending = True
-            self._keep(Message(self._next, int(reason), 0, Flag.END | Flag.ANSWER, None, 0))
+            self._keep(Message(self._next, int(reason), 0, END | ANSWER, None, 0))
 
     def fill(self, now: float) -> list[Message]:
         """What may leave now, in order."""
@@ -118,7 +118,7 @@ class Sender:
                 break
             chunk = frame.data[frame.offset : frame.offset + size]
             body = self._seal(chunk, frame.shape, frame.dtype)
-            message = Message(self._next, frame.sequence, frame.offset, Flag.NONE, body, size)
+            message = Message(self._next, frame.sequence, frame.offset, 0, body, size)
             if not self._kept:
                 self._rest(now)
             self._keep(message)
@@ -129,9 +129,14 @@ class Sender:
                 self._frame = None
         return messages
 
-    def unsent_end(self) -> Message | None:
-        """The message that says the end, if there is one."""
+    @property
+    def end_message(self) -> Message | None:
+        """The message that says the end, until it is acknowledged."""
         return self._kept[-1] if self.ending and self._kept else None
+
+    def abandon(self) -> None:
+        """The receiver wants nothing more: what was not acknowledged is of no use."""
+        self._kept.clear()
 
     def acknowledged(self, received: int, messages: int, size_bytes: int, now: float) -> list[Message]:
         """The receiver's answer. Returns what must leave again because it fell before the inbox was open."""

@@ -17,8 +17,9 @@ import struct
 from dataclasses import dataclass
 
 VERSION = 1
-MAX_HEADER_BYTES = 8192
+MAX_HEADER_BYTES = 65536
 MAX_NAME_BYTES = 512
+MAX_CHANNEL_BYTES = 512
 KEY_BYTES = 32
 
 _ADDRESS = struct.Struct("<8s8s16s")
@@ -40,14 +41,11 @@ class Kind(enum.IntEnum):
     PULL = 6
 
 
-class Flag(enum.IntFlag):
-    """Bits of a Data entry."""
+ANSWER = 1
+"""Flag of a Data entry: the sender waits, acknowledge at once."""
 
-    NONE = 0
-    ANSWER = 1
-    """The sender waits: acknowledge at once."""
-    END = 2
-    """No chunk, but the end of the channel; `sequence` holds the reason."""
+END = 2
+"""Flag of a Data entry: no chunk, but the end of the channel; `sequence` holds the reason."""
 
 
 class Reason(enum.IntEnum):
@@ -58,6 +56,8 @@ class Reason(enum.IntEnum):
     MALFORMED = 2
     NOT_FOUND = 3
     LOST = 4
+    CUT = 5
+    """A tensor was given up half way."""
 
 
 @dataclass(frozen=True, slots=True)

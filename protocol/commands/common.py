@@ -67,14 +67,19 @@ def decode_params(kind: type[P], value: object) -> P:
     Keys, and values where text is declared, may come as bin, at any depth: some MessagePack libraries send all
     text so. Raises InvalidParamsError that names the offending field.
     """
-    if not isinstance(value, Mapping):
-        raise InvalidParamsError(f"params[0] must be a map of parameters, not {type(value).__name__}")
     declared = _inspect(kind)
     try:
-        return msgspec.convert(_with_text(value, declared), kind)
+        return msgspec.convert(_with_text(text_keys(value), declared), kind)
     except msgspec.ValidationError as err:
         known = ", ".join(field.encode_name for field in declared.fields) or "none"
         raise InvalidParamsError(f"{err}; the parameters are: {known}") from None
+
+
+def text_keys(value: object) -> dict[str, Any]:
+    """A map of parameters with keys of bin made text. Raises InvalidParamsError for what is no such map."""
+    if not isinstance(value, Mapping):
+        raise InvalidParamsError(f"params[0] must be a map of parameters, not {type(value).__name__}")
+    return dict(_with_text_keys(value))
 
 
 @functools.cache

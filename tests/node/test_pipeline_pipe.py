@@ -43,7 +43,7 @@ async def test_messages_come_whole_and_in_order_both_ways() -> None:
         for order in orders:
             daemon.send(order)
         assert [await at_process.messages.get() for _ in orders] == orders
-        token = Drawn(SessionToken(session="s", attempt=1, position=2, token=3, piece=b"\xff\x00", end=False))
+        token = Drawn(4, SessionToken(session="s", attempt=1, position=2, token=3, piece=b"\xff\x00", end=False))
         answers = [Ready("t"), Answer(1, Loaded(1, 2, 3, True, False, 4)), Answer(2), token]
         for answer in answers:
             process.send(answer)

@@ -1,0 +1,214 @@
+"""What the floors above call: announce, find, withdraw."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from node.discovery.announcer import Announcer, Subject
+from node.discovery.dht_protocol import DhtProtocol, contact_id
+from node.discovery.membership import Membership
+from node.discovery.overlay import Overlay
+from node.discovery.storage import RecordStorage
+from node.discovery.values import DhtStats, DiscoverySettings, FoundName, FoundNode, FoundProvider
+from protocol.ids import ManifestDigest, NodeId
+from protocol.manifest import SignedManifest
+from protocol.records import (
+    MAX_RECORD_BYTES,
+    Name,
+    NodeInfo,
+    Provider,
+    Record,
+    RecordKey,
+    bitmap_from_ids,
+    directory_key,
+    ids_from_bitmap,
+    manifest_key,
+    name_key,
+    nodes_key,
+)
+from protocol.signing import SigningKey
+
+log = logging.getLogger(__name__)
+
+WITHDRAW_S = 2.0
+"""How long leaving may take."""
+_PROVIDER_OVERHEAD_BYTES = 160
+"""Of a provider record, without host and bitmaps: key, signature, numbers, headers."""
+_RECEIVE_BUFFER_BYTES = 1 << 20
+
+
+class Discovery:
+    """One node of the DHT. Lookups find what this node announced itself, too, and also while it is alone.
+
+    No method raises for what peers do or do not do: a lookup gives what was found, an announcement that nobody
+    took is repeated until somebody does.
+    """
+
+    def __init__(
+        self,
+        settings: DiscoverySettings,
+        key: SigningKey,
+        protocol: DhtProtocol,
+        overlay: Overlay,
+        membership: Membership,
+        announcer: Announcer,
+    ) -> None:
+        self.node_id = key.node_id
+        self._settings = settings
+        self._protocol = protocol
+        self._overlay = overlay
+        self._membership = membership
+        self._announcer = announcer
+        self._shards: dict[ManifestDigest, set[Subject]] = {}
+        self._node: set[Subject] = set()
+        self._cut: set[ManifestDigest] = set()
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, settings: DiscoverySettings, key: SigningKey) -> AsyncIterator[Discovery]:
+        """Bind the port, join once, and stay joined in the background; on exit withdraw what was announced.
+
+        No bootstrap node needs to be there yet. Raises OSError where the address cannot be bound.
+        """
+        discovery = await cls._bind(settings, key)
+        failure: Exception | None = None
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                await discovery._membership.join()
+                work = [*discovery._membership.start(tasks), *discovery._announcer.start(tasks)]
+                try:
+                    yield discovery
+                except Exception as err:
+                    failure = err  # the user's own: it must not leave here inside the task group's ExceptionGroup
+                finally:
+                    for task in work:
+                        task.cancel()
+                    await discovery._announcer.withdraw_all(WITHDRAW_S)
+        finally:
+            discovery._protocol.transport.close()
+        if failure is not None:
+            raise failure
+
+    @classmethod
+    async def _bind(cls, settings: DiscoverySettings, key: SigningKey) -> Discovery:
+        # kademlia names every peer of every walk at INFO.
+        logging.getLogger("kademlia.crawling").setLevel(logging.WARNING)
+        storage = RecordStorage(contact_id(key.node_id))
+        protocol = DhtProtocol(key, storage, timeout_s=settings.rpc_timeout_s)
+        transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
+            lambda: protocol, local_addr=(settings.listen_host, settings.port), family=socket.AF_INET
+        )
+        # Twenty holders may answer with 8 KiB each at one moment.
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
+        overlay = Overlay(protocol, storage)
+        membership = Membership(settings, protocol, overlay)
+        announcer = Announcer(overlay, key, settings.record_ttl_s)
+        protocol.seen, protocol.lost = membership.seen, membership.alone
+        protocol.router.crowded = membership.crowded
+        membership.joined = announcer.welcome
+        return cls(settings, key, protocol, overlay, membership, announcer)
+
+    @property
+    def port(self) -> int:
+        """UDP port that is bound."""
+        return int(self._protocol.transport.get_extra_info("sockname")[1])
+
+    def stats(self) -> DhtStats:
+        return DhtStats(nodes=len(self._protocol.router), records=self._overlay.storage.count())
+
+    async def announce_node(self, info: NodeInfo) -> None:
+        """Say where this node is and what it has; refreshed with the latest that was given."""
+        self._node.add(await self._announcer.announce(nodes_key(self._settings.cluster), info))
+
+    async def announce_shards(
+        self,
+        signed: SignedManifest,
+        on_disk: frozenset[int],
+        loaded: frozenset[int],
+        rpc_port: int,
+        bt_port: int,
+    ) -> None:
+        """Say which shards of a manifest this node has, and what the manifest is called.
+
+        One provider record a manifest: each call replaces what the one before said. A model's or data set's name
+        also goes into the cluster's directory; a loose file is found by its file name.
+        """
+        manifest, digest, cluster = signed.manifest, signed.digest, self._settings.cluster
+        name = manifest.shards[0].filename if manifest.kind == "file" else manifest.name
+        naming = Name(name=name, kind=manifest.kind, digest=digest)
+        keys = [name_key(cluster, name)]
+        if manifest.kind != "file":
+            keys.append(directory_key(cluster))
+        provider = self._provider(digest, on_disk, loaded, rpc_port, bt_port)
+        subjects = await asyncio.gather(
+            self._announcer.announce(manifest_key(cluster, digest), provider),
+            *(self._announcer.announce(key, naming) for key in keys),
+        )
+        self._shards.setdefault(digest, set()).update(subjects)
+
+    async def withdraw_shards(self, digest: ManifestDigest) -> None:
+        """Take back what `announce_shards` said of this manifest; nothing happens where it said nothing."""
+        self._cut.discard(digest)
+        await self._announcer.withdraw(self._shards.pop(digest, set()))
+
+    async def find_providers(self, digest: ManifestDigest) -> list[FoundProvider]:
+        """The other nodes that have shards of a manifest, in random order; of very many a fair sample."""
+        found = [
+            FoundProvider(
+                node_id=record.publisher,
+                host=record.payload.host,
+                rpc_port=record.payload.rpc_port,
+                bt_port=record.payload.bt_port,
+                on_disk=ids_from_bitmap(record.payload.on_disk),
+                loaded=ids_from_bitmap(record.payload.loaded),
+            )
+            for record in await self._records(manifest_key(self._settings.cluster, digest))
+            if isinstance(record.payload, Provider) and record.publisher != self.node_id
+        ]
+        random.shuffle(found)
+        return found
+
+    async def find_name(self, name: str) -> list[FoundName]:
+        """What a model, data set or file name means; several where publishers differ."""
+        return [found for found in await self._names(name_key(self._settings.cluster, name)) if found.name == name]
+
+    async def list_names(self) -> list[FoundName]:
+        """The models and data sets of the cluster."""
+        return [found for found in await self._names(directory_key(self._settings.cluster)) if found.kind != "file"]
+
+    async def list_nodes(self) -> list[FoundNode]:
+        """The nodes of the cluster that announced themselves, this one included; by node id."""
+        records = await self._records(nodes_key(self._settings.cluster))
+        found = [FoundNode(r.publisher, r.payload) for r in records if isinstance(r.payload, NodeInfo)]
+        return sorted(found, key=lambda node: node.node_id)
+
+    async def _names(self, key: RecordKey) -> list[FoundName]:
+        publishers: dict[Name, set[NodeId]] = {}
+        for record in await self._records(key):
+            named = record.payload
+            if isinstance(named, Name):
+                publishers.setdefault(named, set()).add(record.publisher)
+        found = [FoundName(n.name, n.kind, n.digest, tuple(sorted(by))) for n, by in publishers.items()]
+        return sorted(found, key=lambda name: (name.name, name.digest))
+
+    async def _records(self, key: RecordKey) -> list[Record]:
+        await self._membership.join_if_alone()
+        return await self._overlay.records(key)
+
+    def _provider(
+        self, digest: ManifestDigest, on_disk: frozenset[int], loaded: frozenset[int], rpc_port: int, bt_port: int
+    ) -> Provider:
+        host = self._settings.advertise_host
+        room = MAX_RECORD_BYTES - _PROVIDER_OVERHEAD_BYTES - len(host)
+        loaded_bits = bitmap_from_ids(loaded)[:room]
+        on_disk_bits = bitmap_from_ids(on_disk)
+        room -= len(loaded_bits)
+        if len(on_disk_bits) > room and digest not in self._cut:
+            self._cut.add(digest)
+            log.warning("manifest %s has so many shards that only the first %d can be announced", digest, room * 8)
+        return Provider(host=host, rpc_port=rpc_port, bt_port=bt_port, on_disk=on_disk_bits[:room], loaded=loaded_bits)

@@ -1,0 +1,74 @@
+"""The arrays of a `llama_batch`, made once and filled for every decode; all shards of a run share them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """What one session puts into a `forward`."""
+
+    sequence: int
+    """From `open_sequence`."""
+    position: int
+    """Of the first value; the session's values before it went through in earlier calls."""
+    values: NDArray[np.int32] | NDArray[np.float32]
+    """int32 [n] tokens for a model's first shard, float32 [n, n_embd] hidden states for the others."""
+    logits_for_last: bool = True
+    """On the last shard: whether the logits after the last value are wanted."""
+
+
+class TokenBatch:
+    """Positions, sequences and output marks of up to `capacity` tokens."""
+
+    def __init__(self, capacity: int) -> None:
+        self.n = 0
+        self.n_sequences = 0
+        self.starts: list[tuple[int, int]] = []
+        """(sequence, position) of every slot."""
+        self.tokens: NDArray[np.int32] = np.zeros(capacity, np.int32)
+        self._pos = np.zeros(capacity, np.int32)
+        self._sequences = np.zeros(capacity, np.int32)
+        self._wanted = np.zeros(capacity, np.int8)
+        self._every = np.ones(capacity, np.int8)
+        self._ones = np.ones(capacity, np.int32)
+        # seq_id is an array of pointers, one a token, each to that token's only sequence id.
+        first = self._sequences.ctypes.data
+        self._pointers = (first + 4 * np.arange(capacity)).astype(np.uintp)
+        self._steps = np.arange(capacity, dtype=np.int32)
+        self.token_address = self.tokens.ctypes.data
+        self.pos_address = self._pos.ctypes.data
+        self.n_seq_id_address = self._ones.ctypes.data
+        self.seq_id_address = self._pointers.ctypes.data
+        self.wanted_address = self._wanted.ctypes.data
+        self.every_address = self._every.ctypes.data
+
+    def begin(self) -> None:
+        self.n = self.n_sequences = 0
+        self.starts.clear()
+
+    def add_token(self, sequence: int, position: int, *, wanted: bool) -> None:
+        """One token of a sequence; its value is written to `tokens`, or a row of hidden state, by the caller."""
+        n = self.n
+        self._pos[n] = position
+        self._sequences[n] = sequence
+        self._wanted[n] = wanted
+        self._close(sequence, position, 1)
+
+    def add_tokens(self, sequence: int, position: int, count: int, *, wanted: bool) -> None:
+        """`count` tokens from `position` on; `wanted` marks the last one as an output."""
+        n, end = self.n, self.n + count
+        self._pos[n:end] = self._steps[:count] + position
+        self._sequences[n:end] = sequence
+        self._wanted[n:end] = 0
+        self._wanted[end - 1] = wanted
+        self._close(sequence, position, count)
+
+    def _close(self, sequence: int, position: int, count: int) -> None:
+        self.n += count
+        self.n_sequences += 1
+        self.starts.append((sequence, position))

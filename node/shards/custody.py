@@ -1,0 +1,113 @@
+"""What becomes of a shard that is here: looked through again, found wrong, or given up."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from pathlib import Path
+
+from node.shards.admission import Admission
+from node.shards.catalog import Catalog, ShardFile
+from node.shards.folders import remove_if_empty
+from node.shards.hasher import FileChangedError, Hasher
+from node.shards.holding import shard_path
+from node.shards.index import Index
+from node.shards.loader import Loader
+from node.shards.seeds import Seeds
+from node.shards.space import part_of
+from node.shards.survey import Survey
+from node.swarm.torrent import Torrent
+from protocol.errors import InvalidShardError, ShardInUseError, ShardNotFoundError
+from protocol.ids import ContentId
+from protocol.manifest import ShardEntry, SignedManifest
+
+
+class Custody:
+    """Verifies and evicts, and takes a file out of circulation as soon as it is known to be wrong."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        index: Index,
+        seeds: Seeds,
+        admission: Admission,
+        survey: Survey,
+        loader: Loader,
+        hasher: Hasher,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self._catalog = catalog
+        self._index = index
+        self._seeds = seeds
+        self._admission = admission
+        self._survey = survey
+        self._loader = loader
+        self._hasher = hasher
+        self._tasks = tasks
+
+    async def evict(self, signed: SignedManifest, entry: ShardEntry) -> Path:
+        """Delete a shard's file, and what an unfinished download left of it. Returns where it was."""
+        digest, shard_id = signed.digest, entry.shard_id
+        name = f"shard {shard_id} of {signed.manifest.name!r}"
+        if shard_id in self._catalog.loaded(digest):
+            raise ShardInUseError(f"{name} is loaded: unload it first")
+        if self._loader.is_fetching(digest, shard_id):
+            raise ShardInUseError(f"{name} is being fetched: cancel that first")
+        async with self._loader.alone_with(entry.content_id):
+            folder = self._catalog.folder_of(digest)
+            gone: list[Path] = []
+            for file in self._catalog.of_shard(digest, shard_id):
+                await self._admission.withdraw(file)
+                await asyncio.to_thread(_unlink, file.path)
+                await asyncio.to_thread(self._index.forget, file.path)
+                self._catalog.forget(file.path)
+                gone.append(file.path)
+            if folder:
+                path = shard_path(folder, entry)
+                left_over = await asyncio.to_thread(_unlink, part_of(path))
+                gone += [path] if left_over else []
+            if not gone:
+                raise ShardNotFoundError(f"{name} is not on this node; LIST_FILES shows what is")
+            if folder and self._catalog.folders()[folder].holding.fetched:
+                await asyncio.to_thread(remove_if_empty, folder)
+                self._survey.poke()
+        return gone[0]
+
+    async def verify(self, signed: SignedManifest, entry: ShardEntry) -> ContentId | None:
+        """Hash a shard's file again. Returns what it holds, None where it cannot be read."""
+        file = next(iter(self._catalog.of_shard(signed.digest, entry.shard_id)), None)
+        if file is None or file.state == "downloading":
+            raise ShardNotFoundError(f"shard {entry.shard_id} of {signed.manifest.name!r} is not on this node")
+        try:
+            hashed = await self._hasher.hash(file.path, entry.kind, check=False)
+        except (OSError, FileChangedError, InvalidShardError) as err:
+            self.distrust(file, f"{file.path.name} cannot be read whole: {err}")
+            return None
+        found = hashed.content.content_id
+        if found != entry.content_id:
+            self.distrust(file, f"{file.path.name} holds content {found}, its manifest says {entry.content_id}")
+        return found
+
+    def on_invalid(self, torrent: Torrent, reason: str) -> None:
+        """The swarm noticed that a file which it seeds is not what it was."""
+        path = self._seeds.seeded_path(torrent)
+        for file in self._catalog.of_torrent(torrent):
+            if file.path == path:
+                self.distrust(file, f"{file.path.name} is not what was hashed: {reason}")
+
+    def distrust(self, file: ShardFile, error: str) -> None:
+        """A file that was good is not: from now on it is invalid, and soon neither seeded nor remembered."""
+        if self._catalog.get(file.path) is file and file.state == "seeding":
+            self._catalog.invalidate(file, error)
+            self._tasks.create_task(self._stop_seeding(file), name=f"withdraw {file.path.name}")
+
+    async def _stop_seeding(self, file: ShardFile) -> None:
+        await asyncio.to_thread(self._index.forget, file.path)
+        await self._seeds.stop(file)
+
+
+def _unlink(path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        path.unlink()
+        return True
+    return False

@@ -1,0 +1,238 @@
+"""What a name, a digest, or a description of a shard means: here first, then in the cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from node.shards.catalog import Catalog
+from node.shards.ports import Discovery, FetchManifest, FoundProvider
+from node.shards.settings import ShardsSettings
+from protocol.commands.common import ShardSelector
+from protocol.errors import (
+    AmbiguousNameError,
+    InvalidParamsError,
+    NoSourceError,
+    ShardNotFoundError,
+    ShoalError,
+    UnknownNameError,
+)
+from protocol.ids import ManifestDigest
+from protocol.manifest import ShardEntry, SignedManifest
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["model", "dataset"]
+FETCHED_MANIFESTS = 64
+"""Kept in memory, of which this node holds no shard."""
+SEARCHED_MANIFESTS = 100
+"""Of the cluster, at most, for a shard of which only the file name or the content is known."""
+SHOWN_NAMES = 20
+_DIGEST = re.compile(r"[0-9a-f]{8,64}")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Candidate:
+    """A manifest that a name may mean."""
+
+    name: str
+    kind: str
+    digest: ManifestDigest
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.digest[:12]}"
+
+
+class Names:
+    """Resolves names against the catalog and discovery."""
+
+    def __init__(
+        self, settings: ShardsSettings, catalog: Catalog, discovery: Discovery, fetch_manifest: FetchManifest
+    ) -> None:
+        self._settings = settings
+        self._catalog = catalog
+        self._discovery = discovery
+        self._fetch_manifest = fetch_manifest
+        self._fetched: OrderedDict[ManifestDigest, SignedManifest] = OrderedDict()
+
+    async def resolve(self, kind: Kind | None, name: str | None) -> SignedManifest:
+        """The manifest of `name`, `name@digest` or a digest; without a name, of the only model of the cluster.
+
+        Raises UnknownNameError, AmbiguousNameError, and NoSourceError where nobody gives the manifest out.
+        """
+        if name is None:
+            return await self._only(kind or "model")
+        plain, digest = split_name(name)
+        local = [
+            Candidate(holding.manifest.name, holding.manifest.kind, holding.digest)
+            for holding in self._catalog.holdings()
+        ]
+        chosen = _fitting(local, kind, plain, digest)
+        if not chosen:
+            chosen = await self._insist(lambda: self._find(kind, plain, digest))
+        if not chosen:
+            known = ", ".join(await self._known(kind)) or "none"
+            raise UnknownNameError(
+                f"no {kind or 'model, data set or file'} {name!r} is known here or in the cluster; known are: {known}",
+                {"name": name},
+            )
+        return await self.manifest(_the_one(chosen, f"{name!r} is the name of"))
+
+    async def _only(self, kind: Kind) -> SignedManifest:
+        chosen = await self._insist(lambda: self._all(kind))
+        if not chosen:
+            raise UnknownNameError(f"the cluster has no {kind} yet: publish one, or wait for its node to be found")
+        return await self.manifest(_the_one(chosen, f"name the {kind}: the cluster has"))
+
+    async def _all(self, kind: Kind) -> set[Candidate]:
+        found = {Candidate(item.name, item.kind, item.digest) for item in await self._discovery.list_names()}
+        for holding in self._catalog.holdings():
+            found.add(Candidate(holding.manifest.name, holding.manifest.kind, holding.digest))
+        return {candidate for candidate in found if candidate.kind == kind}
+
+    async def _find(self, kind: Kind | None, plain: str, digest: str) -> set[Candidate]:
+        found = [Candidate(item.name, item.kind, item.digest) for item in await self._discovery.find_name(plain)]
+        chosen = _fitting(found, kind, plain, digest)
+        if not chosen and len(digest) == 64 and await self._discovery.find_providers(ManifestDigest(digest)):
+            return {Candidate(plain, kind or "manifest", ManifestDigest(digest))}
+        return chosen
+
+    async def _insist(self, look: Callable[[], Awaitable[set[Candidate]]]) -> set[Candidate]:
+        """Look again for a while: an announcement may be on its way."""
+        give_up = asyncio.get_running_loop().time() + self._settings.name_timeout_s
+        pause = 0.1
+        while not (found := await look()) and asyncio.get_running_loop().time() + pause < give_up:
+            await asyncio.sleep(pause)
+            pause *= 2
+        return found
+
+    async def _known(self, kind: Kind | None) -> list[str]:
+        found = await self._all("model") if kind != "dataset" else set()
+        if kind != "model":
+            found |= await self._all("dataset")
+        return [str(candidate) for candidate in sorted(found)[:SHOWN_NAMES]]
+
+    async def manifest(self, digest: ManifestDigest) -> SignedManifest:
+        """The manifest with this digest, from here or from a provider. Raises NoSourceError where nobody gives it."""
+        holding = self._catalog.holding(digest)
+        if holding:
+            return holding.signed
+        if digest in self._fetched:
+            self._fetched.move_to_end(digest)
+            return self._fetched[digest]
+        failures: list[str] = []
+        for provider in await self._providers(digest):
+            try:
+                signed = await self._fetch_manifest(provider, digest)
+            except ShoalError as err:
+                failures.append(f"{provider.host}:{provider.rpc_port}: {err.message}")
+                continue
+            self._fetched[digest] = signed
+            while len(self._fetched) > FETCHED_MANIFESTS:
+                self._fetched.popitem(last=False)
+            return signed
+        raise NoSourceError(
+            f"nobody gives out manifest {digest}: {'; '.join(failures[:5]) or 'it has no provider now'}; try again",
+            {"digest": digest},
+        )
+
+    async def _providers(self, digest: ManifestDigest) -> list[FoundProvider]:
+        return list(await self._discovery.find_providers(digest))
+
+    async def select(self, selector: ShardSelector) -> tuple[SignedManifest, ShardEntry]:
+        """The shard that a selector means: by manifest and id, by content id, or by file name.
+
+        Raises InvalidParamsError for another combination, AmbiguousNameError, UnknownNameError, ShardNotFoundError.
+        """
+        name = selector.model or selector.dataset
+        by_place = selector.shard_id is not None
+        by_content, by_file = selector.content_id is not None, selector.filename is not None
+        if (selector.model and selector.dataset) or (by_place + by_content + by_file) != 1 or (name and not by_place):
+            raise InvalidParamsError(
+                "name a shard by `model` or `dataset` and `shard_id`, or by `content_id` alone, or by `filename` alone"
+            )
+        if selector.shard_id is not None:
+            kind: Kind = "dataset" if selector.dataset else "model"
+            signed = await self.resolve(kind, name)
+            return signed, signed.manifest.shard(selector.shard_id)
+
+        def fits(entry: ShardEntry) -> bool:
+            return entry.content_id == selector.content_id if by_content else entry.filename == selector.filename
+
+        what = f"content {selector.content_id}" if by_content else f"file {selector.filename!r}"
+        found = _matches((holding.signed for holding in self._catalog.holdings()), fits)
+        if not found:
+            found = _matches(await self._cluster(selector.filename), fits)
+        if not found:
+            raise ShardNotFoundError(f"no shard here or in the cluster is {what}; LIST_FILES shows what is here")
+        if len({entry.content_id for _, entry in found}) > 1:
+            raise AmbiguousNameError(
+                f"{what} is a shard of several manifests: name one of them and its shard_id",
+                {"candidates": [_described(signed, entry) for signed, entry in found[:SHOWN_NAMES]]},
+            )
+        return found[0]
+
+    async def _cluster(self, filename: str | None) -> list[SignedManifest]:
+        """Manifests of the cluster that may have a shard of that file name, or any."""
+        found = {item.digest for item in await self._discovery.list_names()}
+        if filename is not None:
+            found |= {item.digest for item in await self._discovery.find_name(filename)}
+        manifests: list[SignedManifest] = []
+        for digest in sorted(found)[:SEARCHED_MANIFESTS]:
+            try:
+                manifests.append(await self.manifest(digest))
+            except ShoalError as err:
+                log.info("left out of a search: %s", err)
+        return manifests
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Split `name@digest` into both; the digest is empty where there is none. A bare digest is both."""
+    plain, at, digest = name.rpartition("@")
+    if at and plain and _DIGEST.fullmatch(digest):
+        return plain, digest
+    return name, name if re.fullmatch(r"[0-9a-f]{64}", name) else ""
+
+
+def _fitting(candidates: Iterable[Candidate], kind: Kind | None, plain: str, digest: str) -> set[Candidate]:
+    return {
+        candidate
+        for candidate in candidates
+        if (kind is None or candidate.kind == kind)
+        and ((candidate.name == plain and candidate.digest.startswith(digest)) or candidate.digest == plain)
+    } or {
+        candidate
+        for candidate in candidates
+        if (kind is None or candidate.kind == kind) and digest and candidate.name == f"{plain}@{digest}"
+    }
+
+
+def _the_one(candidates: set[Candidate], found: str) -> ManifestDigest:
+    if len({candidate.digest for candidate in candidates}) > 1:
+        shown = [str(candidate) for candidate in sorted(candidates)]
+        raise AmbiguousNameError(
+            f"{found} {len(shown)}: {', '.join(shown[:SHOWN_NAMES])}; ask for one of them as name@digest",
+            {"candidates": shown[:SHOWN_NAMES]},
+        )
+    return next(iter(candidates)).digest
+
+
+def _matches(
+    manifests: Iterable[SignedManifest], fits: Callable[[ShardEntry], bool]
+) -> list[tuple[SignedManifest, ShardEntry]]:
+    return [(signed, entry) for signed in manifests for entry in signed.manifest.shards if fits(entry)]
+
+
+def _described(signed: SignedManifest, entry: ShardEntry) -> dict[str, object]:
+    manifest = signed.manifest
+    return {
+        manifest.kind: f"{manifest.name}@{signed.digest[:12]}",
+        "shard_id": entry.shard_id,
+        "filename": entry.filename,
+        "content_id": entry.content_id,
+    }

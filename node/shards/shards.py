@@ -1,0 +1,264 @@
+"""`Shards`: what the floors above ask of this room."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from node.shards.admission import Admission
+from node.shards.announcer import Announcer
+from node.shards.catalog import Catalog, ShardFile
+from node.shards.custody import Custody
+from node.shards.fetching import FetchedShard, OnProgress
+from node.shards.hasher import Hasher
+from node.shards.holding import Holding
+from node.shards.index import Index
+from node.shards.loader import Loader
+from node.shards.names import Kind, Names
+from node.shards.ports import Discovery, FetchManifest, Swarm
+from node.shards.remember import Remember
+from node.shards.seeds import Seeds
+from node.shards.settings import ShardsSettings
+from node.shards.survey import Survey
+from node.shards.watch import watch
+from protocol.commands.common import ShardSelector
+from protocol.commands.nodes import DownloadStatus
+from protocol.commands.shards import FileInfo, FileState
+from protocol.ids import ContentId, ManifestDigest
+from protocol.manifest import ShardEntry, SignedManifest
+from protocol.signing import SigningKey
+
+INDEX_FILENAME = "index.sqlite"
+
+
+class Shards:
+    """The shards of this node. Opened by `async with Shards.open(...)`."""
+
+    def __init__(
+        self,
+        settings: ShardsSettings,
+        swarm: Swarm,
+        discovery: Discovery,
+        fetch_manifest: FetchManifest,
+        key: SigningKey,
+        rpc_port: int,
+        index: Index,
+        hashers: tuple[Hasher, Hasher],
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self._settings = settings
+        self._tasks = tasks
+        self._index = index
+        self._reader, self._urgent = hashers
+        self._catalog = Catalog()
+        self._seeds = Seeds(swarm, index)
+        self._admission = Admission(settings, self._catalog, index, self._reader, self._seeds, key)
+        self._survey = Survey(settings, self._catalog, self._admission, key)
+        self._remember = Remember(self._catalog, index, self._reader)
+        self._announcer = Announcer(self._catalog, discovery, rpc_port, swarm.port)
+        self._names = Names(settings, self._catalog, discovery, fetch_manifest)
+        self._loader = Loader(
+            settings,
+            self._catalog,
+            self._survey,
+            self._seeds,
+            self._remember,
+            self._urgent,
+            swarm,
+            discovery,
+            tasks,
+        )
+        self._custody = Custody(
+            self._catalog,
+            index,
+            self._seeds,
+            self._admission,
+            self._survey,
+            self._loader,
+            self._urgent,
+            tasks,
+        )
+        swarm.on_invalid = self._custody.on_invalid
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        settings: ShardsSettings,
+        *,
+        swarm: Swarm,
+        discovery: Discovery,
+        fetch_manifest: FetchManifest,
+        key: SigningKey,
+        rpc_port: int,
+    ) -> AsyncIterator[Shards]:
+        """Begin to look at the shards folder, and go on with it until the context ends.
+
+        Returns at once, whatever there is to hash. `fetch_manifest(provider, digest)` asks a provider that discovery
+        found for a manifest, and checks it. `rpc_port` is what others are told of this node.
+        """
+        settings = await asyncio.to_thread(_with_folders, settings)
+        index = await asyncio.to_thread(Index, settings.data_dir / INDEX_FILENAME)
+        hashers = Hasher(), Hasher()
+        failure: Exception | None = None
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                shards = cls(settings, swarm, discovery, fetch_manifest, key, rpc_port, index, hashers, tasks)
+                background = [
+                    tasks.create_task(shards._survey.run(), name="survey"),
+                    tasks.create_task(shards._admission.run(shards._survey.poke), name="admission"),
+                    tasks.create_task(shards._remember.run(shards._custody.distrust), name="remember"),
+                    tasks.create_task(shards._announcer.run(), name="announcer"),
+                    tasks.create_task(watch(settings.shards_dir, shards._survey.poke), name="watch"),
+                ]
+                try:
+                    yield shards
+                except Exception as err:
+                    failure = err  # The group would wrap it.
+                finally:
+                    swarm.on_invalid = None
+                    for fetch in shards._loader.fetches():
+                        fetch.abandon()
+                    for task in background:
+                        task.cancel()
+            if failure:
+                raise failure
+        finally:
+            for hasher in hashers:
+                await hasher.close()
+            await asyncio.to_thread(index.close)
+
+    # What is here
+
+    def files(self) -> list[FileInfo]:
+        """Every shard file of this node, by name."""
+        return sorted(map(self._info, self._catalog.files()), key=lambda info: info.filename)
+
+    def manifests(self) -> list[SignedManifest]:
+        """The manifests that this node holds, also those of which no shard is here."""
+        return [holding.signed for holding in self._catalog.holdings()]
+
+    def manifest(self, digest: ManifestDigest) -> SignedManifest | None:
+        """A manifest that this node holds."""
+        holding = self._catalog.holding(digest)
+        return holding.signed if holding else None
+
+    def on_disk(self, digest: ManifestDigest) -> frozenset[int]:
+        """Ids of the shards of a manifest that are here, checked."""
+        return self._catalog.on_disk(digest)
+
+    def path_of(self, signed: SignedManifest, entry: ShardEntry) -> Path | None:
+        """The file of a shard, if it is here and checked."""
+        files = self._catalog.of_shard(signed.digest, entry.shard_id)
+        return next((file.path for file in files if file.state == "seeding"), None)
+
+    def downloads(self) -> list[DownloadStatus]:
+        return [
+            DownloadStatus(
+                filename=fetch.entry.filename,
+                content_id=fetch.entry.content_id,
+                bytes_done=fetch.progress.bytes_done,
+                bytes_total=fetch.progress.bytes_total,
+                rate_bytes_s=fetch.progress.rate_bytes_s,
+                peers=fetch.progress.peers,
+            )
+            for fetch in self._loader.fetches()
+        ]
+
+    @property
+    def hashed_bytes(self) -> int:
+        """Read and hashed since the start."""
+        return self._reader.hashed_bytes + self._urgent.hashed_bytes
+
+    async def settled(self) -> None:
+        """Wait until every file that is here is seeded or invalid, hashes are kept, and others were told."""
+        await self._catalog.wait_until(
+            lambda: (
+                self._survey.done_once
+                and all(file.state in ("seeding", "invalid") for file in self._catalog.files())
+                and self._remember.idle
+                and self._announcer.idle
+            )
+        )
+
+    # What is meant
+
+    async def resolve(self, kind: Kind | None, name_or_digest: str | None) -> SignedManifest:
+        """See `Names.resolve`."""
+        return await self._names.resolve(kind, name_or_digest)
+
+    async def select(self, selector: ShardSelector) -> tuple[SignedManifest, ShardEntry]:
+        """See `Names.select`."""
+        return await self._names.select(selector)
+
+    # What is done
+
+    async def fetch(
+        self, signed: SignedManifest, entry: ShardEntry, on_progress: OnProgress | None = None
+    ) -> FetchedShard:
+        """Have a shard here and checked, from wherever it is.
+
+        Raises NoSourceError, InsufficientDiskError, InvalidShardError, InvalidManifestError for names that cannot be
+        written here. Cancelling the caller ends the download unless others wait for it.
+        """
+        return await self._loader.fetch(self._holding(signed), entry, on_progress)
+
+    async def evict(self, signed: SignedManifest, entry: ShardEntry) -> Path:
+        """Stop to seed a shard and delete its file, or what an unfinished download left of it.
+
+        Returns where it was. Raises ShardInUseError while a stage has it or it is downloaded, ShardNotFoundError.
+        """
+        return await self._custody.evict(signed, entry)
+
+    async def verify(self, signed: SignedManifest, entry: ShardEntry) -> ContentId | None:
+        """Hash a shard's file again. Returns what it holds, None where it cannot be read; a wrong one is invalid then.
+
+        Raises ShardNotFoundError where it is not here.
+        """
+        return await self._custody.verify(signed, entry)
+
+    async def set_loaded(self, digest: ManifestDigest, shard_ids: frozenset[int]) -> None:
+        """A stage has exactly these shards of a manifest loaded now; others are told."""
+        self._catalog.set_loaded(digest, shard_ids)
+
+    # How it is done
+
+    def _holding(self, signed: SignedManifest) -> Holding:
+        digest = signed.digest
+        return self._catalog.holding(digest) or Holding(signed)
+
+    def _info(self, file: ShardFile) -> FileInfo:
+        entry, manifest = file.entry, file.holding.manifest if file.holding else None
+        name = os.fsencode(file.path.relative_to(self._settings.shards_dir)).decode(errors="replace")
+        state: FileState = file.state
+        if (
+            state == "seeding"
+            and entry
+            and file.holding
+            and entry.shard_id in self._catalog.loaded(file.holding.digest)
+        ):
+            state = "loaded"
+        size = file.fingerprint.size if file.fingerprint else 0
+        return FileInfo(
+            filename=name,
+            size=entry.size if entry and file.state != "invalid" else size,
+            kind=file.kind,
+            state=state,
+            info_hash=file.torrent.info_hash if file.torrent else None,
+            content_id=entry.content_id if entry else None,
+            model=manifest.name if manifest and manifest.kind == "model" else None,
+            dataset=manifest.name if manifest and manifest.kind == "dataset" else None,
+            shard_id=entry.shard_id if entry else None,
+            error=file.error,
+        )
+
+
+def _with_folders(settings: ShardsSettings) -> ShardsSettings:
+    """Make the two folders; their real paths, so that links out of them can be told."""
+    settings.shards_dir.mkdir(parents=True, exist_ok=True)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    return replace(settings, shards_dir=settings.shards_dir.resolve(), data_dir=settings.data_dir.resolve())

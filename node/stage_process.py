@@ -1,0 +1,101 @@
+"""Composition root of an engine process: `python -m node.stage_process`, started by `node.pipeline.process`.
+
+Engine, transport and worker, and a pipe to the daemon. Nothing is read from stdin; stdout goes where stderr goes,
+because tensor_iroh prints there. The process ends when the daemon says so, when the pipe ends, or with the daemon.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import msgspec
+
+if TYPE_CHECKING:
+    from node.transport import TransportStats
+
+_PR_SET_PDEATHSIG = 1
+"""linux/prctl.h."""
+_LAST_MOMENTS_S = 1.5
+"""For a clean end; a forward in progress is not waited for longer."""
+
+
+def main() -> None:
+    """Take over the daemon's end of a socketpair and serve it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--engine", required=True)
+    args = parser.parse_args()
+    os.dup2(2, 1)
+    _die_with(args.parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the daemon ends us in order
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine[%(process)d] %(message)s")
+    with socket.socket(fileno=args.fd) as sock:
+        asyncio.run(_serve(sock, args.engine))
+
+
+async def _serve(sock: socket.socket, engine_settings: str) -> None:
+    # Imported here: the process is tied to its parent, and its stdout out of the way, before libraries load.
+    from node.pipeline.batching import EngineThread
+    from node.pipeline.channels import Channels
+    from node.pipeline.engine import Engine, EngineSettings
+    from node.pipeline.pipe import Pipe, Ready, Request
+    from node.pipeline.worker import Worker, WorkerSettings
+    from node.transport import IrohEndpoint, TransportSettings
+
+    settings = msgspec.json.decode(engine_settings, type=EngineSettings)
+    # Made in the main thread, first: the CPUs it is pinned to are those of every thread that starts later.
+    engine = Engine(settings)
+    async with (
+        IrohEndpoint.open(TransportSettings()) as endpoint,
+        EngineThread(engine) as thread,
+    ):
+        pipe: Pipe[Request]
+        worker = Worker(
+            thread,
+            Channels(endpoint),
+            WorkerSettings(ctx_size=settings.ctx_size, max_sessions=settings.max_sessions),
+            lambda message: pipe.send(message),
+            transport_stats=lambda: _figures(endpoint.stats()),
+        )
+        async with worker:
+            pipe = await Pipe.over(sock, Request, worker.handle, lambda _: worker.stopped.set())
+            pipe.send(Ready(endpoint.ticket))
+            await worker.stopped.wait()
+            end = threading.Timer(_LAST_MOMENTS_S, os._exit, (1,))
+            end.daemon = True
+            end.start()
+
+
+def _figures(stats: TransportStats) -> dict[str, int]:
+    """As STATUS names them."""
+    counters = stats.counters
+    dropped = counters.dropped_malformed + counters.dropped_unauthentic + counters.dropped_late
+    return {
+        "sent_frames": counters.frames_sent,
+        "sent_bytes": counters.bytes_sent,
+        "received_frames": counters.frames_received,
+        "received_bytes": counters.bytes_received,
+        "dropped_frames": dropped,
+        "peers": stats.peers,
+    }
+
+
+def _die_with(parent: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("the daemon that started this engine process is gone")
+
+
+if __name__ == "__main__":
+    main()

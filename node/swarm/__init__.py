@@ -1,0 +1,28 @@
+"""Shards between nodes, by BitTorrent v2. The only room that knows libtorrent.
+
+torrent    a shard as a torrent; peers and pieces as plain values
+settings   what a node may choose, and what that means to libtorrent
+alerts     libtorrent's alerts by file descriptor, as frozen events
+handle     one torrent in the session: commands, and awaited answers
+session    the libtorrent session: opened, asked, closed
+part_file  a download on disk, and what continues it after a stop or a crash
+watchdog   when a download begins anew, one peer at a time
+download   from reserved space to a checked file
+swarm      all seeds and downloads of a node
+"""
+
+from node.swarm.download import Download, DownloadProgress
+from node.swarm.settings import SwarmSettings
+from node.swarm.swarm import Swarm, SwarmStats
+from node.swarm.torrent import PeerAddress, Piece, Torrent
+
+__all__ = [
+    "Download",
+    "DownloadProgress",
+    "PeerAddress",
+    "Piece",
+    "Swarm",
+    "SwarmSettings",
+    "SwarmStats",
+    "Torrent",
+]

@@ -1,0 +1,176 @@
+"""The swarm: every torrent that this node seeds or downloads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from node.swarm.alerts import Event, FileFailed, StateChanged
+from node.swarm.download import Download
+from node.swarm.handle import Handle
+from node.swarm.part_file import PartFile
+from node.swarm.session import Session
+from node.swarm.settings import SwarmSettings
+from node.swarm.torrent import Torrent
+from protocol.errors import InvalidShardError
+from protocol.ids import InfoHash
+
+_log = logging.getLogger(__name__)
+
+_REFRESH_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmStats:
+    """Totals since the swarm was opened, at most a second old."""
+
+    uploaded_bytes: int
+    """Payload sent to peers."""
+    downloaded_bytes: int
+    """Payload received from peers, with what was thrown away."""
+    peers: int
+    """Connections now, over all torrents."""
+    torrents: int
+    """Seeding and downloading."""
+
+
+class Swarm:
+    """Seeds and downloads of one node. Opened by `async with Swarm.open(settings)`."""
+
+    def __init__(self, settings: SwarmSettings, session: Session, tasks: asyncio.TaskGroup) -> None:
+        self.on_invalid: Callable[[Torrent, str], None] | None = None
+        """Called with a torrent whose file was found changed or unreadable, and why; it is not seeded any more."""
+        self._settings = settings
+        self._session = session
+        self._tasks = tasks
+        self._seeds: dict[InfoHash, Handle] = {}
+        self._downloads: dict[InfoHash, Download] = {}
+        self._seeding = asyncio.Lock()
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(cls, settings: SwarmSettings) -> AsyncIterator[Swarm]:
+        """Listen and serve until the context ends; unfinished downloads are kept for the next time.
+
+        Raises UnreachableError where the address cannot be listened on.
+        """
+        await asyncio.to_thread(settings.state_dir.mkdir, parents=True, exist_ok=True)
+        failure: Exception | None = None
+        async with Session.open(settings) as session:
+            async with asyncio.TaskGroup() as tasks:
+                swarm = cls(settings, session, tasks)
+                ticker = tasks.create_task(swarm._refresh())
+                try:
+                    yield swarm
+                except Exception as err:  # the task group would wrap it
+                    failure = err
+                finally:
+                    ticker.cancel()
+                    for download in tuple(swarm._downloads.values()):
+                        await download.cancel()
+            if failure:
+                raise failure
+
+    @property
+    def port(self) -> int:
+        """The TCP port that peers connect to."""
+        return self._session.port
+
+    def stats(self) -> SwarmStats:
+        """Totals of the session."""
+        counters = self._session.counters
+        return SwarmStats(
+            counters.uploaded_bytes,
+            counters.downloaded_bytes,
+            counters.peers,
+            len(self._seeds) + len(self._downloads),
+        )
+
+    async def seed(self, torrent: Torrent, path: Path, piece_layer: bytes) -> None:
+        """Serve a file that was hashed before; it is not read again but piece by piece, as peers first ask.
+
+        Raises InvalidShardError where the file is missing or has another size, or where the piece layer is not
+        the content id's. A torrent that is seeded already goes on as it is.
+        """
+        async with self._seeding:
+            if torrent.info_hash in self._seeds:
+                return
+            size = await asyncio.to_thread(_size, path)
+            if size != torrent.size:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise InvalidShardError(f"{path.name!r} should have {torrent.size} bytes but {found}: hash it again")
+            handle = await self._session.add(
+                torrent,
+                path,
+                lambda event: self._on_seed_event(torrent, event),
+                piece_layer=piece_layer,
+                seed=True,
+                super_seeding=self._settings.super_seeding,
+            )
+            self._seeds[torrent.info_hash] = handle
+
+    async def download(self, torrent: Torrent, path: Path, piece_layer: bytes = b"") -> Download:
+        """Begin, or go on, to fetch a file to `path`; until it is whole it is `path` with `.part` added.
+
+        Without `piece_layer` peers give it. Two calls for one info hash return the same download.
+        """
+        if download := self._downloads.get(torrent.info_hash):
+            return download
+        part = PartFile(torrent, path, self._settings.state_dir)
+        if handle := self._seeds.get(torrent.info_hash):
+            return Download.finished(self._session, torrent, handle.path, part)
+        download = Download(
+            self._session, torrent, path, part, piece_layer=piece_layer, stall_s=self._settings.stall_s
+        )
+        self._downloads[torrent.info_hash] = download
+        self._tasks.create_task(self._carry(download), name=f"download {torrent.name}")
+        return download
+
+    async def remove(self, info_hash: InfoHash) -> None:
+        """Stop to seed or download a torrent; its file stays. Nothing happens where there is none."""
+        if download := self._downloads.get(info_hash):
+            await download.cancel()
+        if handle := self._seeds.pop(info_hash, None):
+            await self._session.remove(handle)
+
+    async def _carry(self, download: Download) -> None:
+        torrent = download.torrent
+        try:
+            handle = await download.run()
+            if handle:
+                handle.listener = lambda event: self._on_seed_event(torrent, event)
+                self._seeds[torrent.info_hash] = handle
+        finally:
+            del self._downloads[torrent.info_hash]
+
+    def _on_seed_event(self, torrent: Torrent, event: Event) -> None:
+        match event:
+            case FileFailed():
+                reason = event.message
+            case StateChanged(state="checking_files" | "downloading"):
+                reason = "a piece on disk is not what was hashed"
+            case _:
+                return
+        handle = self._seeds.pop(torrent.info_hash, None)
+        if handle is None:
+            return
+        _log.warning("%s is not seeded any more: %s", torrent.name, reason)
+        self._tasks.create_task(self._session.remove(handle))
+        if self.on_invalid:
+            self.on_invalid(torrent, reason)
+
+    async def _refresh(self) -> None:
+        while True:
+            self._session.refresh()
+            await asyncio.sleep(_REFRESH_S)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None

@@ -1,0 +1,86 @@
+"""The values that the exchange works with: peers, the two ends of channels, what leaves, what happened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from node.transport.receiver import Receiver
+from node.transport.sender import Sender
+from node.transport.wire import Address, Pull
+
+NO_LINK = bytes(8)
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """One other endpoint, and the channels that lead to it."""
+
+    key: bytes
+    """Its public key, 32 bytes."""
+    ticket: str
+    outlets: set[OutletEnd] = field(default_factory=set)
+    inboxes: set[InboxEnd] = field(default_factory=set)
+    waiting: dict[InboxEnd, None] = field(default_factory=dict)
+    """Inboxes whose acknowledgement waits for something to ride along with."""
+
+
+@dataclass(slots=True, eq=False)
+class OutletEnd:
+    """A sender, its peer, and the tokens of its channel."""
+
+    sender: Sender
+    peer: Peer
+    address: Address
+    expected: bytes
+    """The token that answers must carry."""
+
+
+@dataclass(slots=True, eq=False)
+class InboxEnd:
+    """A receiver, the tokens of its channel, and the sender that is bound to it."""
+
+    receiver: Receiver
+    channel: bytes
+    token: bytes
+    expected: bytes
+    """The token that chunks must carry."""
+    link: bytes = NO_LINK
+    peer: Peer | None = None
+
+    @property
+    def address(self) -> Address:
+        return Address(self.channel, self.link, self.token)
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """A message that must leave: to whom, its name, and its body (None: no tensor)."""
+
+    peer: bytes
+    ticket: str
+    name: str
+    body: object
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """A peer was silent for too long; its channels have failed."""
+
+    ticket: str
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A channel may have something new: a frame, credit, an error, the end."""
+
+    end: InboxEnd | OutletEnd
+
+
+@dataclass(frozen=True, slots=True)
+class PullAsked:
+    """A peer wants a registered tensor."""
+
+    pull: Pull
+
+
+Event = PeerLost | Changed | PullAsked
