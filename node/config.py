@@ -110,6 +110,8 @@ class Settings(BaseSettings):
     """Tokens of prompt and answer that one session may have."""
     max_sessions: Annotated[int, Field(ge=1, le=256)] = 4
     """Sessions at once of one engine process; each sets its share of KV cache aside."""
+    share_cores: bool = True
+    """Whether other processes compute on this machine's cores; without them, spinning threads are faster."""
     upload_limit: ByteSize = ByteSize(0)
     """Bytes/s of BitTorrent in total."""
     download_limit: ByteSize = ByteSize(0)

@@ -39,8 +39,16 @@ def main() -> None:
     _die_with(args.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the daemon ends us in order
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine[%(process)d] %(message)s")
-    with socket.socket(fileno=args.fd) as sock:
-        asyncio.run(_serve(sock, args.engine))
+    code = 1
+    try:
+        with socket.socket(fileno=args.fd) as sock:
+            asyncio.run(_serve(sock, args.engine))
+        code = 0
+    except Exception:
+        logging.exception("the engine process cannot go on")
+    finally:
+        logging.shutdown()
+        os._exit(code)  # past the destructors of native libraries, whose threads may still run
 
 
 async def _serve(sock: socket.socket, engine_settings: str) -> None:

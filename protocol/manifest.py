@@ -100,6 +100,11 @@ class SignedManifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def sign_manifest(manifest: Manifest, key: SigningKey) -> SignedManifest:
+    """Raise InvalidManifestError for what `manifest_from_wire` would refuse: nobody else would take it."""
+    try:
+        msgspec.convert(msgspec.to_builtins(manifest), Manifest)
+    except msgspec.ValidationError as err:
+        raise InvalidManifestError(f"{manifest.name!r} is no manifest: {err}") from None
     check_manifest(manifest)
     return SignedManifest(manifest=manifest, publisher=key.node_id, signature=key.sign(_signed_bytes(manifest)).hex())
 

@@ -118,7 +118,7 @@ async def transports() -> AsyncIterator[dict[str, Bare | Ours]]:
         inbox = endpoint.open_inbox("back", KEY)
         read, write = os.pipe()
         arguments = [sys.executable, __file__, "--answer", str(write), endpoint.ticket, await node.get_node_addr()]
-        child = subprocess.Popen(arguments, pass_fds=[write], stdout=subprocess.DEVNULL)  # noqa: S603, ASYNC220
+        child = subprocess.Popen(arguments, pass_fds=[write], stdout=subprocess.DEVNULL)  # noqa: ASYNC220
         os.close(write)
         try:
             ticket, bare_ticket = json.loads(await asyncio.to_thread(os.read, read, 65536))

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
-from protocol.sync_client import SyncClient
 from rich.table import Table
 
 from node.cli.console import err, fail, human_bytes, out, print_json
@@ -18,6 +17,7 @@ from node.config import Address
 from protocol.commands.nodes import NodesResult, StatusResult
 from protocol.commands.tasks import InferenceResult
 from protocol.errors import ShoalError
+from protocol.sync_client import SyncClient
 
 Target = Annotated[str, typer.Argument(metavar="HOST:PORT", help="RPC address of a node.")]
 

@@ -61,6 +61,10 @@ def serve(
     gpu_layers: Annotated[int | None, typer.Option(help="Layers put on a GPU, if the engine has one.")] = None,
     ctx_size: Annotated[int | None, typer.Option(help="Tokens a session may have. Default 2048.")] = None,
     max_sessions: Annotated[int | None, typer.Option(help="Sessions at once of one model. Default 4.")] = None,
+    share_cores: Annotated[
+        bool | None,
+        typer.Option("--share-cores/--own-cores", help="Whether others compute on these cores. Default: they do."),
+    ] = None,
     upload_limit: _Limit = None,
     download_limit: _Limit = None,
     min_free_disk: Annotated[

@@ -129,8 +129,9 @@ class Announcer:
 
     async def _push_withdrawal(self, own: _Own) -> None:
         async with own.pushing:
-            targets = {node.id: (node.ip, node.port) for node in self._overlay.neighbours(own.key)} | own.holders
-            await self._overlay.store(own.key, own.record, [Node(id_, *address) for id_, address in targets.items()])
+            near = {node.id: node for node in self._overlay.neighbours(own.key)}
+            holders = {id_: Node(id_, *address) for id_, address in own.holders.items()}
+            await self._overlay.store(own.key, own.record, self._overlay.not_suspect((near | holders).values()))
 
     def _pause_s(self, failures: int) -> float:
         pause_s = self._ttl_s / 3

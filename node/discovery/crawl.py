@@ -52,7 +52,7 @@ class Crawl(SpiderCrawl):  # type: ignore[misc]
             before = len(self.records)
             if not self._holders or before >= MAX_FOUND:
                 break
-            await self._ask_again()
+            pass
             if len(self.records) == before:
                 break
         self.closest = [node for node in self.nearest if node.id in answered]

@@ -57,6 +57,10 @@ class Overlay:
         near: list[Node] = self._protocol.router.find_neighbors(Node(key))
         return near
 
+    def not_suspect(self, nodes: Iterable[Node]) -> list[Node]:
+        """Those that did not fail to answer just now."""
+        return [node for node in nodes if not self._protocol.is_suspect(node)]
+
     async def _walk(self, key: RecordKey, *, values: bool) -> Crawl:
         async with self._walks:
             crawl = Crawl(self._protocol, key, self.neighbours(key), values=values)

@@ -99,27 +99,28 @@ _MULTI_ROPE = "with hidden states for input it takes four positions a token, whi
 _NO_HIDDEN_INPUT = "llama.cpp ends the process when it is given hidden states instead of tokens"
 _LAYER_COUNT = "llama.cpp derives scales from the number of layers, which a slice has fewer of"
 
-REFUSED: dict[str, str] = {
-    **dict.fromkeys(
-        ("arwkv7", "falcon-h1", "granitehybrid", "jamba", "kimi-linear", "lfm2", "lfm2moe", "mamba", "mamba2")
-        + ("minimax-01", "nemotron_h", "nemotron_h_moe", "plamo2", "qwen35", "qwen35moe", "qwen3next")
-        + ("rwkv6", "rwkv6qwen2", "rwkv7"),
+_REASONS = (
+    (
+        "arwkv7 falcon-h1 granitehybrid jamba kimi-linear lfm2 lfm2moe mamba mamba2 minimax-01 nemotron_h "
+        "nemotron_h_moe plamo2 qwen35 qwen35moe qwen3next rwkv6 rwkv6qwen2 rwkv7",
         _RECURRENT,
     ),
-    **dict.fromkeys(
-        ("bert", "eurobert", "gemma-embedding", "jina-bert-v2", "jina-bert-v3", "llama-embed", "modern-bert")
-        + ("neo-bert", "nomic-bert", "nomic-bert-moe", "t5", "t5encoder", "wavtokenizer-dec"),
+    (
+        "bert eurobert gemma-embedding jina-bert-v2 jina-bert-v3 llama-embed modern-bert neo-bert nomic-bert "
+        "nomic-bert-moe t5 t5encoder wavtokenizer-dec",
         _ENCODER,
     ),
-    **dict.fromkeys(("diffusion-gemma", "dream", "llada", "llada-moe", "rnd1"), _DIFFUSION),
-    **dict.fromkeys(("gemma", "gemma2"), _SCALED_INPUT),
-    **dict.fromkeys(("gemma3n", "gemma4"), _PER_LAYER_INPUT),
-    **dict.fromkeys(("gpt2", "starcoder"), _POSITIONS),
-    "bloom": _NORMED_INPUT,
-    **dict.fromkeys(("hunyuan_vl", "qwen2vl", "qwen3vl", "qwen3vlmoe"), _MULTI_ROPE),
-    **dict.fromkeys(("glm4", "glm4moe"), _NO_HIDDEN_INPUT),
-    **dict.fromkeys(("baichuan", "minicpm3"), _LAYER_COUNT),
-}
+    ("diffusion-gemma dream llada llada-moe rnd1", _DIFFUSION),
+    ("gemma gemma2", _SCALED_INPUT),
+    ("gemma3n gemma4", _PER_LAYER_INPUT),
+    ("gpt2 starcoder", _POSITIONS),
+    ("bloom", _NORMED_INPUT),
+    ("hunyuan_vl qwen2vl qwen3vl qwen3vlmoe", _MULTI_ROPE),
+    ("glm4 glm4moe", _NO_HIDDEN_INPUT),
+    ("baichuan minicpm3", _LAYER_COUNT),
+)
+REFUSED: dict[str, str] = {name: reason for names, reason in _REASONS for name in names.split()}
+"""Architectures that cannot be cut, with the reason."""
 
 
 def rule_of(gguf: GgufFile, n_layers: int) -> ArchitectureRule:

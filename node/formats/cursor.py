@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import stat
 import struct
+from pathlib import Path
 from typing import BinaryIO
 
 from protocol.errors import InvalidShardError
@@ -10,6 +12,14 @@ from protocol.errors import InvalidShardError
 _WINDOW_BYTES = 1 << 20
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
+
+
+def regular_size(path: Path) -> int:
+    """Bytes of a file; InvalidShardError where it is no regular one, since opening a pipe would wait for ever."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise InvalidShardError(f"{path.name} is not a regular file")
+    return found.st_size
 
 
 class Cursor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from node.formats.architectures import ArchitectureRule, rule_of
 from node.formats.gguf_file import GgufFile
@@ -67,7 +67,7 @@ class Cuttable:
         return self._checked((0, *cuts, self.n_layers))
 
     def _checked(self, boundaries: tuple[int, ...]) -> tuple[int, ...]:
-        for start, end in zip(boundaries, boundaries[1:], strict=False):
+        for start, end in pairwise(boundaries):
             if len(boundaries) > 2 and end - start in self.rule.refused_lengths:
                 raise IllegalCutError(
                     f"a shard of the {end - start} layers from {start} on would be taken for another model by "

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from node.formats.cursor import Cursor
+from node.formats.cursor import Cursor, regular_size
 from node.formats.ggml_types import GGML_TYPES
 from node.formats.gguf_file import FIXED_FORMATS, GgufFile, GgufValue, Scalar, TensorInfo, ValueType
 from protocol.errors import InvalidShardError
@@ -53,7 +53,7 @@ def read_gguf(path: Path) -> GgufFile:
     Raises InvalidShardError for a file that is no GGUF, is truncated, or whose header contradicts itself or the
     file; OSError as opening and reading do.
     """
-    size = path.stat().st_size
+    size = regular_size(path)
     with path.open("rb") as file:
         return _Header(path, file, size).read()
 

@@ -10,7 +10,7 @@ from node.discovery import Discovery
 from node.machine import available_memory_bytes, process_memory_bytes, total_memory_bytes, usable_cores
 from node.pipeline.stage import Stages
 from node.rpc import Call, RpcServer
-from node.shards import Shards
+from node.shards.shards import Shards
 from node.swarm import Swarm
 from protocol.commands.nodes import (
     CancelParams,
@@ -40,11 +40,13 @@ class InfoHandlers:
     discovery: Discovery
     shards: Shards
     stages: Stages
+    server: RpcServer
     here: NodeInfo
     started: float = field(default_factory=time.monotonic)
 
-    def snapshot(self) -> StatusResult:
-        """What STATUS answers."""
+    async def snapshot(self) -> StatusResult:
+        """What STATUS answers and /metrics shows."""
+        stages, transport = await self.stages.status()
         swarm, dht = self.swarm.stats(), self.discovery.stats()
         return StatusResult(
             node_id=self.node_id,
@@ -57,7 +59,7 @@ class InfoHandlers:
                 "process_bytes": process_memory_bytes(),
             },
             threads=self.threads,
-            stages=self.stages.status(),
+            stages=stages,
             downloads=self.shards.downloads(),
             swarm=SwarmStatus(
                 uploaded_bytes=swarm.uploaded_bytes,
@@ -66,34 +68,30 @@ class InfoHandlers:
                 torrents=swarm.torrents,
             ),
             dht=DhtStatus(nodes=dht.nodes, records=dht.records),
-            transport=self.stages.transport_status(),
+            transport=transport,
         )
 
     async def status(self, params: StatusParams, call: Call) -> StatusResult:
         """STATUS."""
         del params, call
-        await self.stages.refresh()
-        return self.snapshot()
+        return await self.snapshot()
+
+    async def cancel(self, params: CancelParams, call: Call) -> CancelResult:
+        """CANCEL."""
+        del call
+        return CancelResult(request_id=params.request_id, cancelled=self.server.cancel(params.request_id))
 
     async def nodes(self, params: NodesParams, call: Call) -> NodesResult:
         """NODES: this one first, the others as the DHT knows them."""
         del params, call
         own = current_info(self.here)
-        entries = [_entry(self.node_id, own, here=True)]
-        for found in await self.discovery.list_nodes():
-            if found.node_id != self.node_id:
-                entries.append(_entry(found.node_id, found.info, here=False))
-        return NodesResult(nodes=entries)
-
-
-def cancel_handler(server: RpcServer) -> object:
-    """CANCEL, by the server that knows every request in progress."""
-
-    async def cancel(params: CancelParams, call: Call) -> CancelResult:
-        del call
-        return CancelResult(request_id=params.request_id, cancelled=server.cancel(params.request_id))
-
-    return cancel
+        others = [found for found in await self.discovery.list_nodes() if found.node_id != self.node_id]
+        return NodesResult(
+            nodes=[
+                _entry(self.node_id, own, here=True),
+                *(_entry(found.node_id, found.info, here=False) for found in others),
+            ]
+        )
 
 
 def current_info(here: NodeInfo) -> NodeInfo:

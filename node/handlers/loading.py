@@ -9,25 +9,31 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
 
 from node.machine import available_memory_bytes
 from node.pipeline.memory import estimate_memory
+from node.pipeline.settings import EngineSettings
 from node.pipeline.stage import Stages
-from node.shards import FetchedShard, Shards
+from node.shards.fetching import FetchedShard, FetchProgress
+from node.shards.shards import Shards
 from protocol.commands.shards import Progress, ShardResult
 from protocol.errors import InsufficientMemoryError, ShardNotLoadedError
 from protocol.ids import ManifestDigest
 from protocol.manifest import ShardEntry, SignedManifest
 
 OnProgress = Callable[[Progress], None]
+ShardStatus = Literal["loaded", "loading", "fetched", "fetching", "unloaded", "evicted"]
 
 
 class ShardLoader:
     """Fetches, loads and unloads shards of this node."""
 
-    def __init__(self, shards: Shards, stages: Stages) -> None:
+    def __init__(self, shards: Shards, stages: Stages, engine: EngineSettings) -> None:
         self._shards = shards
         self._stages = stages
+        self._engine = engine
         self._one_load = asyncio.Lock()
         """Memory is looked at and taken by one load at a time, or two would both see the same bytes free."""
 
@@ -51,17 +57,17 @@ class ShardLoader:
         if not loaded:
             _refuse_above(available_memory_bytes(), entry.size, entry)
         fetched = await self._fetch(signed, entry, request_id, on_progress)
-        on_progress(_progress(entry, request_id, "loading"))
+        on_progress(_loading(entry, request_id))
         async with self._one_load:
             if entry.shard_id not in self._stages.loaded(signed.digest):
-                needed = await asyncio.to_thread(estimate_memory, fetched.path, self._stages.engine_settings)
+                needed = await asyncio.to_thread(estimate_memory, fetched.path, self._engine)
                 _refuse_above(available_memory_bytes(), needed, entry)
-                await self._stages.load(signed, entry.shard_id, fetched.path)
+                await self._stages.load(signed.digest, entry.shard_id, fetched.path, name=signed.manifest.name)
         await self.tell_loaded(signed.digest)
         return _result(entry, "loaded", fetched, time.monotonic() - started)
 
     async def unload(self, signed: SignedManifest, entry: ShardEntry) -> ShardResult:
-        """Free the memory, keep the file. Raises ShardNotLoadedError, and ShardInUseError while a session runs on it."""
+        """Free the memory, keep the file. Raises ShardNotLoadedError; ShardInUseError while a session runs on it."""
         started = time.monotonic()
         if entry.shard_id not in self._stages.loaded(signed.digest):
             raise ShardNotLoadedError(
@@ -70,14 +76,7 @@ class ShardLoader:
             )
         await self._stages.unload(signed.digest, entry.shard_id)
         await self.tell_loaded(signed.digest)
-        return _local_result(entry, "unloaded", str(self._shards.path_of(signed, entry)), time.monotonic() - started)
-
-    async def evict(self, signed: SignedManifest, entry: ShardEntry) -> ShardResult:
-        """Stop seeding and delete the file. Raises ShardInUseError while it is loaded."""
-        started = time.monotonic()
-        path = self._shards.path_of(signed, entry)
-        await self._shards.evict(signed, entry)
-        return _local_result(entry, "evicted", str(path), time.monotonic() - started)
+        return still_local(entry, "unloaded", self._shards.path_of(signed, entry), time.monotonic() - started)
 
     async def tell_loaded(self, digest: ManifestDigest) -> None:
         """Bring the catalog and the DHT up to date with what this node's stage has loaded; after a crash, nothing."""
@@ -86,29 +85,65 @@ class ShardLoader:
     async def _fetch(
         self, signed: SignedManifest, entry: ShardEntry, request_id: str, on_progress: OnProgress
     ) -> FetchedShard:
-        return await self._shards.fetch(signed, entry, lambda progress: on_progress(progress_of(progress, request_id)))
+        def tell(progress: FetchProgress) -> None:
+            on_progress(
+                Progress(
+                    request_id=request_id,
+                    shard_id=entry.shard_id,
+                    phase=progress.phase,
+                    bytes_done=progress.bytes_done,
+                    bytes_total=progress.bytes_total,
+                    rate_bytes_s=progress.rate_bytes_s,
+                    peers=progress.peers,
+                )
+            )
+
+        return await self._shards.fetch(signed, entry, tell)
 
 
 def _refuse_above(available: int, needed: int, entry: ShardEntry) -> None:
     if needed > available:
         raise InsufficientMemoryError(
             f"shard {entry.shard_id} ({entry.filename}) needs about {needed / 1e6:.0f} MB of memory, "
-            f"{available / 1e6:.0f} MB are available; unload something, lower --ctx-size, or use a larger machine",
+            f"{available / 1e6:.0f} MB are available; unload something, lower --ctx-size or --max-sessions, or use a "
+            "larger machine",
             {"needed_bytes": needed, "available_bytes": available},
         )
 
 
-def _progress(entry: ShardEntry, request_id: str, phase: str) -> Progress:
-    raise AssertionError
+def _loading(entry: ShardEntry, request_id: str) -> Progress:
+    return Progress(
+        request_id=request_id,
+        shard_id=entry.shard_id,
+        phase="loading",
+        bytes_done=entry.size,
+        bytes_total=entry.size,
+        rate_bytes_s=0.0,
+        peers=0,
+    )
 
 
-def _result(entry: ShardEntry, status: str, fetched: FetchedShard, seconds: float) -> ShardResult:
-    raise AssertionError
+def _result(entry: ShardEntry, status: ShardStatus, fetched: FetchedShard, seconds: float) -> ShardResult:
+    return ShardResult(
+        shard_id=entry.shard_id,
+        status=status,
+        path=str(fetched.path),
+        source=fetched.source,
+        bytes=entry.size,
+        seconds=seconds,
+        content_id=entry.content_id,
+        bytes_by_source=dict(fetched.bytes_by_source),
+    )
 
 
-def _local_result(entry: ShardEntry, status: str, path: str, seconds: float) -> ShardResult:
-    raise AssertionError
-
-
-def progress_of(progress: object, request_id: str) -> Progress:
-    raise AssertionError
+def still_local(entry: ShardEntry, status: ShardStatus, path: Path | None, seconds: float) -> ShardResult:
+    """A result for which no byte moved."""
+    return ShardResult(
+        shard_id=entry.shard_id,
+        status=status,
+        path=str(path or ""),
+        source="local",
+        bytes=entry.size,
+        seconds=seconds,
+        content_id=entry.content_id,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ class HttpServer:
     @classmethod
     @asynccontextmanager
     async def serve(
-        cls, host: str, port: int, *, health: Callable[[], Mapping[str, Any]], metrics: Callable[[], bytes]
+        cls, host: str, port: int, *, health: Callable[[], Mapping[str, Any]], metrics: Callable[[], Awaitable[bytes]]
     ) -> AsyncIterator[HttpServer]:
         """Listen until the context ends. Raises OSError where the address is taken."""
 
@@ -28,7 +28,7 @@ class HttpServer:
             return web.json_response(dict(health()))
 
         async def metrics_page(_: web.Request) -> web.Response:
-            return web.Response(body=metrics(), headers={"Content-Type": _METRICS_TYPE})
+            return web.Response(body=await metrics(), headers={"Content-Type": _METRICS_TYPE})
 
         app = web.Application(client_max_size=64 * 1024)
         app.add_routes([web.get("/healthz", healthz), web.get("/metrics", metrics_page)])

@@ -40,6 +40,8 @@ from node.pipeline.settings import EngineSettings
 from protocol.errors import EngineError, error_from_wire
 
 LOG_FD = 2
+_LAST_WORDS_S = 0.5
+"""For a process that fails to write why."""
 R = TypeVar("R", Loaded, Tokens, Condition, None)
 
 
@@ -145,7 +147,10 @@ class StageProcess:
 
     async def _watch(self) -> None:
         await self._lost.wait()
-        self.kill()  # a process that closed its pipe serves nobody
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_S):
+                await self._child.wait()
+        self.kill()  # one that closed its pipe and lives on serves nobody
         code = await self._child.wait()
         self.dead = f"the engine process {self.pid} {_how_it_ended(code)}"
         error = EngineError(self.dead, {"pid": self.pid, "exit_code": code})

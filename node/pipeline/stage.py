@@ -72,12 +72,16 @@ class Stages:
     @contextlib.asynccontextmanager
     async def open(cls, settings: StageSettings, *, on_died: Died | None = None) -> AsyncIterator[Stages]:
         """No process is started before the first load."""
+        failure: BaseException | None = None
         async with asyncio.TaskGroup() as tasks:
             stages = cls(settings, tasks, on_died)
             try:
                 yield stages
-            finally:
-                await stages._stop_all()
+            except BaseException as err:  # raised below, as it is and not in a group
+                failure = err
+            await stages._stop_all()
+        if failure is not None:
+            raise failure
 
     async def load(self, model: ManifestDigest, shard_id: int, path: Path, *, name: str = "") -> Loaded:
         """Load a shard file into the model's process, which is started if need be.

@@ -113,7 +113,7 @@ class Worker:
         self._forget_peers()
         for session_id in list(self._sessions):
             await self._close(session_id)
-        await self._tasks.__aexit__(kind, error, trace)
+        await self._tasks.__aexit__(None, None, None)  # an error of the body goes on as it is
 
     def handle(self, request: Request) -> None:
         """Begin an order; the answer goes to `send` when it is done."""

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from node.rpc.server import RpcServer
 
 _READ_BYTES = 64 * 1024
+_MAX_NONSENSE = 100
+"""Messages that are whole but no MessagePack-RPC; each byte of an endless row of empty arrays is one."""
 _log = logging.getLogger(__name__)
 
 
@@ -48,7 +50,8 @@ class Connection:
         self._reader = reader
         self._writer = writer
         self._decoder = Decoder(server.settings.limits)
-        self._held_bytes = 0
+        self._incoming_bytes = 0
+        self._nonsense = 0
         self._requests: dict[asyncio.Task[None], Call] = {}
         self._sending = asyncio.Lock()
         self._keys = itertools.count()
@@ -106,10 +109,10 @@ class Connection:
             self._server.cancel_task(task)
         return list(self._requests)
 
-    def _hold(self, buffered_bytes: int) -> None:
+    def _count_incoming(self, buffered_bytes: int) -> None:
         """Count what has come of the next message. Raises BusyError where all connections together hold too much."""
-        self._server.receive(buffered_bytes - self._held_bytes)
-        self._held_bytes = buffered_bytes
+        self._server.receive(buffered_bytes - self._incoming_bytes)
+        self._incoming_bytes = buffered_bytes
 
     def _close(self) -> None:
         self._end()
@@ -120,7 +123,7 @@ class Connection:
         if self.closed.is_set():
             return
         self.closed.set()
-        self._hold(0)
+        self._count_incoming(0)
         for task in self._requests:
             task.cancel()
         for callback in list(self._on_close.values()):
@@ -133,9 +136,9 @@ class Connection:
         try:
             while data := await self._next_bytes():
                 for message in self._decoder.feed(data):
-                    self._hold(min(self._held_bytes, self._decoder.buffered_bytes))
+                    self._count_incoming(min(self._incoming_bytes, self._decoder.buffered_bytes))
                     await self._take(message, group)
-                self._hold(self._decoder.buffered_bytes)
+                self._count_incoming(self._decoder.buffered_bytes)
         except (MalformedMessageError, MessageTooLargeError, BusyError) as err:
             await self._refuse(err)
         except OSError as err:
@@ -170,6 +173,9 @@ class Connection:
                 except ShoalError as err:
                     await self._send(Response(message.msgid, err.to_wire(), None))
             case NotRpc(msgid, reason):
+                self._nonsense += 1
+                if self._nonsense > _MAX_NONSENSE:
+                    raise MalformedMessageError(f"{self._nonsense} messages were not MessagePack-RPC: {reason}")
                 await self._send(Response(msgid, MalformedMessageError(reason).to_wire(), None))
             case Notification(method, _):
                 _log.debug("%s sent the notification %.100r, which no one waits for", self.peer, method)

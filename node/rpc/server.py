@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import AsyncIterator, Mapping
+from typing import Any
 
 from node.rpc.call import Command
 from node.rpc.connection import Connection
@@ -48,12 +50,16 @@ class RpcServer:
         return len(self._connections)
 
     @contextlib.asynccontextmanager
-    async def serve(self, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[RpcServer]:
+    async def serve(
+        self, host: str = "127.0.0.1", port: int = 0, *, bound: socket.socket | None = None
+    ) -> AsyncIterator[RpcServer]:
         """Listen on an address; port 0 picks a free one. Leaving it ends every request with `cancelled`.
 
+        `bound` is a socket that is bound already, for a port that others must know before this may answer.
         Raises OSError where the address cannot be bound.
         """
-        listener = await asyncio.start_server(self._accept, host, port, limit=_BUFFER_BYTES, backlog=_BACKLOG)
+        where: dict[str, Any] = {"host": host, "port": port} if bound is None else {"sock": bound}
+        listener = await asyncio.start_server(self._accept, **where, limit=_BUFFER_BYTES, backlog=_BACKLOG)
         self._port = listener.sockets[0].getsockname()[1]
         try:
             yield self

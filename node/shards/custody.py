@@ -68,7 +68,8 @@ class Custody:
                 gone += [path] if left_over else []
             if not gone:
                 raise ShardNotFoundError(f"{name} is not on this node; LIST_FILES shows what is")
-            if folder and self._catalog.folders()[folder].holding.fetched:
+            held = self._catalog.folders().get(folder) if folder else None
+            if folder and held and held.holding.fetched and not self._loader.is_fetching(digest):
                 await asyncio.to_thread(remove_if_empty, folder)
                 self._survey.poke()
         return gone[0]

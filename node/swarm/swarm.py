@@ -109,7 +109,7 @@ class Swarm:
                 lambda event: self._on_seed_event(torrent, event),
                 piece_layer=piece_layer,
                 seed=True,
-                super_seeding=self._settings.super_seeding,
+                slots=self._settings.seed_slots,
             )
             self._seeds[torrent.info_hash] = handle
 

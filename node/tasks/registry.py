@@ -17,8 +17,9 @@ from typing import Any
 import msgspec
 
 from node.discovery import Discovery
+from node.pipeline.stage import Stages
 from node.rpc import Call
-from node.shards import Shards
+from node.shards.shards import Shards
 from protocol.commands.common import decode_params
 from protocol.errors import InvalidParamsError
 from protocol.ids import NodeId
@@ -36,6 +37,7 @@ class TaskContext:
     rpc_address: tuple[str, int]
     """Where this node's own RPC listens: a coordinator treats itself as any other node."""
     shards: Shards
+    stages: Stages
     discovery: Discovery
     ctx_size: int
     """Tokens that one session may have here."""

@@ -142,7 +142,7 @@ class IrohEndpoint:
 
     def stats(self) -> TransportStats:
         """Counters, and what is open and in flight now."""
-        return self._exchange.stats(len(self._registered))
+        return self._exchange.table.stats(len(self._registered))
 
     # ---- for the channels
 
@@ -226,7 +226,7 @@ class IrohEndpoint:
                 self._serve(end)
             if end.sender.done:
                 self._handles.pop(end, None)
-        if not self._exchange.outlets:
+        if not self._exchange.table.outlets:
             self._quiet.set()
 
     def _lost(self, ticket: str) -> None:
@@ -247,7 +247,8 @@ class IrohEndpoint:
 
     def _serve(self, end: OutletEnd) -> None:
         """Go on with a pull: the tensor leaves when the asker's inbox has answered, so that nobody can have it sent
-        to a third party; the end follows it."""
+        to a third party; the end follows it.
+        """
         sender = end.sender
         if sender.done:
             del self._serving[end]
@@ -264,12 +265,12 @@ class IrohEndpoint:
             await self._node.close(0.0)
             return
         now = self._loop.time()
-        for inbox in self._exchange.inboxes:
+        for inbox in list(self._exchange.table.inboxes.values()):
             self._exchange.close_inbox(inbox, now)
-        for outlet in self._exchange.outlets:
+        for outlet in list(self._exchange.table.outlets.values()):
             self._exchange.close_outlet(outlet, now)
         self._pump()
-        if any(outlet.sender.accepted for outlet in self._exchange.outlets):
+        if any(outlet.sender.accepted for outlet in self._exchange.table.outlets.values()):
             self._quiet.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.close_timeout_s):

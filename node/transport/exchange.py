@@ -6,20 +6,17 @@ chunk takes along the acknowledgements that wait for the same peer, and heartbea
 
 from __future__ import annotations
 
-import dataclasses
 import hmac
 import math
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-from node.transport.graves import Grave, Graves
-from node.transport.links import NO_LINK, Changed, Envelope, Event, InboxEnd, OutletEnd, Peer, PeerLost, PullAsked
-from node.transport.post import Post
+from node.transport.links import NO_LINK, Changed, Envelope, Event, InboxEnd, OutletEnd, Peer, PullAsked
 from node.transport.receiver import Frame, MalformedFrameError, Receiver
 from node.transport.sender import Bytes, Message, Seal, Sender
 from node.transport.settings import TransportSettings
-from node.transport.stats import Counters, TransportStats
+from node.transport.table import Table
 from node.transport.ticket import peer_of
 from node.transport.wire import (
     END,
@@ -37,7 +34,7 @@ from node.transport.wire import (
     encode,
     token_of,
 )
-from protocol.errors import BusyError, PeerLostError, TransportError
+from protocol.errors import TransportError
 
 _PAUSE_S = 0.25
 """A tick that comes later than this was held up by our own process; peers are not to blame."""
@@ -53,40 +50,19 @@ class Exchange:
         self._self = peer_of(ticket)
         self._seal = seal
         self._random = random
-        self._outlets: dict[bytes, OutletEnd] = {}
-        self._inboxes: dict[bytes, InboxEnd] = {}
-        self._graves = Graves()
-        self.counters = Counters()
-        self.post = Post(ticket, self.counters)
-        self.events: deque[Event] = deque()
+        self.table = Table(settings, ticket)
         self.due = math.inf
         """When `tick` must be called."""
 
     @property
     def outgoing(self) -> deque[Envelope]:
-        return self.post.outgoing
+        """Messages that the shell must send."""
+        return self.table.post.outgoing
 
     @property
-    def outlets(self) -> tuple[OutletEnd, ...]:
-        return tuple(self._outlets.values())
-
-    @property
-    def inboxes(self) -> tuple[InboxEnd, ...]:
-        return tuple(self._inboxes.values())
-
-    def stats(self, registered: int) -> TransportStats:
-        """The counters as they are now, and what is open and in flight."""
-        flights = [outlet.sender.in_flight for outlet in self._outlets.values()]
-        return TransportStats(
-            counters=dataclasses.replace(self.counters),
-            peers=len(self.post),
-            outlets=len(self._outlets),
-            inboxes=len(self._inboxes),
-            messages_in_flight=sum(messages for messages, _ in flights),
-            bytes_in_flight=sum(size for _, size in flights),
-            frames_waiting=sum(inbox.receiver.waiting for inbox in self._inboxes.values()),
-            registered=registered,
-        )
+    def events(self) -> deque[Event]:
+        """What the shell must tell."""
+        return self.table.events
 
     # ---- the application's side
 
@@ -95,27 +71,23 @@ class Exchange:
         peer_key = peer_of(ticket)
         if peer_key == self._self:
             raise TransportError("the ticket is this endpoint's own; hand the tensor over inside the process")
-        if len(self._outlets) >= self._settings.max_channels:
-            raise BusyError(f"{len(self._outlets)} outlets are open, the bound; close one first")
-        peer = self.post.peer(peer_key, ticket)
+        self.table.check_room(None)
+        peer = self.table.post.peer(peer_key, ticket)
         address = Address(channel, self._random(8), token_of(key, channel, from_outlet=True))
         sender = Sender(self._settings, self._seal, now)
         outlet = OutletEnd(sender, peer, address, token_of(key, channel, from_outlet=False))
-        self._outlets[address.link] = outlet
+        self.table.outlets[address.link] = outlet
         peer.outlets.add(outlet)
-        self.post.emit(peer, self.post.greeting(outlet, now))
+        self.table.post.emit(peer, self.table.post.greeting(outlet, now))
         self.due = min(self.due, sender.due())
         return outlet
 
     def open_inbox(self, channel: bytes, key: bytes) -> InboxEnd:
         """A channel from whoever holds `key`. One inbox a channel, one sender an inbox."""
-        if channel in self._inboxes:
-            raise TransportError("an inbox of this channel is open already; close it, or name the channel otherwise")
-        if len(self._inboxes) >= self._settings.max_channels:
-            raise BusyError(f"{len(self._inboxes)} inboxes are open, the bound; close one first")
+        self.table.check_room(channel)
         tokens = token_of(key, channel, from_outlet=False), token_of(key, channel, from_outlet=True)
-        inbox = self._inboxes[channel] = InboxEnd(Receiver(self._settings), channel, *tokens)
-        self._graves.forget(channel)
+        inbox = self.table.inboxes[channel] = InboxEnd(Receiver(self._settings), channel, *tokens)
+        self.table.graves.forget(channel)
         return inbox
 
     def close_outlet(self, outlet: OutletEnd, now: float, reason: Reason = Reason.CLOSED) -> None:
@@ -124,40 +96,41 @@ class Exchange:
             outlet.sender.end(reason)
             if (message := outlet.sender.end_message) is not None:
                 self._send(outlet, [message], now)
-        self._settle(outlet)
+        self.table.settle(outlet)
 
     def close_inbox(self, inbox: InboxEnd, now: float, reason: Reason = Reason.CLOSED) -> None:
         """Take no more. The sender is told, and what it still sends is dropped and counted."""
-        if self._inboxes.get(inbox.channel) is not inbox:
+        if self.table.inboxes.get(inbox.channel) is not inbox:
             return
         if inbox.peer is not None and inbox.receiver.error is None:
             ended = inbox.receiver.ended is not None
-            self.post.emit(inbox.peer, [self.post.ack(inbox, now) if ended else Gone(inbox.address, int(reason))])
-        self._bury_inbox(inbox, reason)
+            self.table.post.emit(
+                inbox.peer, [self.table.post.ack(inbox, now) if ended else Gone(inbox.address, int(reason))]
+            )
+        self.table.bury_inbox(inbox, reason)
 
-    def offer(
-        self, outlet: OutletEnd, sequence: int, shape: list[int], dtype: str, data: Bytes, now: float
-    ) -> None:
+    def offer(self, outlet: OutletEnd, sequence: int, shape: list[int], dtype: str, data: Bytes, now: float) -> None:
         """Send a frame as far as the credit goes; the rest leaves with the answers. `data` must not change until
-        the outlet's sender is no longer `blocked`."""
+        the outlet's sender is no longer `blocked`.
+        """
         outlet.sender.offer(sequence, shape, dtype, data)
-        self.counters.frames_sent += 1
+        self.table.counters.frames_sent += 1
         self.fill(outlet, now)
 
     def fill(self, outlet: OutletEnd, now: float) -> None:
         """Let leave what the credit allows of the frame that was offered to the outlet's sender."""
         messages = outlet.sender.fill(now)
-        self.counters.messages_sent += len(messages)
+        self.table.counters.messages_sent += len(messages)
         for message in messages:
-            self.counters.bytes_sent += message.size_bytes
+            self.table.counters.bytes_sent += message.size_bytes
         self._send(outlet, messages, now)
 
     def take(self, inbox: InboxEnd, now: float) -> Frame | None:
         """The next whole frame of an inbox."""
         frame = inbox.receiver.take(now)
         if frame is not None:
-            self.counters.frames_received += 1
-            self.counters.bytes_received += frame.tensor.nbytes
+            self.table.counters.frames_received += 1
+            self.table.counters.bytes_received += frame.tensor.nbytes
             self._plan(inbox)
         return frame
 
@@ -172,7 +145,7 @@ class Exchange:
         try:
             entries = decode(name)
         except MalformedHeaderError:
-            self.counters.dropped_malformed += 1
+            self.table.counters.dropped_malformed += 1
             return
         tickets = {entry.address.link: entry.ticket for entry in entries if isinstance(entry, Open)}
         for entry in entries:
@@ -186,68 +159,68 @@ class Exchange:
                 case Ack(address, received, messages, size_bytes):
                     if (outlet := self._outlet(address)) is not None:
                         again = outlet.sender.acknowledged(received, messages, size_bytes, now)
-                        self.counters.messages_resent += len(again)
+                        self.table.counters.messages_resent += len(again)
                         self._send(outlet, again, now)
                         if outlet.sender.blocked:
                             self.fill(outlet, now)
-                        self._settle(outlet)
+                        self.table.settle(outlet)
                 case Gone(address, reason):
                     if (outlet := self._outlet(address)) is not None:
-                        self._refused(outlet, reason)
+                        self.table.refused(outlet, reason)
                 case Pull():
-                    self.events.append(PullAsked(entry))
+                    self.table.events.append(PullAsked(entry))
 
     def tick(self, now: float) -> None:
         """Do what is due: acknowledge, beat, send again, give up. `due` is then the next time."""
         pause = now - self.due
         if pause > _PAUSE_S:
-            for outlet in self._outlets.values():
+            for outlet in self.table.outlets.values():
                 outlet.sender.forgive(pause)
-            for inbox in self._inboxes.values():
+            for inbox in self.table.inboxes.values():
                 inbox.receiver.forgive(pause)
         batches: dict[Peer, list[Entry]] = {}
         lost: list[InboxEnd | OutletEnd] = []
-        for outlet in self.outlets:
+        for outlet in list(self.table.outlets.values()):
             again, beat = outlet.sender.tick(now)
-            self.counters.messages_resent += len(again)
+            self.table.counters.messages_resent += len(again)
             self._send(outlet, again, now)
             if outlet.sender.error is not None:
                 lost.append(outlet)
             elif beat:
-                self.counters.heartbeats_sent += 1
-                batches.setdefault(outlet.peer, []).extend(self.post.greeting(outlet, now))
-        for inbox in self.inboxes:
+                self.table.counters.heartbeats_sent += 1
+                batches.setdefault(outlet.peer, []).extend(self.table.post.greeting(outlet, now))
+        for inbox in list(self.table.inboxes.values()):
             due = inbox.receiver.tick(now)
             if inbox.peer is None:
                 continue
             if due:
-                self.counters.acks_sent += 1
-                batches.setdefault(inbox.peer, []).append(self.post.ack(inbox, now))
+                self.table.counters.acks_sent += 1
+                batches.setdefault(inbox.peer, []).append(self.table.post.ack(inbox, now))
             elif inbox.receiver.error is not None:
                 lost.append(inbox)
         for peer, entries in batches.items():
-            self.post.emit(peer, entries)
+            self.table.post.emit(peer, entries)
         for end in lost:
-            self._lose(end, now)
-        senders = min((outlet.sender.due() for outlet in self._outlets.values()), default=math.inf)
-        self.due = min((inbox.receiver.due() for inbox in self._inboxes.values()), default=math.inf)
+            self.table.lose(end, now)
+        senders = min((outlet.sender.due() for outlet in self.table.outlets.values()), default=math.inf)
+        self.due = min((inbox.receiver.due() for inbox in self.table.inboxes.values()), default=math.inf)
         self.due = min(self.due, senders)
 
     # ---- inside
 
     def _send(self, outlet: OutletEnd, messages: list[Message], now: float) -> None:
         for message in messages:
-            self.post.chunk(outlet, message, now)
+            self.table.post.chunk(outlet, message, now)
         if messages:
             self.due = min(self.due, outlet.sender.due())
 
     def _inbox(self, address: Address, tickets: Mapping[bytes, str], now: float) -> InboxEnd | None:
-        inbox = self._inboxes.get(address.channel)
+        inbox = self.table.inboxes.get(address.channel)
         if inbox is None:
-            self._late(self._graves.find(address.channel, address.token), now)
+            self.table.late(self.table.graves.find(address.channel, address.token), now)
             return None
         if not hmac.compare_digest(inbox.expected, address.token):
-            self.counters.dropped_unauthentic += 1
+            self.table.counters.dropped_unauthentic += 1
             return None
         if inbox.link == address.link:
             return inbox if inbox.receiver.error is None else None
@@ -257,35 +230,27 @@ class Exchange:
         except TransportError:
             key = self._self
         if ticket is None or key == self._self:
-            self.counters.dropped_malformed += 1
+            self.table.counters.dropped_malformed += 1
             return None
         if inbox.link != NO_LINK:
-            self.counters.dropped_unauthentic += 1
+            self.table.counters.dropped_unauthentic += 1
             refusal = Gone(Address(address.channel, address.link, inbox.token), int(Reason.TAKEN))
             self.outgoing.append(Envelope(key, ticket, encode([refusal]), None))
             return None
-        inbox.link, inbox.peer = address.link, self.post.peer(key, ticket)
+        inbox.link, inbox.peer = address.link, self.table.post.peer(key, ticket)
         inbox.peer.inboxes.add(inbox)
         inbox.receiver.bind(now)
         self._plan(inbox)
         return inbox
 
     def _outlet(self, address: Address) -> OutletEnd | None:
-        outlet = self._outlets.get(address.link)
+        outlet = self.table.outlets.get(address.link)
         if outlet is None:
-            self._late(self._graves.find(address.link, address.token), 0.0)
+            self.table.late(self.table.graves.find(address.link, address.token), 0.0)
         elif not hmac.compare_digest(outlet.expected, address.token):
-            self.counters.dropped_unauthentic += 1
+            self.table.counters.dropped_unauthentic += 1
             outlet = None
         return outlet
-
-    def _late(self, grave: Grave | None, now: float) -> None:
-        if grave is None:
-            self.counters.dropped_unknown += 1
-            return
-        self.counters.dropped_late += 1
-        if grave.peer is not None and (answer := grave.answer(now)) is not None:
-            self.outgoing.append(Envelope(grave.peer, grave.ticket, encode([answer]), None))
 
     def _chunk(
         self, inbox: InboxEnd, data: Data, shape: Sequence[int], dtype: str, read: Callable[[], Bytes], now: float
@@ -294,71 +259,21 @@ class Exchange:
         try:
             new = receiver.arrived(data, shape, dtype, read, now)
         except MalformedFrameError as error:
-            self.counters.dropped_malformed += 1
+            self.table.counters.dropped_malformed += 1
             receiver.error = TransportError(f"the sender broke the channel's rules: {error}")
             if inbox.peer is not None:
-                self.post.emit(inbox.peer, [Gone(inbox.address, int(Reason.MALFORMED))])
-            self._bury_inbox(inbox, Reason.MALFORMED)
+                self.table.post.emit(inbox.peer, [Gone(inbox.address, int(Reason.MALFORMED))])
+            self.table.bury_inbox(inbox, Reason.MALFORMED)
             return
         self._plan(inbox)
         if not new:
-            self.counters.dropped_duplicate += 1
+            self.table.counters.dropped_duplicate += 1
             return
-        self.counters.messages_received += not data.flags & END
+        self.table.counters.messages_received += not data.flags & END
         if receiver.waiting or receiver.ended is not None:
-            self.events.append(Changed(inbox))
+            self.table.events.append(Changed(inbox))
 
     def _plan(self, inbox: InboxEnd) -> None:
         if inbox.peer is not None and inbox.receiver.ack_at < math.inf:
             inbox.peer.waiting[inbox] = None
         self.due = min(self.due, inbox.receiver.due())
-
-    def _refused(self, outlet: OutletEnd, reason: int) -> None:
-        if not outlet.sender.ending or reason != Reason.CLOSED:
-            said = {Reason.TAKEN: "another sender has it", Reason.MALFORMED: "a frame broke its rules"}
-            why = next((text for known, text in said.items() if known == reason), "it was closed")
-            outlet.sender.error = TransportError(f"the receiver takes no more on this channel: {why}")
-        else:
-            outlet.sender.abandon()
-        self._settle(outlet)
-        self.events.append(Changed(outlet))
-
-    def _settle(self, outlet: OutletEnd) -> None:
-        self.events.append(Changed(outlet))
-        if outlet.sender.done and self._outlets.pop(outlet.address.link, None) is not None:
-            self._graves.dig(outlet.address.link, Grave(outlet.expected))
-            outlet.peer.outlets.discard(outlet)
-            self.post.leave(outlet.peer)
-
-    def _bury_inbox(self, inbox: InboxEnd, reason: Reason) -> None:
-        self._inboxes.pop(inbox.channel, None)
-        grave = Grave(inbox.expected, address=inbox.address, reason=reason)
-        if (peer := inbox.peer) is not None:
-            grave.peer, grave.ticket = peer.key, peer.ticket
-            peer.inboxes.discard(inbox)
-            peer.waiting.pop(inbox, None)
-            self.post.leave(peer)
-        self._graves.dig(inbox.channel, grave)
-        self.events.append(Changed(inbox))
-
-    def _lose(self, end: InboxEnd | OutletEnd, now: float) -> None:
-        peer = end.peer
-        error = end.sender.error if isinstance(end, OutletEnd) else end.receiver.error
-        if peer is None or not isinstance(error, PeerLostError):
-            self.events.append(Changed(end))
-            if isinstance(end, OutletEnd):
-                self._settle(end)
-            return
-        heard = [outlet.sender.heard_at for outlet in peer.outlets if outlet.sender.accepted]
-        heard += [inbox.receiver.heard_at for inbox in peer.inboxes if inbox.receiver.ended is None]
-        alone = max(heard, default=-math.inf) > now - 3 * self._settings.heartbeat_s
-        for outlet in [end] if alone and isinstance(end, OutletEnd) else [] if alone else list(peer.outlets):
-            outlet.sender.error = outlet.sender.error or error
-            self._settle(outlet)
-        for inbox in [end] if alone and isinstance(end, InboxEnd) else [] if alone else list(peer.inboxes):
-            if inbox.receiver.ended is None:
-                inbox.receiver.error = inbox.receiver.error or error
-            self._bury_inbox(inbox, Reason.LOST)
-        if not alone:
-            self.counters.peers_lost += 1
-            self.events.append(PeerLost(peer.ticket))

@@ -1,14 +1,15 @@
-"""One tensor_iroh node under asyncio: the only module that knows tensor_iroh.
+"""tensor_iroh under asyncio: the only module that knows it.
 
 What it must be protected from, all measured with 0.1.1a3:
 
 - The first sends to a peer dial one connection each, the pool keeps the last, and what went over the others is
   lost (3 of 40 arrived). So one message dials, and the others wait for it.
-- A send that is cancelled half way breaks its connection. So a send is never cancelled while its peer lives.
-- The pool never drops a dead connection: every later send to that peer fails. So a fresh node takes over dialing.
+- A send that is cancelled half way breaks its connection. So no send is cancelled before the end.
+- The pool never drops a dead connection: every later send to that peer fails. So a fresh node of tensor_iroh dials
+  that peer from then on; the first one goes on to receive, and its ticket stays.
 - `shutdown` waits, holding the GIL, for a pending `wait_for_tensor`: a deadlock. So the wait is cancelled, and seen
   to have ended, first.
-- A future that completes while the interpreter ends aborts the process. So closing waits for every future.
+- Sends that are started without waiting for each other may arrive in another order: the receiver sorts.
 """
 
 from __future__ import annotations
@@ -16,11 +17,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
-
 
 from node.transport.sender import Bytes
 from protocol.errors import TransportError, UnsupportedPlatformError
@@ -31,92 +29,57 @@ OnMessage = Callable[[str, list[int], str, Callable[[], Bytes]], None]
 
 _START_TIMEOUT_S = 20.0
 _QUEUED_WHILE_DIALING = 256
+_MAX_ROUTES = 4096
+_MAX_SOCKETS = 4
 
 
-def _node_class() -> tuple[Any, Any]:
-    try:
-        from tensor_iroh import PyTensorData, PyTensorNode
-    except ImportError as error:
-        raise UnsupportedPlatformError(
-            f"tensor_iroh cannot be loaded here ({error}); it has wheels for Linux x86-64 with glibc 2.34 or newer only"
-        ) from error
-    return PyTensorNode, PyTensorData
+class _Socket:
+    """One node of tensor_iroh, always read from: its own queue has no bound."""
 
-
-@dataclass(slots=True)
-class _Route:
-    """The way to one peer: up, or dialing with messages that wait."""
-
-    up: bool = False
-    queue: deque[tuple[str, str, object]] = field(default_factory=deque)
-
-
-class IrohNode:
-    """Starts sends without waiting for them, and hands every message that arrives to `on_message`."""
-
-    def __init__(self, on_message: OnMessage) -> None:
-        self._node_class, self._data_class = _node_class()
-        self._on_message = on_message
+    def __init__(self, node: Any, on_message: OnMessage) -> None:
         self._loop = asyncio.get_running_loop()
-        self._node: Any = None
+        self._node = node
+        self._on_message = on_message
         self._wait: asyncio.Future[Any] | None = None
-        self._routes: dict[bytes, _Route] = {}
-        self._sends: set[asyncio.Future[Any]] = set()
         self._closed = False
-        self._empty = self._data_class(b"", [0], "uint8", False)
-        self.ticket = ""
+        self.broken: set[bytes] = set()
+        """Peers whose pooled connection is dead: this node cannot reach them any more."""
 
-    async def start(self) -> None:
-        """Bind and read. Raises TransportError when the endpoint cannot be made."""
-        self._node = self._node_class()
+    async def start(self) -> str:
+        """Bind; returns the ticket."""
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
                 await self._node.start()
-                self.ticket = await self._node.get_node_addr()
+                return str(await self._node.get_node_addr())
         except (RuntimeError, TimeoutError) as error:
             raise TransportError(f"iroh could not start an endpoint: {error or 'no address in time'}") from error
 
+    def start_soon(self) -> asyncio.Future[Any]:
+        """Begin to bind."""
+        return self._node.start()  # type: ignore[no-any-return]
+
+    def send(self, ticket: str, name: str, tensor: object) -> asyncio.Future[Any]:
+        """Begin to send."""
+        return self._node.send_tensor(ticket, name, tensor)  # type: ignore[no-any-return]
+
     def read(self) -> None:
-        """Wait for the next message. One call after `start`; it goes on by itself."""
-        if self._closed:
-            return
-        self._wait = self._node.wait_for_tensor()
-        self._wait.add_done_callback(self._arrived)
+        """Wait for the next message. One call after the start; it goes on by itself."""
+        if not self._closed:
+            self._wait = self._node.wait_for_tensor()
+            self._wait.add_done_callback(self._arrived)
 
-    def seal(self, chunk: Bytes, shape: list[int], dtype: str) -> object:
-        """Copy a chunk into what tensor_iroh sends."""
-        return self._data_class(chunk, shape, dtype, False)
-
-    def send(self, peer: bytes, ticket: str, name: str, body: object | None) -> None:
-        """Start to send; what fails is sent again by the layer above when it is not acknowledged."""
-        if self._closed:
-            return
-        tensor = self._empty if body is None else body
-        route = self._routes.get(peer)
-        if route is None:
-            self._routes[peer] = route = _Route()
-        elif not route.up:
-            if len(route.queue) < _QUEUED_WHILE_DIALING:
-                route.queue.append((ticket, name, tensor))
-            return
-        future: asyncio.Future[Any] = self._node.send_tensor(ticket, name, tensor)
-        self._sends.add(future)
-        future.add_done_callback(self._sent if route.up else lambda done: self._dialed(peer, route, done))
-
-    def forget(self, peer: bytes) -> None:
-        """No channel leads to the peer any more."""
-
-    async def close(self, wait_s: float) -> None:
-        """Let what is being sent leave, at most `wait_s`, then stop."""
-        if self._closed:
-            return
+    def retire(self) -> None:
+        """Stop reading, and stop altogether a little later."""
         self._closed = True
-        if self._sends:
-            await asyncio.wait(self._sends, timeout=wait_s)
-        for future in (*self._sends, *([self._wait] if self._wait is not None else [])):
-            future.cancel()
-        if self._node is None:
-            return
+        if self._wait is not None:
+            self._wait.cancel()
+        self._loop.call_later(1.0, self._shut_down)
+
+    async def close(self) -> None:
+        """Stop. What was not received is dropped."""
+        self._closed = True
+        if self._wait is not None:
+            self._wait.cancel()
         try:
             async with asyncio.timeout(1.0):
                 while await self._node.receive_tensor() is not None:
@@ -126,23 +89,11 @@ class IrohNode:
             return
         except RuntimeError:
             pass
+        self._shut_down()
+
+    def _shut_down(self) -> None:
         with contextlib.suppress(RuntimeError):
             self._node.shutdown()
-
-    def _sent(self, future: asyncio.Future[Any]) -> None:
-        self._sends.discard(future)
-        if not future.cancelled() and (error := future.exception()) is not None:
-            logger.debug("a send failed: %s", error)
-
-    def _dialed(self, peer: bytes, route: _Route, future: asyncio.Future[Any]) -> None:
-        self._sent(future)
-        if future.cancelled() or future.exception() is not None:
-            if self._routes.get(peer) is route:
-                del self._routes[peer]
-            return
-        route.up = True
-        while route.queue and not self._closed:
-            self.send(peer, *route.queue.popleft())
 
     def _arrived(self, wait: asyncio.Future[Any]) -> None:
         if self._closed or wait.cancelled():
@@ -151,8 +102,138 @@ class IrohNode:
             logger.error("tensor_iroh gives no more messages: %s", error)
             return
         name, data = wait.result()
-        # The next wait is begun after the task that this message wakes has run: 20 µs that it need not wait for.
         self._on_message(name, data.shape, data.dtype, data.as_numpy)
+        # Only now, and after the task that the message woke: it need not wait for this call.
         self._loop.call_soon(self.read)
 
 
+class _Route:
+    """The way to one peer: through which socket, and up, or dialing with messages that wait."""
+
+    def __init__(self, socket: _Socket) -> None:
+        self.socket = socket
+        self.dialing = False
+        self.up = False
+        self.queue: dict[str, tuple[str, object]] = {}
+
+
+class IrohNode:
+    """Starts sends without waiting for them, and hands every message that arrives to `on_message`."""
+
+    def __init__(self, on_message: OnMessage) -> None:
+        try:
+            from tensor_iroh import PyTensorData, PyTensorNode
+        except ImportError as error:
+            raise UnsupportedPlatformError(
+                f"tensor_iroh cannot be loaded ({error}); it has wheels for Linux x86-64 with glibc 2.34 or newer only"
+            ) from error
+        self._node_class, self._data_class = PyTensorNode, PyTensorData
+        self._on_message = on_message
+        self._sockets: list[_Socket] = []
+        self._routes: dict[bytes, _Route] = {}
+        self._sends: set[asyncio.Future[Any]] = set()
+        self._closed = False
+        self._empty = PyTensorData(b"", [0], "uint8", False)
+        self.ticket = ""
+
+    async def start(self) -> None:
+        """Bind. Raises TransportError when the endpoint cannot be made."""
+        socket = _Socket(self._node_class(), self._on_message)
+        self.ticket = await socket.start()
+        self._sockets.append(socket)
+
+    def read(self) -> None:
+        """Begin to hand out what arrives."""
+        self._sockets[0].read()
+
+    def seal(self, chunk: Bytes, shape: list[int], dtype: str) -> object:
+        """Copy a chunk into what tensor_iroh sends."""
+        return self._data_class(chunk, shape, dtype, False)
+
+    def send(self, peer: bytes, ticket: str, name: str, body: object | None) -> None:
+        """Start to send. What fails is sent again by the layer above when it is not acknowledged."""
+        if self._closed:
+            return
+        tensor = self._empty if body is None else body
+        route = self._routes.get(peer)
+        if route is None:
+            route = self._route(peer)
+        if route.up:
+            self._begin(peer, route, ticket, name, tensor)
+        elif not route.dialing:
+            route.dialing = True
+            self._begin(peer, route, ticket, name, tensor)
+        elif len(route.queue) < _QUEUED_WHILE_DIALING:
+            route.queue[name] = ticket, tensor
+
+    async def close(self, wait_s: float) -> None:
+        """Let what is being sent leave, at most `wait_s`, then stop."""
+        self._closed = True
+        if self._sends:
+            await asyncio.wait(self._sends, timeout=wait_s)
+        for future in tuple(self._sends):
+            future.cancel()
+        for socket in self._sockets:
+            await socket.close()
+
+    def _begin(self, peer: bytes, route: _Route, ticket: str, name: str, tensor: object) -> None:
+        future = route.socket.send(ticket, name, tensor)
+        self._sends.add(future)
+        if route.up:
+            future.add_done_callback(lambda done: self._sent(peer, route, done))
+        else:
+            future.add_done_callback(lambda done: self._dialed(peer, route, done))
+
+    def _sent(self, peer: bytes, route: _Route, future: asyncio.Future[Any]) -> None:
+        self._sends.discard(future)
+        if future.cancelled() or (error := future.exception()) is None:
+            return
+        if self._routes.get(peer) is route:
+            logger.info("the connection to a peer broke (%s); the next message dials again", error)
+            route.socket.broken.add(peer)
+            del self._routes[peer]
+
+    def _dialed(self, peer: bytes, route: _Route, future: asyncio.Future[Any]) -> None:
+        self._sends.discard(future)
+        if future.cancelled() or (error := future.exception()) is not None:
+            if not future.cancelled():
+                logger.info("a peer could not be reached: %s", error)
+            if self._routes.get(peer) is route:
+                del self._routes[peer]
+            return
+        route.up = True
+        for name, (ticket, tensor) in route.queue.items():
+            if not self._closed:
+                self._begin(peer, route, ticket, name, tensor)
+        route.queue.clear()
+
+    def _route(self, peer: bytes) -> _Route:
+        while len(self._routes) >= _MAX_ROUTES:
+            del self._routes[next(iter(self._routes))]
+        socket = next((socket for socket in self._sockets if peer not in socket.broken), None)
+        if socket is not None:
+            route = self._routes[peer] = _Route(socket)
+            return route
+        if len(self._sockets) >= _MAX_SOCKETS:
+            oldest = self._sockets.pop(1)
+            self._routes = {key: route for key, route in self._routes.items() if route.socket is not oldest}
+            oldest.retire()
+        socket = _Socket(self._node_class(), self._on_message)
+        route = self._routes[peer] = _Route(socket)
+        route.dialing = True
+        started = socket.start_soon()
+        self._sends.add(started)
+        started.add_done_callback(lambda done: self._started(peer, route, done))
+        return route
+
+    def _started(self, peer: bytes, route: _Route, future: asyncio.Future[Any]) -> None:
+        self._sends.discard(future)
+        if future.cancelled() or future.exception() is not None:
+            self._routes.pop(peer, None)
+            return
+        self._sockets.append(route.socket)
+        route.socket.read()
+        route.dialing = False
+        queue, route.queue = route.queue, {}
+        for name, (ticket, tensor) in queue.items():
+            self.send(peer, ticket, name, tensor)

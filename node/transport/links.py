@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from node.transport.receiver import Receiver
 from node.transport.sender import Sender
 from node.transport.wire import Address, Pull
@@ -52,8 +54,7 @@ class InboxEnd:
         return Address(self.channel, self.link, self.token)
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(msgspec.Struct, frozen=True, gc=False):
     """A message that must leave: to whom, its name, and its body (None: no tensor)."""
 
     peer: bytes
@@ -62,22 +63,19 @@ class Envelope:
     body: object
 
 
-@dataclass(frozen=True, slots=True)
-class PeerLost:
+class PeerLost(msgspec.Struct, frozen=True, gc=False):
     """A peer was silent for too long; its channels have failed."""
 
     ticket: str
 
 
-@dataclass(frozen=True, slots=True)
-class Changed:
+class Changed(msgspec.Struct, frozen=True, gc=False):
     """A channel may have something new: a frame, credit, an error, the end."""
 
     end: InboxEnd | OutletEnd
 
 
-@dataclass(frozen=True, slots=True)
-class PullAsked:
+class PullAsked(msgspec.Struct, frozen=True, gc=False):
     """A peer wants a registered tensor."""
 
     pull: Pull

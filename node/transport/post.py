@@ -42,9 +42,7 @@ class Post:
         """A chunk leaves, and takes along what waits for its peer."""
         sender, peer = outlet.sender, outlet.peer
         sender.said_at = now
-        entries: list[Entry] = [
-            Data(outlet.address, message.number, message.sequence, message.offset, message.flags)
-        ]
+        entries: list[Entry] = [Data(outlet.address, message.number, message.sequence, message.offset, message.flags)]
         if not sender.accepted:
             entries.append(Open(outlet.address, self._ticket))
         while peer.waiting and len(entries) < _ENTRIES_AT_ONCE:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -29,8 +30,7 @@ class MalformedFrameError(ValueError):
     """Raised when a sender that holds the key breaks the rules: beyond its credit, or chunks that do not fit."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Frame:
+class Frame(msgspec.Struct, frozen=True, eq=False, gc=False):
     """A tensor as it arrived. The array is the receiver's own."""
 
     sequence: int
@@ -55,8 +55,7 @@ class _Assembly:
         return Frame(self.sequence, self.data.view(self.dtype).reshape(self.shape))
 
 
-@dataclass(frozen=True, slots=True)
-class _Chunk:
+class _Chunk(msgspec.Struct, frozen=True, gc=False):
     data: Data
     shape: tuple[int, ...]
     dtype: np.dtype[Any]

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -25,8 +26,7 @@ Seal = Callable[[Bytes, list[int], str], object]
 _RESEND_AT_ONCE = 8
 
 
-@dataclass(slots=True)
-class Message:
+class Message(msgspec.Struct, gc=False):
     """A chunk that left and is not acknowledged yet."""
 
     number: int
@@ -192,6 +192,7 @@ class Sender:
         """Our own process stood still for so long: the peer's silence in that time means nothing."""
         self.heard_at += pause_s
         self._opened_at += pause_s
+        self._resend_at += pause_s
 
     def _keep(self, message: Message) -> None:
         self._kept.append(message)

@@ -16,7 +16,7 @@ MAX_TICKET_LENGTH = 2048
 _MAX_ADDRESSES = 64
 
 
-class _Cut(Exception):
+class _CutError(Exception):
     """Raised when the bytes end before the structure does."""
 
 
@@ -28,7 +28,7 @@ class _Reader:
     def take(self, count: int) -> bytes:
         piece = self._data[self._at : self._at + count]
         if len(piece) != count:
-            raise _Cut
+            raise _CutError
         self._at += count
         return piece
 
@@ -39,7 +39,7 @@ class _Reader:
             value |= (byte & 0x7F) << shift
             if byte < 0x80:
                 return value
-        raise _Cut
+        raise _CutError
 
     @property
     def left(self) -> int:
@@ -55,7 +55,7 @@ def peer_of(ticket: str) -> bytes:
     if isinstance(ticket, str) and ticket.startswith("node") and len(ticket) <= MAX_TICKET_LENGTH:
         try:
             return _parse(ticket)
-        except (_Cut, binascii.Error, ValueError) as error:
+        except (_CutError, binascii.Error, ValueError) as error:
             problem = str(error) or "it is cut"
     shown = repr(ticket)
     shown = shown if len(shown) < 100 else shown[:90] + "...'"

@@ -14,7 +14,8 @@ from __future__ import annotations
 import enum
 import hashlib
 import struct
-from dataclasses import dataclass
+
+import msgspec
 
 VERSION = 1
 MAX_HEADER_BYTES = 65536
@@ -60,8 +61,7 @@ class Reason(enum.IntEnum):
     """A tensor was given up half way."""
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(msgspec.Struct, frozen=True, gc=False):
     """To which channel an entry belongs, and the proof that its sender holds the key."""
 
     channel: bytes
@@ -69,8 +69,7 @@ class Address:
     token: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
+class Data(msgspec.Struct, frozen=True, gc=False):
     """A chunk: the `number`th message of its link, at `offset` (bytes) of the tensor `sequence`."""
 
     address: Address
@@ -80,9 +79,8 @@ class Data:
     flags: int
 
 
-@dataclass(frozen=True, slots=True)
-class Ack:
-    """Messages below `received` arrived; the sender may go up to `messages` and `size_bytes`, counted from the start."""
+class Ack(msgspec.Struct, frozen=True, gc=False):
+    """Messages below `received` arrived; credit reaches up to `messages` and `size_bytes`, from the start."""
 
     address: Address
     received: int
@@ -90,31 +88,27 @@ class Ack:
     size_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Beat:
+class Beat(msgspec.Struct, frozen=True, gc=False):
     """The outlet is still there."""
 
     address: Address
 
 
-@dataclass(frozen=True, slots=True)
-class Open:
+class Open(msgspec.Struct, frozen=True, gc=False):
     """Where the inbox finds the sender. Rides along until the first answer."""
 
     address: Address
     ticket: str
 
 
-@dataclass(frozen=True, slots=True)
-class Gone:
+class Gone(msgspec.Struct, frozen=True, gc=False):
     """The inbox takes no more."""
 
     address: Address
     reason: int
 
 
-@dataclass(frozen=True, slots=True)
-class Pull:
+class Pull(msgspec.Struct, frozen=True, gc=False):
     """Send the tensor registered as `name` to the channel `channel` of `ticket`."""
 
     channel: bytes

@@ -30,7 +30,7 @@ FILES = [
 
 
 async def test_health_and_metrics() -> None:
-    def metrics() -> bytes:
+    async def metrics() -> bytes:
         return render_metrics(STATUS, FILES)
 
     async with (

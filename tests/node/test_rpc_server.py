@@ -287,6 +287,16 @@ async def test_whole_messages_that_are_no_rpc_keep_the_connection(node: Node, me
         assert await peer.ask(0, 1, "FILL", [{}]) == [1, 1, None, {"data": b""}]
 
 
+async def test_an_endless_row_of_whole_messages_that_are_no_rpc_is_ended(node: Node) -> None:
+    async with node.peer() as peer:
+        peer.send_bytes(b"\x90" * 10_000)
+        answers = 0
+        while (answer := await peer.receive()) is not None:
+            assert answer[2]["code"] == "malformed_message"
+            answers += 1
+        assert answers == 101
+
+
 @pytest.mark.parametrize(
     ("data", "msgid", "code"),
     [

@@ -22,18 +22,21 @@ from protocol.msgpackrpc import (
     encode,
 )
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=35)
 SCALARS = (
     st.none()
     | st.booleans()
     | st.integers(-(1 << 63), (1 << 64) - 1)
     | st.floats(allow_nan=False)
     | TEXT
-    | st.binary(max_size=300)
+    | st.binary(max_size=40)
+    | st.integers(0, 300).map(bytes)
 )
-VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=20) | st.dictionaries(TEXT, inner, max_size=20))
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=18) | st.dictionaries(TEXT, inner, max_size=5), max_leaves=20
+)
 MSGIDS = st.integers(0, MAX_MSGID)
-PARAMS = st.lists(VALUES, max_size=3)
+PARAMS = st.lists(VALUES, max_size=2)
 MESSAGES = st.one_of(
     st.builds(Request, MSGIDS, TEXT, PARAMS),
     st.builds(Response, st.none() | MSGIDS, VALUES, VALUES),
@@ -51,7 +54,7 @@ def announced(tag: int, length: int, length_bytes: int = 4) -> bytes:
 
 
 @settings(max_examples=50)
-@given(st.lists(MESSAGES, max_size=5), st.data())
+@given(st.lists(MESSAGES, max_size=3), st.data())
 def test_messages_come_through_however_the_bytes_are_cut(messages: list[Any], data: st.DataObject) -> None:
     stream = b"".join(encode(message) for message in messages)
     cuts = sorted(data.draw(st.sets(st.integers(0, len(stream)), max_size=20)))

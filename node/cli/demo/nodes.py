@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 READY_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 6.0
@@ -63,9 +64,7 @@ async def running_node(name: str, home: Path, arguments: Sequence[str]) -> Async
         await _stop(process)
 
 
-async def _ready_line(
-    process: asyncio.subprocess.Process, log_path: Path
-) -> dict[str, dict[str, int]] | dict[str, str]:
+async def _ready_line(process: asyncio.subprocess.Process, log_path: Path) -> dict[str, Any]:
     assert process.stdout is not None
     try:
         async with asyncio.timeout(READY_TIMEOUT_S):
@@ -73,7 +72,8 @@ async def _ready_line(
     except TimeoutError:
         line = b""
     try:
-        return json.loads(line)  # type: ignore[no-any-return]
+        ready: dict[str, Any] = json.loads(line)
+        return ready
     except json.JSONDecodeError:
         tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-15:])
         raise NodeStartError(

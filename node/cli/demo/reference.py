@@ -28,7 +28,7 @@ def generate(path: Path, task: dict[str, Any]) -> dict[str, Any]:
     engine.load(0, path)
     vocabulary = engine.vocabulary(0)
     messages = msgspec.convert(task["messages"], tuple[ChatMessage, ...])
-    text = render_chat(vocabulary, messages)
+    text = render_chat(vocabulary.chat_template, messages, bos_token=vocabulary.bos_text, eos_token=vocabulary.eos_text)
     prompt = vocabulary.tokenize(text, add_special=False, parse_special=True)
     sequence = engine.open_sequence()
     position, chunk = 0, np.empty(0, np.float32)

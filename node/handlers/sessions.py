@@ -1,0 +1,62 @@
+"""TOKENIZE, OPEN_SESSION, START_SESSION and CLOSE_SESSION: what a coordinating node asks of this one's stages.
+
+A session belongs to the connection that opened it: its tokens go there, and it is closed when that connection is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from node.background import Background
+from node.pipeline.stage import Stages
+from node.rpc import Call
+from protocol.commands.common import Empty
+from protocol.commands.sessions import (
+    CloseSessionParams,
+    OpenSessionParams,
+    OpenSessionResult,
+    SessionFailed,
+    SessionToken,
+    StartSessionParams,
+    TokenizeParams,
+    TokenizeResult,
+)
+
+
+@dataclass(frozen=True)
+class SessionHandlers:
+    """Session commands of one node; `background` owns the closing of sessions whose driver is gone."""
+
+    stages: Stages
+    background: Background
+
+    async def tokenize(self, params: TokenizeParams, call: Call) -> TokenizeResult:
+        """TOKENIZE."""
+        del call
+        return TokenizeResult(tokens=await self.stages.tokenize(params))
+
+    async def open(self, params: OpenSessionParams, call: Call) -> OpenSessionResult:
+        """OPEN_SESSION."""
+
+        def tell(event: SessionToken | SessionFailed) -> None:
+            method = "SESSION_TOKEN" if isinstance(event, SessionToken) else "SESSION_FAILED"
+            call.connection.notify(method, event)
+
+        result = await self.stages.open_session(params, tell)
+        closing = CloseSessionParams(session=params.session, attempt=params.attempt, stage=params.stage)
+        call.connection.on_close(
+            lambda: self.background.start(self.stages.close_session(closing), name=f"closing {params.session}")
+        )
+        return result
+
+    async def start(self, params: StartSessionParams, call: Call) -> Empty:
+        """START_SESSION."""
+        del call
+        await self.stages.start_session(params)
+        return Empty()
+
+    async def close(self, params: CloseSessionParams, call: Call) -> Empty:
+        """CLOSE_SESSION."""
+        del call
+        await self.stages.close_session(params)
+        return Empty()

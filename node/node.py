@@ -1,0 +1,240 @@
+"""The composition root: builds the parts of a node, runs them, and ends them in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from node.background import Background
+from node.config import Assignment, Settings
+from node.discovery import Discovery, DiscoverySettings, FoundProvider
+from node.handlers.info import InfoHandlers, current_info
+from node.handlers.loading import ShardLoader
+from node.handlers.sessions import SessionHandlers
+from node.handlers.shards import ShardHandlers
+from node.handlers.table import command_table
+from node.http import HttpServer, render_metrics
+from node.machine import available_memory_bytes, usable_cores
+from node.pipeline.process import StageSettings
+from node.pipeline.settings import EngineSettings
+from node.pipeline.stage import Stages
+from node.rpc import Command, RpcServer
+from node.shards.settings import ShardsSettings
+from node.shards.shards import Shards
+from node.swarm import Swarm, SwarmSettings
+from node.tasks.registry import TaskContext, TaskRegistry
+from protocol.client import call_address
+from protocol.commands.shards import GetManifestParams
+from protocol.errors import InvalidManifestError, ShoalError
+from protocol.ids import ManifestDigest, NodeId
+from protocol.manifest import SignedManifest, manifest_from_wire
+from protocol.records import NodeInfo
+from protocol.signing import SigningKey
+
+log = logging.getLogger(__name__)
+
+KEY_FILENAME = "node.key"
+RETRY_ASSIGNMENT_S = 5.0
+ANNOUNCE_NODE_S = 60.0
+MANIFEST_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Where a node listens."""
+
+    node_id: NodeId
+    rpc_port: int
+    dht_port: int
+    bt_port: int
+    http_port: int
+
+
+async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callable[[Ready], None]) -> None:
+    """Run a node until `stop` is set. Raises OSError where a port is taken, and what a part fails with.
+
+    The parts end in the reverse order: first no new requests, then the engines, then what tells others about us.
+    """
+    key = SigningKey.load_or_create(settings.data_dir / KEY_FILENAME)
+    advertise = settings.advertise or _own_address(settings.listen)
+    engine = EngineSettings(
+        threads=settings.threads,
+        ctx_size=settings.ctx_size,
+        max_sessions=settings.max_sessions,
+        gpu_layers=settings.gpu_layers,
+    )
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        rpc_socket = stack.enter_context(bound_socket(settings.listen, settings.rpc_port))
+        rpc_port = rpc_socket.getsockname()[1]
+        swarm = await enter(Swarm.open(_swarm_settings(settings)))
+        discovery = await enter(Discovery.open(_discovery_settings(settings, advertise), key))
+        shards = await enter(
+            Shards.open(
+                ShardsSettings(settings.shards_dir, settings.data_dir, min_free_disk=settings.min_free_disk),
+                swarm=swarm,
+                discovery=discovery,
+                fetch_manifest=fetch_manifest,
+                key=key,
+                rpc_port=rpc_port,
+            )
+        )
+        background = await enter(Background.open())
+        stages = await enter(
+            Stages.open(
+                StageSettings(engine=engine, share_cores=settings.share_cores),
+                on_died=lambda model, lost, why: _engine_died(background, shards, model, lost, why),
+            )
+        )
+        commands: dict[str, Command] = {}
+        server = RpcServer(commands, key.node_id)
+        here = NodeInfo(advertise, rpc_port, discovery.port, swarm.port, available_memory_bytes(), usable_cores())
+        info = InfoHandlers(
+            node_id=key.node_id,
+            cluster=settings.cluster,
+            threads=settings.threads,
+            swarm=swarm,
+            discovery=discovery,
+            shards=shards,
+            stages=stages,
+            server=server,
+            here=here,
+        )
+        loader = ShardLoader(shards, stages, engine)
+        context = TaskContext(
+            key.node_id, (_reached_at(settings.listen), rpc_port), shards, stages, discovery, settings.ctx_size
+        )
+        commands |= command_table(
+            ShardHandlers(shards, loader, background),
+            info,
+            SessionHandlers(stages, background),
+            TaskRegistry.from_entry_points(),
+            context,
+        )
+        await enter(server.serve(bound=rpc_socket))
+
+        async def metrics() -> bytes:
+            return render_metrics(await info.snapshot(), shards.files())
+
+        http = await enter(
+            HttpServer.serve(
+                settings.listen,
+                settings.http_port,
+                health=lambda: {"status": "ok", "node_id": key.node_id},
+                metrics=metrics,
+            )
+        )
+        background.start(_announce_node(discovery, here), name="announcing the node")
+        for assignment in settings.assign:
+            for shard_id in assignment.shard_ids:
+                background.start(
+                    _load_assigned(shards, loader, assignment, shard_id),
+                    name=f"assignment {assignment.model}:{shard_id}",
+                )
+        on_ready(Ready(key.node_id, rpc_port, discovery.port, swarm.port, http.port))
+        await stop.wait()
+
+
+async def fetch_manifest(provider: FoundProvider, digest: ManifestDigest) -> SignedManifest:
+    """Ask a provider for a manifest and check it. Raises InvalidManifestError, UnreachableError, TimedOutError."""
+    result = await call_address(
+        provider.host,
+        provider.rpc_port,
+        "GET_MANIFEST",
+        GetManifestParams(digest=digest),
+        result_type=dict,
+        recipient=provider.node_id,
+        timeout_s=MANIFEST_TIMEOUT_S,
+    )
+    if "signed" not in result:
+        raise InvalidManifestError(f"{provider.host}:{provider.rpc_port} answered GET_MANIFEST without a manifest")
+    return manifest_from_wire(result["signed"], digest)
+
+
+async def _announce_node(discovery: Discovery, here: NodeInfo) -> None:
+    """Say where this node is, and what it has left, now and then again."""
+    while True:
+        try:
+            await discovery.announce_node(current_info(here))
+        except ShoalError as error:
+            log.warning("this node could not be announced: %s", error)
+        await asyncio.sleep(ANNOUNCE_NODE_S)
+
+
+async def _load_assigned(shards: Shards, loader: ShardLoader, assignment: Assignment, shard_id: int) -> None:
+    """Load one `--assign`ed shard; a model or a provider that is not there yet may come later."""
+    while True:
+        try:
+            signed = await shards.resolve("model", assignment.model)
+            entry = signed.manifest.shard(shard_id)
+            await loader.load(signed, entry, f"assign {assignment.model}:{shard_id}", lambda _: None)
+        except ShoalError as error:
+            log.warning("assigned shard %s:%d is not loaded yet: %s", assignment.model, shard_id, error)
+            await asyncio.sleep(RETRY_ASSIGNMENT_S)
+        else:
+            log.info("assigned shard %s:%d is loaded", assignment.model, shard_id)
+            return
+
+
+def _engine_died(background: Background, shards: Shards, model: ManifestDigest, lost: frozenset[int], why: str) -> None:
+    if lost:
+        log.error(
+            "the engine of model %s is gone (%s); shards %s are not loaded any more", model[:16], why, sorted(lost)
+        )
+        background.start(shards.set_loaded(model, frozenset()), name="telling that an engine died")
+
+
+def _swarm_settings(settings: Settings) -> SwarmSettings:
+    return SwarmSettings(
+        state_dir=settings.data_dir / "swarm",
+        listen_host=settings.listen,
+        port=settings.bt_port,
+        upload_limit_bytes_s=int(settings.upload_limit),
+        download_limit_bytes_s=int(settings.download_limit),
+    )
+
+
+def _discovery_settings(settings: Settings, advertise: str) -> DiscoverySettings:
+    return DiscoverySettings(
+        cluster=settings.cluster,
+        advertise_host=advertise,
+        listen_host=settings.listen,
+        port=settings.dht_port,
+        bootstrap=tuple((address.host, address.port) for address in settings.bootstrap),
+    )
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A TCP socket that has its port but does not listen yet. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise OSError(error.errno, f"RPC cannot listen on {host}:{port}: {error.strerror}") from None
+    return bound
+
+
+def _reached_at(listen: str) -> str:
+    """How this machine reaches what listens at an address."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen, listen)
+
+
+def _own_address(listen: str) -> str:
+    """What to advertise where nothing was given: the address that we listen on, or for all of them the one that
+    packets to the outside would leave from (no packet is sent).
+    """
+    if listen not in ("0.0.0.0", "::"):
+        return listen
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"

@@ -1,0 +1,113 @@
+"""`ai_inference`: generate text through a pipeline of the cluster's nodes."""
+
+from __future__ import annotations
+
+import time
+from contextlib import aclosing
+
+from node.pipeline.session import Generation, GenerationRequest
+from node.pipeline.text import TextStream
+from node.rpc import Call
+from node.tasks.placement import Placement
+from node.tasks.registry import TaskContext, TaskType
+from protocol.commands.tasks import (
+    FinishReason,
+    InferenceParams,
+    InferenceResult,
+    StageAssignment,
+    TaskOutput,
+    Timings,
+    Usage,
+)
+from protocol.errors import InvalidParamsError
+
+
+async def run_inference(context: TaskContext, params: InferenceParams, call: Call) -> InferenceResult:
+    """Drive one generation; this node need not run any of its stages.
+
+    Raises InvalidParamsError unless exactly one of prompt and messages is given, ContextOverflowError before
+    anything is loaded where the answer alone cannot fit, and what `Generation.tokens` raises.
+    """
+    if (params.prompt is None) == (params.messages is None):
+        raise InvalidParamsError("give either prompt or messages")
+    signed = await context.shards.resolve("model", params.model)
+    model = signed.manifest.model
+    if model is None:
+        raise InvalidParamsError(f"{signed.manifest.name!r} is a {signed.manifest.kind}, not a model")
+    placement = Placement(context, signed, params.auto_load, context.ctx_size)
+    generation = Generation(
+        GenerationRequest(
+            model=signed.digest,
+            context_length=min(model.context_length, context.ctx_size),
+            prompt=params.prompt,
+            messages=params.messages,
+            max_tokens=params.max_tokens,
+            sampling=params.sampling,
+            exact=params.exact,
+        ),
+        placement.make_plan,
+        placement.connect,
+    )
+    return await _Answer(params, call, generation, placement).collect()
+
+
+class _Answer:
+    """Tokens as they come, turned into text, notifications and the result."""
+
+    def __init__(self, params: InferenceParams, call: Call, generation: Generation, placement: Placement) -> None:
+        self._params, self._call, self._generation, self._placement = params, call, generation, placement
+        self._stream = TextStream(params.stop)
+        self._text: list[str] = []
+        self._tokens: list[int] = []
+        self._untold: list[int] = []
+
+    async def collect(self) -> InferenceResult:
+        started = time.monotonic()
+        first: float | None = None
+        finish: FinishReason = "length"
+        async with aclosing(self._generation.tokens()) as tokens:
+            async for token in tokens:
+                if first is None:
+                    first = time.monotonic()
+                if token.end:
+                    finish = "stop"
+                    break
+                self._tokens.append(token.token)
+                self._untold.append(token.token)
+                self._tell(self._stream.feed(token.piece))
+                if self._stream.stopped:
+                    finish = "stop"
+                    break
+            ended = time.monotonic()
+        self._tell(self._stream.finish(), last=True)
+        begun = started + self._placement.load_s
+        first = ended if first is None else first
+        decoded = max(0, len(self._tokens) - 1)
+        plan = self._generation.plan
+        return InferenceResult(
+            text="".join(self._text),
+            tokens=self._tokens,
+            finish_reason=finish,
+            usage=Usage(prompt_tokens=self._generation.prompt_tokens, completion_tokens=len(self._tokens)),
+            timings=Timings(
+                load_s=self._placement.load_s,
+                time_to_first_token_s=max(0.0, first - begun),
+                total_s=max(0.0, ended - begun),
+                tokens_per_s=decoded / (ended - first) if ended > first else 0.0,
+            ),
+            stages=[
+                StageAssignment(node=stage.node_id, shards=list(stage.shards), layers=stage.layers)
+                for stage in (plan.stages if plan else ())
+            ],
+        )
+
+    def _tell(self, text: str, *, last: bool = False) -> None:
+        self._text.append(text)
+        if self._params.stream and (text or (last and self._untold)):
+            self._call.notify(
+                "TASK_OUTPUT", TaskOutput(request_id=self._call.request_id, text=text, tokens=self._untold)
+            )
+            self._untold = []
+
+
+AI_INFERENCE = TaskType("ai_inference", InferenceParams, run_inference)

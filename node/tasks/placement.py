@@ -1,0 +1,135 @@
+"""Where the shards of a model are, who could take the rest, and having them loaded there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from node.machine import available_memory_bytes
+from node.pipeline.plan import NodeShards, Plan, plan_pipeline
+from node.tasks.registry import TaskContext
+from protocol.client import Client
+from protocol.commands.shards import LoadShardParams, ShardResult
+from protocol.errors import ShardNotLoadedError, ShoalError, UnreachableError
+from protocol.ids import NodeId
+from protocol.manifest import SignedManifest
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 3.0
+MAX_LOAD_S = 3600.0
+"""For one shard, its download included."""
+
+
+@dataclass
+class Placement:
+    """Plans for one model, and connections to the nodes in them."""
+
+    context: TaskContext
+    signed: SignedManifest
+    auto_load: bool
+    context_tokens: int
+    load_s: float = 0.0
+    _addresses: dict[NodeId, tuple[str, int]] = field(default_factory=dict)
+
+    async def make_plan(self, without: frozenset[NodeId]) -> Plan:
+        """A plan that avoids some nodes; returns when every shard of it is loaded.
+
+        A node that cannot be reached, or that fails to load what it was given, is left out of the next try. Raises
+        ShardNotLoadedError where loading is not allowed, else what the last node said.
+        """
+        loop = asyncio.get_running_loop()
+        started, shunned = loop.time(), set(without)
+        while True:
+            plan = plan_pipeline(
+                self.signed.manifest, await self._nodes(), context_tokens=self.context_tokens, without=shunned
+            )
+            if plan.to_load and not self.auto_load:
+                raise self._not_loaded(plan)
+            failed = await self._load(plan)
+            if not failed:
+                self.load_s += loop.time() - started
+                return plan
+            shunned |= failed.keys()
+            if len(shunned - without) >= len(self._addresses):
+                raise next(iter(failed.values()))
+
+    @asynccontextmanager
+    async def connect(self, node_id: NodeId) -> AsyncIterator[Client]:
+        """A new connection to a node of the plan. Raises UnreachableError."""
+        if node_id not in self._addresses:
+            raise UnreachableError(f"no address of node {node_id} is known")
+        host, port = self._addresses[node_id]
+        async with Client.connect(host, port, timeout_s=CONNECT_TIMEOUT_S) as client:
+            yield client
+
+    async def _nodes(self) -> list[NodeShards]:
+        """This node, the providers of the model, and the other nodes of the cluster."""
+        context, digest = self.context, self.signed.digest
+        providers, others = await asyncio.gather(
+            context.discovery.find_providers(digest), context.discovery.list_nodes()
+        )
+        self._addresses[context.node_id] = context.rpc_address
+        found = {
+            context.node_id: NodeShards(
+                context.node_id,
+                context.shards.on_disk(digest),
+                context.stages.loaded(digest),
+                available_memory_bytes(),
+            )
+        }
+        memory = {other.node_id: other.info.memory_available_bytes for other in others}
+        for provider in providers:
+            self._addresses[provider.node_id] = (provider.host, provider.rpc_port)
+            found[provider.node_id] = NodeShards(
+                provider.node_id, provider.on_disk, provider.loaded, memory.get(provider.node_id)
+            )
+        for other in others:
+            if other.node_id not in found:
+                self._addresses[other.node_id] = (other.info.host, other.info.rpc_port)
+                found[other.node_id] = NodeShards(
+                    other.node_id, memory_available_bytes=other.info.memory_available_bytes
+                )
+        return list(found.values())
+
+    async def _load(self, plan: Plan) -> dict[NodeId, ShoalError]:
+        """Load what is missing, each node its shards; returns the nodes that could not, and why."""
+        failed: dict[NodeId, ShoalError] = {}
+
+        async def load_on(node_id: NodeId, shard_ids: list[int]) -> None:
+            try:
+                async with self.connect(node_id) as client:
+                    for shard_id in shard_ids:
+                        params = LoadShardParams(
+                            model=f"{self.signed.manifest.name}@{self.signed.digest}", shard_id=shard_id
+                        )
+                        await client.call(
+                            "LOAD_SHARD", params, result_type=ShardResult, recipient=node_id, timeout_s=MAX_LOAD_S
+                        )
+            except ShoalError as error:
+                log.warning("node %s cannot load shards %s: %s", node_id[:16], shard_ids, error)
+                failed[node_id] = error
+
+        work: dict[NodeId, list[int]] = {}
+        for missing in plan.to_load:
+            work.setdefault(missing.node_id, []).append(missing.shard_id)
+        async with asyncio.TaskGroup() as group:
+            for node_id, shard_ids in work.items():
+                group.create_task(load_on(node_id, shard_ids))
+        return failed
+
+    def _not_loaded(self, plan: Plan) -> ShardNotLoadedError:
+        missing = sorted(one.shard_id for one in plan.to_load)
+        name = self.signed.manifest.name
+        return ShardNotLoadedError(
+            f"no node has loaded shards {missing} of {name}; LOAD_SHARD them (for example on the nodes in "
+            "details.plan), or ask with auto_load: true",
+            {
+                "model": name,
+                "shards": missing,
+                "plan": [{"node": one.node_id, "shard_id": one.shard_id} for one in plan.to_load],
+            },
+        )

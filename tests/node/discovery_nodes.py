@@ -1,0 +1,74 @@
+"""What the discovery tests share: nodes on loopback, manifests, and killing a node without a goodbye."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from node.discovery import Discovery, DiscoverySettings
+from protocol.ids import ContentId
+from protocol.manifest import Manifest, ShardEntry, SignedManifest, sign_manifest
+from protocol.records import NodeInfo, Provider, RecordKey, manifest_key, pack_value, seal
+from protocol.signing import SigningKey
+
+HOST = "127.0.0.1"
+CLUSTER = "reef"
+
+
+def settings(*bootstrap: Discovery | tuple[str, int], cluster: str = CLUSTER, **others: Any) -> DiscoverySettings:
+    addresses = tuple((HOST, b.port) if isinstance(b, Discovery) else b for b in bootstrap)
+    return DiscoverySettings(cluster=cluster, advertise_host=HOST, bootstrap=addresses, **others)
+
+
+def opened(*bootstrap: Discovery | tuple[str, int], **others: Any) -> AbstractAsyncContextManager[Discovery]:
+    key = others.pop("key", None) or SigningKey.generate()
+    return Discovery.open(settings(*bootstrap, **others), key)
+
+
+def kill(node: Discovery) -> None:
+    """The socket is gone from one moment to the next: nothing is withdrawn, nothing is answered."""
+    node._protocol.transport.abort()
+
+
+def a_manifest(name: str = "corpus", shards: int = 3, kind: str = "dataset", salt: str = "") -> SignedManifest:
+    entries = tuple(
+        ShardEntry(
+            shard_id=i,
+            filename=f"{name}-{i}.bin" if kind != "file" else name,
+            size=100 + i,
+            content_id=ContentId(hashlib.sha256(f"{name}{salt}{i}".encode()).hexdigest()),
+            kind="file",
+        )
+        for i in range(shards)
+    )
+    return sign_manifest(Manifest(name=name, kind=kind, shards=entries), SigningKey.generate())
+
+
+def node_info(node: Discovery, cores: int = 4) -> NodeInfo:
+    return NodeInfo(HOST, 7400, node.port, 7402, 1 << 30, cores)
+
+
+async def announce(node: Discovery, signed: SignedManifest, *on_disk: int, loaded: tuple[int, ...] = ()) -> None:
+    await node.announce_shards(signed, frozenset(on_disk), frozenset(loaded), rpc_port=7400, bt_port=7402)
+
+
+async def eventually(condition: Callable[[], Any], timeout_s: float = 20) -> None:
+    """Wait for a condition, which may be a coroutine function, by asking it over and over."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            answer = condition()
+            if await answer if asyncio.iscoroutine(answer) else answer:
+                return
+            await asyncio.sleep(0.05)
+
+
+def provider_value(
+    signed: SignedManifest, key: SigningKey | None = None, *, cluster: str = CLUSTER, **others: Any
+) -> tuple[RecordKey, bytes]:
+    """A key and a value of one provider record, as a publisher would send it."""
+    record_key = manifest_key(cluster, signed.digest)
+    provider = Provider(HOST, 7400, 7402, b"\xe0", b"")
+    return record_key, pack_value([seal(record_key, provider, key or SigningKey.generate(), **{"ttl_s": 60} | others)])

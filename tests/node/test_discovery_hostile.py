@@ -1,0 +1,340 @@
+"""A peer that sends whatever it likes: nothing raises, nothing floods the log, and what is honest is still found."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import tracemalloc
+from contextlib import asynccontextmanager
+
+import msgpack
+import pytest
+from discovery_nodes import HOST, a_manifest, announce, eventually, kill, opened, provider_value
+from hypothesis import given
+from hypothesis import strategies as st
+from kademlia.node import Node
+
+from node.discovery import crawl as crawl_module
+from node.discovery.dht_protocol import contact_id
+from node.discovery.routing import MAX_BUCKETS, Routing
+from node.discovery.wire import MAX_DATAGRAM_BYTES, Answer, Request, parse, parse_contacts
+from protocol.signing import SigningKey
+
+
+class RawPeer(asyncio.DatagramProtocol):
+    """A peer of the DHT that answers as it is told, by method."""
+
+    def __init__(self, key: SigningKey | None = None):
+        self.key = key or SigningKey.generate()
+        self.id = contact_id(self.key.node_id)
+        self.answers = {"identify": self.prove, "find_node": lambda *_: [], "find_value": lambda *_: []}
+        self.asked: list[str] = []
+        self.replies: asyncio.Queue[bytes] = asyncio.Queue()
+
+    def connection_made(self, transport):
+        self.transport = transport
+        self.port = transport.get_extra_info("sockname")[1]
+
+    def datagram_received(self, data, addr):
+        if data[0] == 1:
+            self.replies.put_nowait(data)
+            return
+        method, args = msgpack.unpackb(data[21:])
+        self.asked.append(method)
+        if method in self.answers:
+            self.transport.sendto(b"\x01" + data[1:21] + msgpack.packb(self.answers[method](*args)), addr)
+
+    def prove(self, asker_id, nonce):
+        signed = b"shoal-dht-identity-v1\0" + nonce + asker_id
+        return [bytes.fromhex(self.key.node_id), self.key.sign(signed)]
+
+    def send(self, node, method, *args):
+        self.transport.sendto(b"\x00" + os.urandom(20) + msgpack.packb([method, args]), (HOST, node.port))
+
+    async def ask(self, node, method, *args):
+        self.send(node, method, self.id, *args)
+        async with asyncio.timeout(5):
+            return await self.replies.get()
+
+
+@asynccontextmanager
+async def raw_peer(key=None):
+    transport, peer = await asyncio.get_running_loop().create_datagram_endpoint(
+        lambda: RawPeer(key), local_addr=(HOST, 0)
+    )
+    try:
+        yield peer
+    finally:
+        transport.close()
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+def quiet(caplog):
+    """Fails the test where the loop's exception handler or the log got a line."""
+    failures = []
+    loop_failures = lambda loop, context: failures.append(context)  # noqa: E731
+    yield lambda: asyncio.get_running_loop().set_exception_handler(loop_failures)
+    assert failures == []
+    assert [
+        record for record in caplog.records if record.levelno >= logging.INFO and "part of" not in record.message
+    ] == []
+
+
+async def test_garbage_does_not_raise_or_log_and_the_node_goes_on(quiet):
+    quiet()
+    rng = random.Random(7)
+    async with opened() as node, raw_peer() as peer:
+        signed = a_manifest()
+        await announce(node, signed, 0)
+        datagrams = [rng.randbytes(rng.randrange(0, 200)) for _ in range(300)]
+        datagrams += [
+            bytes([kind]) + bytes(20) + rng.randbytes(rng.randrange(0, 60)) for kind in (0, 1) for _ in range(300)
+        ]
+        datagrams += [
+            b"\x00" + bytes(20) + b"\xdd\xff\xff\xff\xff",
+            b"\x00" + bytes(20) + b"\x91" * 8_000,
+            bytes(60_000),
+        ]
+        for count, datagram in enumerate(datagrams):
+            peer.transport.sendto(datagram, (HOST, node.port))
+            if count % 50 == 0:
+                await asyncio.sleep(0.005)
+        await eventually(lambda: node._protocol.dropped > 800)
+        assert node.stats().nodes == 0
+        reply = await peer.ask(node, "ping")
+        assert msgpack.unpackb(reply[21:]) == node._protocol.source_node.id
+
+
+ODD = [None, 0, -1, 1.5, True, "x" * 20, b"", b"x" * 19, b"y" * 20, [], {}, [[]], {"a": b"b"}, b"z" * 7_700]
+
+
+async def test_requests_of_wrong_types_get_no_answer_and_do_no_harm(quiet):
+    quiet()
+    async with opened() as node, raw_peer() as peer:
+        for method in (
+            "ping",
+            "identify",
+            "store",
+            "find_node",
+            "find_value",
+            "stun",
+            "__init__",
+            "datagram_received",
+            "",
+        ):
+            for odd in ODD:
+                peer.send(node, method, odd)
+                peer.send(node, method, peer.id, odd)
+                peer.send(node, method, peer.id, peer.id, odd)
+                peer.send(node, method, peer.id, odd, odd, odd, odd)
+            await asyncio.sleep(0.005)
+        await peer.ask(node, "ping")
+        assert node.stats().records == 0
+
+
+async def test_records_that_are_not_what_they_should_be_are_refused_on_store():
+    async with opened() as node, opened(node) as reader, raw_peer() as peer:
+        signed = a_manifest()
+        key, value = provider_value(signed)
+        (packed,) = msgpack.unpackb(value)
+        _, of_other_cluster = provider_value(signed, cluster="kelp")
+        _, stale = provider_value(signed, now=1_000.0)
+        for bad in (
+            msgpack.packb([packed[:-1] + bytes([packed[-1] ^ 1])]),
+            msgpack.packb([packed + bytes(3_000)]),
+            of_other_cluster,
+            stale,
+        ):
+            reply = await peer.ask(node, "store", key, bad)
+            assert msgpack.unpackb(reply[21:]) is False
+        assert await reader.find_providers(signed.digest) == []
+        assert node.stats().records == 0
+        reply = await peer.ask(node, "store", key, value)
+        assert msgpack.unpackb(reply[21:]) is True
+        assert len(await reader.find_providers(signed.digest)) == 1
+
+
+async def test_only_who_proves_its_id_becomes_a_contact():
+    async with opened() as node, raw_peer() as liar, raw_peer() as honest:
+        victim = contact_id(SigningKey.generate().node_id)
+        other = SigningKey.generate()
+        for proof in (
+            lambda asker, nonce: [bytes.fromhex(other.node_id), bytes(64)],
+            lambda asker, nonce: [bytes.fromhex(other.node_id), liar.prove(asker, nonce)[1]],
+            lambda asker, nonce: liar.prove(asker, bytes(16)),
+            lambda asker, nonce: [],
+            lambda asker, nonce: [5, "x"],
+            lambda asker, nonce: {b"a": nonce},
+        ):
+            liar.answers["identify"] = proof
+            liar.asked.clear()
+            liar.send(node, "ping", victim)
+            await eventually(lambda: liar.asked)
+            await asyncio.sleep(0.05)
+            assert node.stats().nodes == 0
+        await honest.ask(node, "ping")
+        await eventually(lambda: node.stats().nodes == 1)
+        (contact,) = node._protocol.router.contacts()
+        assert contact.id == honest.id
+
+
+async def test_a_flood_of_claimed_ids_neither_fills_the_table_nor_is_answered_with_a_flood():
+    async with opened() as node, raw_peer() as peer:
+        del peer.answers["identify"]
+        for count in range(2_000):
+            peer.send(node, "ping", os.urandom(20))
+            if count % 50 == 0:
+                await asyncio.sleep(0.005)
+        await eventually(lambda: peer.replies.qsize() > 1_500)
+        assert node.stats().nodes == 0
+        assert node._membership._waiting.qsize() <= 256
+        assert peer.asked.count("identify") < 100
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        5,
+        "text",
+        [[[]]] * 30,
+        {"value": None, "nodes": None, "total": None},
+        {"value": b"\xc1", "nodes": [["x", HOST, 1]], "total": 1 << 60},
+        {"value": msgpack.packb([bytes(300)] * 20), "nodes": [[bytes(20), "name.invalid", 7]], "total": 99},
+        {b"value": b"", "nodes": {"a": 1}, "total": "9"},
+        [[os.urandom(20), HOST, 70_000], [os.urandom(20), 5, 5], [os.urandom(19), HOST, 5], [bytes(20), HOST, True]],
+        [[os.urandom(20), "224.0.0.1", 5], [os.urandom(20), "0.0.0.0", 5], [os.urandom(20), "255.255.255.255", 5]],
+    ],
+)
+async def test_whatever_a_contact_answers_the_others_records_are_found(answer, quiet):
+    quiet()
+    async with opened() as node, opened(node) as provider, raw_peer() as peer:
+        await peer.ask(node, "ping")
+        await eventually(lambda: node.stats().nodes == 2)
+        peer.answers = {"identify": peer.prove} | dict.fromkeys(("find_node", "find_value", "store"), lambda *_: answer)
+        signed = a_manifest()
+        await announce(provider, signed, 0)
+        assert [p.node_id for p in await node.find_providers(signed.digest)] == [provider.node_id]
+        await node.list_nodes()
+        await announce(node, a_manifest("other"), 0)
+        assert "find_value" in peer.asked
+        assert "store" in peer.asked
+
+
+async def test_a_peer_that_names_ever_nearer_nodes_does_not_keep_a_lookup_for_ever(monkeypatch):
+    monkeypatch.setattr(crawl_module, "DEADLINE_S", 1.0)
+    async with opened() as node, opened(node) as provider, raw_peer() as peer:
+        signed = a_manifest()
+        await announce(provider, signed, 0)
+
+        def nearer(asker, key):
+            return [[key[:12] + os.urandom(8), HOST, random.randrange(20_000, 60_000)] for _ in range(20)]
+
+        peer.answers |= {"find_value": nearer, "find_node": nearer}
+        await peer.ask(node, "ping")
+        await eventually(lambda: node.stats().nodes == 2)
+        async with asyncio.timeout(10):
+            assert len(await node.find_providers(signed.digest)) == 1
+        assert node.stats().nodes == 2
+
+
+async def test_an_answer_counts_only_from_where_it_was_asked_for():
+    async with opened() as node, raw_peer() as asked, raw_peer() as other:
+        replies = []
+
+        def answer_through_the_other(asker, nonce):
+            replies.append(asked.prove(asker, nonce))
+            return
+
+        asked.answers["identify"] = answer_through_the_other
+        original = asked.datagram_received
+
+        def forward(data, addr):
+            original(data, addr)
+            if replies:
+                other.transport.sendto(b"\x01" + data[1:21] + msgpack.packb(replies.pop()), addr)
+
+        asked.datagram_received = forward
+        asked.send(node, "ping", asked.id)
+        await eventually(lambda: "identify" in asked.asked)
+        await asyncio.sleep(0.1)
+        assert node.stats().nodes == 0
+
+
+async def test_of_120_providers_answers_are_samples_that_fit_and_a_lookup_merges_several():
+    async with opened() as one, opened(one) as two, opened(one) as reader, raw_peer() as peer:
+        signed = a_manifest()
+        for _ in range(120):
+            key, value = provider_value(signed)
+            for holder in (one, two):
+                await peer.ask(holder, "store", key, value)
+        answers = [await peer.ask(holder, "find_value", key) for holder in (one, two) for _ in range(4)]
+        assert all(len(datagram) <= MAX_DATAGRAM_BYTES for datagram in answers)
+        samples = [frozenset(msgpack.unpackb(msgpack.unpackb(datagram[21:])["value"])) for datagram in answers]
+        assert len(set(samples)) == 8
+        assert all(len(sample) < 60 for sample in samples)
+        assert len(await reader.find_providers(signed.digest)) > max(map(len, samples)) + 20
+
+
+async def test_an_answer_with_a_full_value_and_twenty_neighbours_fits_a_datagram():
+    async with opened() as node, raw_peer() as peer:
+        for _ in range(40):
+            node._protocol.router.add_contact(Node(os.urandom(20), "255.255.255.250", 65_535))
+        signed = a_manifest()
+        for _ in range(80):
+            key, value = provider_value(signed)
+            node._overlay.storage.merge(key, value)
+        datagram = await peer.ask(node, "find_value", key)
+        body = msgpack.unpackb(datagram[21:])
+        assert len(datagram) <= MAX_DATAGRAM_BYTES
+        assert len(body["nodes"]) == 20
+        assert len(body["value"]) > 6_000
+        kill(node)
+
+
+def test_a_routing_table_stays_bounded_whatever_ids_come():
+    own = Node(bytes(20))
+    table = Routing(own, 20)
+    rng = random.Random(3)
+    for _ in range(40):
+        prefix = rng.randbytes(19)
+        for last in range(0, 63, 3):
+            table.add_contact(Node(prefix + bytes([last]), HOST, 1))
+    for _ in range(3_000):
+        table.add_contact(Node(rng.randbytes(20), HOST, 1))
+    assert len(table.buckets) <= MAX_BUCKETS
+    assert len(table) <= MAX_BUCKETS * 20
+
+
+@given(st.binary(max_size=300))
+def test_any_datagram_parses_or_does_not(datagram):
+    assert isinstance(parse(datagram), Request | Answer | None)
+
+
+@given(st.sampled_from([b"\x00", b"\x01"]), st.binary(max_size=200))
+def test_any_body_parses_or_does_not(kind, body):
+    assert isinstance(parse(kind + bytes(20) + body), Request | Answer | None)
+
+
+def test_announced_lengths_take_no_memory():
+    nested = [
+        b"\x01" + bytes(20) + head * 2_000 for head in (b"\xdc\x1f\xff", b"\xdc\x00\xff", b"\xde\x00\x10\x00", b"\x91")
+    ]
+    nested.append(b"\x01" + bytes(20) + b"\xdd\xff\xff\xff\xff")
+    tracemalloc.start()
+    try:
+        for datagram in nested:
+            assert parse(datagram[:MAX_DATAGRAM_BYTES]) is None
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_contacts_from_elsewhere_do_not_lead_to_this_machine():
+    items = [[b"a" * 20, "127.0.0.1", 80], [b"b" * 20, "10.0.0.7", 7401]]
+    assert [contact.ip for contact in parse_contacts(items, "10.0.0.1", 20)] == ["10.0.0.7"]
+    assert len(parse_contacts(items, "127.0.0.1", 20)) == 2
+    assert len(parse_contacts(items * 30, "127.0.0.1", 20)) == 20
