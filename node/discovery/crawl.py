@@ -52,7 +52,7 @@ class Crawl(SpiderCrawl):  # type: ignore[misc]
             before = len(self.records)
             if not self._holders or before >= MAX_FOUND:
                 break
-            pass
+            await self._ask_again()
             if len(self.records) == before:
                 break
         self.closest = [node for node in self.nearest if node.id in answered]
@@ -61,7 +61,7 @@ class Crawl(SpiderCrawl):  # type: ignore[misc]
         answered: set[bytes] = set()
         in_flight: dict[asyncio.Future[Reply], Node] = {}
         while True:
-            room = min(self.alpha - len(in_flight), MAX_ASKED - self._asked)
+            room = self.alpha - len(in_flight)
             for peer in self.nearest.get_uncontacted()[: max(0, room)]:
                 self.nearest.mark_contacted(peer)
                 self._asked += 1

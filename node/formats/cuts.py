@@ -30,7 +30,9 @@ class Cuttable:
     rule: ArchitectureRule
 
     def even(self, shards: int) -> tuple[int, ...]:
-        """Boundaries (0 and n_layers among them) of `shards` parts, each cut at the legal layer nearest to even bytes.
+        """Boundaries (0 and n_layers among them) of `shards` parts, as even in bytes of layers as legal cuts allow.
+
+        Each cut is at the legal layer nearest to an even share of what is left.
 
         Raises InvalidParamsError for fewer than one shard, IllegalCutError for more than the legal cuts allow.
         """
@@ -44,15 +46,15 @@ class Cuttable:
         before = [0, *accumulate(self.layer_bytes)]
         places = [before[layer] for layer in self.legal]
         chosen: list[int] = []
-        low = 0
-        for part in range(1, shards):
-            high = len(places) - (shards - 1 - part)  # leave a cut for each part to come
-            goal = before[-1] * part // shards
+        low = done = 0
+        for left in range(shards, 1, -1):
+            high = len(places) - (left - 2)  # leave a cut for each part to come
+            goal = done + (before[-1] - done) // left
             at = min(max(bisect_left(places, goal), low), high - 1)
             if at > low and goal - places[at - 1] <= places[at] - goal:
                 at -= 1
             chosen.append(self.legal[at])
-            low = at + 1
+            low, done = at + 1, places[at]
         return self._checked((0, *chosen, self.n_layers))
 
     def at(self, cuts: Sequence[int]) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ DUMMY_ROWS = 32
 """Rows of a middle slice's embedding: one quantisation block, far fewer than any vocabulary."""
 
 _EVERYWHERE = ("rope_freqs.", "rope_factors_long.", "rope_factors_short.", "output_norm.")
-_BLOCK = re.compile(r"^blk\.(\d{1,6})\.(.+)\Z", re.DOTALL)
+_BLOCK = re.compile(r"^blk\.(0|[1-9]\d{0,5})\.(.+)\Z", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,25 +95,23 @@ def _metadata(gguf: GgufFile, rule: ArchitectureRule, n_layers: int, start: int,
     arch = gguf.architecture
     middle = start > 0 and end < n_layers
     all_layers = gguf.integer(f"{arch}.block_count") or 0
-    replaced: dict[str, Entry | None] = {}
+    replaced: dict[str, Entry] = {}
 
-    def replace(name: str, value: float, *, always: bool = False, default: ValueType = ValueType.UINT32) -> None:
+    def replace(name: str, value: int) -> None:
         key = f"{arch}.{name}"
-        found = gguf.metadata.get(key)
-        if found is not None:
-            replaced[key] = number(key, found.type, value)
-        elif always:
-            replaced[key] = number(key, default, value)
+        if gguf.integer(key) is not None:
+            replaced[key] = number(key, ValueType.UINT32, value)
 
     replace("block_count", end - start)
     replace("nextn_predict_layers", 0)
-    dense = gguf.integer(f"{arch}.leading_dense_block_count")
-    if dense is not None:
-        replace("leading_dense_block_count", min(max(dense - start, 0), end - start))
-    if start > 0:
-        replace("embedding_scale", 1.0, always=rule.scales_embeddings, default=ValueType.FLOAT32)
+    dense = gguf.integer(f"{arch}.leading_dense_block_count") or 0
+    replace("leading_dense_block_count", min(max(dense - start, 0), end - start))
+    scale = f"{arch}.embedding_scale"
+    if start > 0 and (rule.scales_embeddings or scale in gguf.metadata):
+        replaced[scale] = number(scale, ValueType.FLOAT32, 1.0)  # hidden states come scaled already
     if middle:
-        replace("vocab_size", DUMMY_ROWS, always=True)
+        vocabulary = f"{arch}.vocab_size"
+        replaced[vocabulary] = number(vocabulary, ValueType.UINT32, DUMMY_ROWS)
 
     entries: list[Entry] = []
     for key, value in gguf.metadata.items():
@@ -126,7 +124,7 @@ def _metadata(gguf: GgufFile, rule: ArchitectureRule, n_layers: int, start: int,
             items = [float(item) if isinstance(item, float) else int(item) for item in value.value[start:end]]
             changed = numbers(key, value.item_type, items)
         entries.append(changed or taken_over(gguf, key))
-    entries += [entry for entry in replaced.values() if entry is not None]
+    entries += replaced.values()
     if middle:
         entries.append(text("tokenizer.ggml.model", "no_vocab"))
     return entries

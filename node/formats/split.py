@@ -7,6 +7,7 @@ file with the same version get the same content ids, and so share one swarm.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -130,18 +131,24 @@ def _boundaries_below(gguf: GgufFile, model: Cuttable, shard_bytes: int) -> tupl
     """The fewest even parts of which none is larger than `shard_bytes`."""
     if shard_bytes < 1:
         raise InvalidParamsError(f"a shard of {shard_bytes} bytes cannot be: give a size such as 256MiB")
-    least = 0
-    for shards in range(max(1, min(sum(model.layer_bytes) // shard_bytes, len(model.legal) + 1)), len(model.legal) + 2):
-        boundaries = model.even(shards)
-        least = max(plan.size for plan in _plans(gguf, model, boundaries))
-        if least <= shard_bytes:
-            return boundaries
+    finest = len(model.legal) + 1
+    least = _largest(gguf, model, model.even(finest))
+    if least <= shard_bytes:
+        for shards in range(min(max(1, sum(model.layer_bytes) // shard_bytes), finest), finest + 1):
+            with contextlib.suppress(IllegalCutError):  # this number may make a slice of a length that is refused
+                boundaries = model.even(shards)
+                if _largest(gguf, model, boundaries) <= shard_bytes:
+                    return boundaries
     reason = f" ({model.reason})" if model.reason else ""
     raise IllegalCutError(
         f"{gguf.path.name} cannot be cut into shards of at most {shard_bytes} bytes: cut before every legal layer its "
         f"largest shard has {least}{reason}; allow that size",
         {"legal": list(model.legal), "least_shard_bytes": least},
     )
+
+
+def _largest(gguf: GgufFile, model: Cuttable, boundaries: tuple[int, ...]) -> int:
+    return max(plan.size for plan in _plans(gguf, model, boundaries))
 
 
 def _write(
@@ -198,7 +205,7 @@ def read_manifest_file(path: Path) -> Manifest:
     try:
         found = msgspec.json.decode(path.read_bytes(), type=dict[str, msgspec.Raw])
         manifest = msgspec.json.decode(found["manifest"], type=Manifest)
-    except (msgspec.MsgspecError, KeyError, UnicodeDecodeError) as err:
+    except (msgspec.MsgspecError, KeyError, UnicodeDecodeError, RecursionError) as err:
         raise InvalidManifestError(f"{path.name} is not a manifest: {err}") from None
     check_manifest(manifest)
     return manifest

@@ -43,7 +43,10 @@ class Target:
         Raises InvalidParamsError where it holds another model or is being written, InsufficientDiskError where
         `needed_bytes` do not fit or the disk fills up meanwhile.
         """
-        out_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise InvalidParamsError(f"{out_dir} is not a folder: give another --out") from None
         lock = os.open(out_dir, os.O_RDONLY | os.O_DIRECTORY)
         try:
             try:

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from node.pipeline.plan import Plan
-from protocol.commands.common import ChatMessage
+from protocol.commands.common import ChatMessage, Empty
 from protocol.commands.sessions import (
     CloseSessionParams,
     OpenSessionParams,
@@ -170,7 +170,7 @@ class Attempt:
                 replay=np.asarray(drawn, "<i4").tobytes() if number == 0 else b"",
                 max_tokens=request.max_tokens - len(drawn),
             )
-            await self._call(number, "START_SESSION", params, object)
+            await self._call(number, "START_SESSION", params, Empty)
 
         tickets = await _all([open_stage(number) for number in range(len(stages))])
         await _all([start_stage(number) for number in range(1, len(stages))])
@@ -213,7 +213,7 @@ class Attempt:
         connection = self._connections[self._plan.stages[number].node_id]
         params = CloseSessionParams(session=self._session, attempt=self._attempt, stage=number)
         with contextlib.suppress(ShoalError):  # closing the connection closes the session too
-            await connection.call("CLOSE_SESSION", params, result_type=object, timeout_s=CLOSE_TIMEOUT_S)
+            await connection.call("CLOSE_SESSION", params, result_type=Empty, timeout_s=CLOSE_TIMEOUT_S)
 
     async def _watch(self, node: NodeId, connection: StageConnection) -> None:
         await connection.closed.wait()

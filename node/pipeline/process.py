@@ -67,6 +67,7 @@ class StageProcess:
         self._waiting: dict[int, asyncio.Future[Loaded | Tokens | Condition | None]] = {}
         self._ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._lost = asyncio.Event()
+        self._gone = asyncio.Event()
         self._pipe: Pipe[FromProcess] | None = None
         self.ticket = ""
         """Of the process's transport."""
@@ -94,13 +95,13 @@ class StageProcess:
                 process._child = await _spawn(settings, theirs.fileno())
             undo.callback(process.kill)
             process._pipe = await Pipe.over(ours, FromProcess, process._take, lambda _: process._lost.set())
-            watching = tasks.create_task(process._watch(), name=f"watch engine process {process.pid}")
+            tasks.create_task(process._watch(), name=f"watch engine process {process.pid}")
             try:
                 async with asyncio.timeout(settings.start_timeout_s):
                     process.ticket = await asyncio.shield(process._ready)
             except TimeoutError:
                 process.kill()
-                await asyncio.wait([watching])
+                await process._gone.wait()
                 raise EngineError(
                     f"an engine process was not ready within {settings.start_timeout_s:g} s; the log has what it said"
                 ) from None
@@ -130,7 +131,7 @@ class StageProcess:
         return result
 
     async def stop(self) -> None:
-        """End it, cleanly within `stop_timeout_s`, else by a kill. Returns when it is gone."""
+        """End it, cleanly within `stop_timeout_s`, else by a kill. Returns when it is gone and `on_died` was called."""
         if self.dead is None and self._pipe is not None:
             self._pipe.send(Request(0, Stop()))
             try:
@@ -138,7 +139,7 @@ class StageProcess:
                     await self._child.wait()
             except TimeoutError:
                 self.kill()
-        await self._child.wait()
+        await self._gone.wait()
 
     def kill(self) -> None:
         """At once; `on_died` follows."""
@@ -161,6 +162,7 @@ class StageProcess:
             self._ready.set_exception(error)
             self._ready.exception()
         self._on_died(self.dead)
+        self._gone.set()
 
     def _take(self, message: FromProcess) -> None:
         match message:

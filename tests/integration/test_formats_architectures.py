@@ -84,7 +84,7 @@ def in_child(folder: Path, *cases: tuple[Any, ...]) -> list[float | str]:
         "PATTERN = [True, True, True, True, True, False] * 2\n"
         f"for case, options in {[(case[:-1], case[-1]) for case in cases]!r}:\n"
         f"    try: print(difference(pathlib.Path({str(folder)!r}), *case, **options), flush=True)\n"
-        "    except Exception as err: print('!', type(err).__name__, str(err)[:300].replace(chr(10), ' '), flush=True)\n"
+        "    except Exception as err: print('!', repr(err)[:300], flush=True)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
     lines = done.stdout.splitlines()

@@ -303,7 +303,7 @@ async def test_an_endless_row_of_whole_messages_that_are_no_rpc_is_ended(node: N
         (b"\xc1", None, "malformed_message"),
         (b"GET / HTTP/1.1\r\nHost: node\r\n\r\n", None, "malformed_message"),
         (b"\x94\x00\x07\xa4WAIT\x91\xc1", 7, "malformed_message"),
-        (b"\x94\x00\x07\xa4WAIT\x91\xc6\xff\xff\xff\xff" + b"x" * 300_000, 7, "message_too_large"),
+        (b"\x94\x00\x07\xa4WAIT\x91\xc6\xff\xff\xff\xff" + b"x" * 6_000_000, 7, "message_too_large"),
         (b"\x94\x00\x07\xa4WAIT\x91\xdd\xff\xff\xff\xff", 7, "message_too_large"),
         (b"\x94\x00\x07\xa4WAIT\x91" + b"\x91" * 300_000, 7, "message_too_large"),
         (b"\xdd\x7f\xff\xff\xff" * 100, None, "message_too_large"),

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transport_tickets import ticket_of
 
 from node.transport.exchange import Exchange
 from node.transport.links import Changed, PeerLost
 from node.transport.settings import FIRST_BYTES, TransportSettings
 from node.transport.wire import Address, Beat, Data, Open, encode, token_of
 from protocol.errors import BusyError, PeerLostError, TransportError
-from tests.node.test_transport_wire import ticket_of
 
 KEY = bytes(range(32))
 CHANNEL = b"channel1"

@@ -1,17 +1,26 @@
-import base64
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transport_tickets import ticket_of
 
 from node.transport.ticket import peer_of
-from node.transport.wire import Ack, Address, Beat, Data, Gone, MalformedHeaderError, Open, Pull, decode, encode, token_of
+from node.transport.wire import (
+    Ack,
+    Address,
+    Beat,
+    Data,
+    Gone,
+    MalformedHeaderError,
+    Open,
+    Pull,
+    decode,
+    encode,
+    token_of,
+)
 from protocol.errors import TransportError
 
 u64 = st.integers(0, 2**64 - 1)
-addresses = st.builds(
-    Address, *(st.binary(min_size=size, max_size=size) for size in (8, 8, 16))
-)
+addresses = st.builds(Address, *(st.binary(min_size=size, max_size=size) for size in (8, 8, 16)))
 datas = st.builds(Data, addresses, u64, st.integers(-(2**63), 2**63 - 1), u64, st.integers(0, 255))
 texts = st.text(max_size=80)
 others = st.one_of(
@@ -21,12 +30,9 @@ others = st.one_of(
     st.builds(Gone, addresses, st.integers(0, 255)),
     st.builds(Pull, st.binary(min_size=8, max_size=8), st.binary(min_size=32, max_size=32), texts, texts),
 )
-messages = st.builds(lambda first, rest: first + rest, st.lists(datas, max_size=1), st.lists(others, max_size=6)).filter(bool)
-
-
-def ticket_of(number: int, *, address: bytes = b"\0\x7f\0\0\1\x80\x08", relay: bytes = b"\0", count: int = 1) -> str:
-    raw = b"\0" + bytes([number]) * 32 + relay + bytes([count]) + address
-    return "node" + base64.b32encode(raw).decode().lower().rstrip("=")
+messages = st.builds(
+    lambda first, rest: first + rest, st.lists(datas, max_size=1), st.lists(others, max_size=6)
+).filter(bool)
 
 
 @given(messages)

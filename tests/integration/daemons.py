@@ -1,0 +1,94 @@
+"""Real daemons, `python -m node serve`, for tests: started on free loopback ports, always ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from protocol.sync_client import SyncClient
+
+READY_S = 30.0
+
+
+@dataclass
+class Daemon:
+    """One running node."""
+
+    home: Path
+    process: subprocess.Popen[bytes]
+    ready: dict[str, Any]
+
+    @property
+    def node_id(self) -> str:
+        return str(self.ready["node_id"])
+
+    @property
+    def ports(self) -> dict[str, int]:
+        return dict(self.ready["ports"])
+
+    @property
+    def log(self) -> str:
+        return (self.home / "node.log").read_text(errors="replace")
+
+    def call(self, method: str, params: dict[str, Any] | None = None, **options: Any) -> Any:
+        with SyncClient("127.0.0.1", self.ports["rpc"]) as client:
+            return client.call(method, params or {}, timeout_s=60, **options)
+
+    def files(self) -> dict[str, dict[str, Any]]:
+        return {file["filename"]: file for file in self.call("LIST_FILES")["files"]}
+
+    def end(self, number: int = signal.SIGTERM) -> float:
+        """Send a signal; return how long the process took, and fail the test where it takes over 10 s."""
+        started = time.monotonic()
+        self.process.send_signal(number)
+        self.process.wait(10)
+        return time.monotonic() - started
+
+
+@contextlib.contextmanager
+def daemon(home: Path, *arguments: str, bootstrap: Daemon | None = None, **environment: str) -> Iterator[Daemon]:
+    """Start a node and wait until it says that it is ready."""
+    home.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "node", "serve", "--data-dir", str(home), "--threads", "1", "--ctx-size", "512"]
+    for port in ("rpc", "dht", "bt", "http"):
+        command += [f"--{port}-port", "0"]
+    if bootstrap:
+        command += ["--bootstrap", f"127.0.0.1:{bootstrap.ports['dht']}"]
+    with (home / "node.log").open("ab") as log:
+        process = subprocess.Popen(
+            [*command, *arguments], stdout=subprocess.PIPE, stderr=log, env=os.environ | environment
+        )
+    try:
+        assert process.stdout is not None
+        readable, _, _ = select.select([process.stdout], [], [], READY_S)
+        line = process.stdout.readline() if readable else b""
+        assert line, f"the node did not get ready:\n{(home / 'node.log').read_text(errors='replace')[-3000:]}"
+        yield Daemon(home, process, json.loads(line))
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(8)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(5)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_s: float = 20.0) -> None:
+    """Poll until it holds; fail where it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)

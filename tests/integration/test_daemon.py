@@ -1,0 +1,210 @@
+"""One daemon as a person runs it: start, ready line, files, commands, shutdown."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import msgpack
+import pytest
+from daemons import daemon, wait_until
+
+from protocol.errors import (
+    AmbiguousNameError,
+    InsufficientMemoryError,
+    InvalidParamsError,
+    ShardNotFoundError,
+    UnknownNameError,
+    WrongNodeError,
+)
+
+
+def test_ready_line_health_status_and_clean_end(tmp_path: Path) -> None:
+    with daemon(tmp_path / "a") as node:
+        assert set(node.ports) == {"rpc", "dht", "bt", "http"}
+        assert all(node.ports.values())
+        status = node.call("STATUS")
+        assert status["node_id"] == node.node_id
+        assert status["cluster"] == "default"
+        assert status["versions"]["libtorrent"].startswith("2.1")
+        base = f"http://127.0.0.1:{node.ports['http']}"
+        with urllib.request.urlopen(f"{base}/healthz") as answer:
+            assert json.load(answer)["node_id"] == node.node_id
+        with urllib.request.urlopen(f"{base}/metrics") as answer:
+            assert b"shoal_uptime_seconds" in answer.read()
+        assert stat.S_IMODE((node.home / "node.key").stat().st_mode) == 0o600
+        assert node.end(signal.SIGINT) < 5
+        assert node.process.returncode == 0
+        assert node.process.stdout is not None
+        assert node.process.stdout.read() == b"", "the ready line is the only line on stdout"
+    with daemon(tmp_path / "a") as again:
+        assert again.node_id == node.node_id, "the key is kept"
+
+
+def test_everything_binds_to_loopback(tmp_path: Path) -> None:
+    with daemon(tmp_path / "a") as node:
+        listening = _listening_addresses(node.process.pid)
+        assert listening, "no socket was found: the test sees nothing"
+        assert {host for host, port in listening} == {"127.0.0.1"}
+
+
+def test_a_second_node_on_the_same_data_dir_is_refused(tmp_path: Path) -> None:
+    with daemon(tmp_path / "a") as node:
+        command = [sys.executable, "-m", "node", "--data-dir", str(tmp_path / "a"), "--rpc-port", "0"]
+        second = subprocess.run(command, capture_output=True, timeout=30, check=False)
+        assert second.returncode == 1
+        assert f"process {node.process.pid}" in second.stderr.decode()
+
+
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "node", "--data-dir", str(tmp_path), "--rpc-port", str(port)]
+        ended = subprocess.run(command, capture_output=True, timeout=30, check=False)
+    assert ended.returncode == 1
+    assert str(port) in ended.stderr.decode()
+    assert b"Traceback" not in ended.stderr
+
+
+def test_listening_beyond_loopback_needs_consent_and_warns(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "node", "--data-dir", str(tmp_path / "b"), "--listen", "0.0.0.0"]
+    refused = subprocess.run(command, capture_output=True, timeout=30, check=False)
+    assert refused.returncode == 1
+    assert b"--insecure-listen" in refused.stderr
+    with daemon(tmp_path / "a", "--listen", "127.0.0.2", "--advertise", "127.0.0.2") as node:
+        assert "without a cluster identity" not in node.log
+
+
+def test_files_are_seeded_and_broken_ones_named(shards_copy: Path) -> None:
+    shards = shards_copy / "shards"
+    whole = (shards / "smol" / "shard-1.gguf").read_bytes()
+    (shards / "cut.gguf").write_bytes(whole[: len(whole) // 2])
+    (shards / "junk.parquet").write_bytes(b"PAR1 nothing PAR1")
+    with daemon(shards_copy) as node:
+        wait_until(lambda: len(node.files()) == 5 and "hashing" not in {f["state"] for f in node.files().values()})
+        files = node.files()
+        assert {files[f"smol/shard-{i}.gguf"]["state"] for i in range(3)} == {"seeding"}
+        assert files["smol/shard-1.gguf"]["model"] == "smol"
+        assert files["smol/shard-1.gguf"]["shard_id"] == 1
+        for name in ("cut.gguf", "junk.parquet"):
+            assert files[name]["state"] == "invalid"
+            assert files[name]["error"]
+            assert files[name].get("info_hash") is None
+        shutil.copyfile(shards / "smol" / "shard-1.gguf", shards / ".late.tmp")
+        (shards / ".late.tmp").rename(shards / "late.gguf")
+        wait_until(lambda: node.files().get("late.gguf", {}).get("state") == "seeding")
+        (shards / "late.gguf").unlink()
+        wait_until(lambda: "late.gguf" not in node.files())
+
+
+def test_load_unload_and_errors(shards_copy: Path) -> None:
+    with daemon(shards_copy) as node:
+        progress: list[dict[str, object]] = []
+        loaded = node.call(
+            "LOAD_SHARD",
+            {"model": "smol", "shard_id": 1},
+            request_id="mine",
+            on_notification=lambda _, params: progress.append(params),
+        )
+        assert loaded["status"] == "loaded"
+        assert loaded["source"] == "local"
+        assert Path(loaded["path"]).is_file()
+        assert {one["request_id"] for one in progress} == {"mine"}
+        assert node.call("LOAD_SHARD", {"shard_id": 1})["shard_id"] == 1, "the only model needs no name"
+        assert node.files()["smol/shard-1.gguf"]["state"] == "loaded"
+        stages = node.call("STATUS")["stages"]
+        assert [stage["shards"] for stage in stages] == [[1]]
+        assert node.call("UNLOAD_SHARD", {"model": "smol", "shard_id": 1})["status"] == "unloaded"
+        assert node.files()["smol/shard-1.gguf"]["state"] == "seeding"
+
+        with pytest.raises(UnknownNameError, match="nothing-like-it"):
+            node.call("LOAD_SHARD", {"model": "nothing-like-it", "shard_id": 0})
+        with pytest.raises(ShardNotFoundError, match="0 to 2"):
+            node.call("LOAD_SHARD", {"model": "smol", "shard_id": 7})
+        with pytest.raises(InvalidParamsError, match="shard_id"):
+            node.call("LOAD_SHARD", {"model": "smol", "shard_id": "one"})
+        with pytest.raises(WrongNodeError):
+            node.call("STATUS", recipient="ab" * 32)
+
+
+def test_selectors_ambiguity_and_evict(shards_copy: Path, smollm2: Path) -> None:
+    from node.formats.split import split_gguf
+
+    split_gguf(smollm2, shards_copy / "shards" / "two", shards=2, name="two")
+    with daemon(shards_copy) as node:
+        wait_until(lambda: [f["state"] for f in node.files().values()] == ["seeding"] * 5)
+        with pytest.raises(AmbiguousNameError) as caught:
+            node.call("FETCH_SHARD", {"filename": "shard-0.gguf"})
+        assert len(caught.value.details["candidates"]) == 2
+        with pytest.raises(AmbiguousNameError) as caught:
+            node.call("LOAD_SHARD", {"shard_id": 0})
+        content_id = node.files()["two/shard-1.gguf"]["content_id"]
+        found = node.call("FETCH_SHARD", {"content_id": content_id})
+        assert (found["status"], found["source"], found["shard_id"]) == ("fetched", "local", 1)
+        digest = node.call("GET_MANIFEST", {"model": "two"})["digest"]
+        again = node.call("GET_MANIFEST", {"model": f"two@{digest[:12]}"})
+        assert again["signed"]["publisher"] == node.node_id
+        evicted = node.call("EVICT_SHARD", {"model": "two", "shard_id": 1})
+        assert evicted["status"] == "evicted"
+        assert not Path(evicted["path"]).exists()
+        wait_until(lambda: "two/shard-1.gguf" not in node.files())
+
+
+def test_verify_shard_finds_a_changed_file(shards_copy: Path) -> None:
+    with daemon(shards_copy) as node:
+        wait_until(lambda: [f["state"] for f in node.files().values()] == ["seeding"] * 3)
+        task = {"task_type": "verify_shard", "model": "smol", "shard_id": 2}
+        assert node.call("EXECUTE_TASK", task)["valid"] is True
+        path = shards_copy / "shards" / "smol" / "shard-2.gguf"
+        times = path.stat()
+        with path.open("r+b") as file:
+            file.seek(-1000, os.SEEK_END)
+            file.write(b"\0changed behind the node's back\0")
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        result = node.call("EXECUTE_TASK", task)
+        assert result["valid"] is False
+        assert result["found"] != result["expected"]
+        wait_until(lambda: node.files()["smol/shard-2.gguf"]["state"] == "invalid")
+
+
+def test_too_little_memory_is_a_refusal(shards_copy: Path) -> None:
+    with daemon(shards_copy, "--ctx-size", str(1 << 24), "--max-sessions", "64") as node:
+        with pytest.raises(InsufficientMemoryError) as caught:
+            node.call("LOAD_SHARD", {"model": "smol", "shard_id": 0})
+        assert caught.value.details["needed_bytes"] > caught.value.details["available_bytes"]
+        assert node.call("STATUS")["stages"] == []
+
+
+def test_any_messagepack_rpc_client_can_talk_to_it(tmp_path: Path) -> None:
+    """Raw bytes by the public specification, the method as str and as bin."""
+    with daemon(tmp_path / "a") as node, socket.create_connection(("127.0.0.1", node.ports["rpc"]), 10) as peer:
+        unpacker = msgpack.Unpacker()
+        peer.sendall(msgpack.packb([2, "no_such_notification", [1]]) + msgpack.packb([0, 1, "STATUS", [{}]]))
+        peer.sendall(msgpack.packb([0, 2, b"LIST_FILES", []]) + msgpack.packb([0, 3, "nonsense", [{}]]))
+        answers: dict[int, list[object]] = {}
+        while len(answers) < 3:
+            unpacker.feed(peer.recv(65536))
+            for kind, msgid, error, result in unpacker:
+                assert kind == 1
+                answers[msgid] = [error, result]
+    assert answers[1][1]["node_id"] == node.node_id  # type: ignore[index,call-overload]
+    assert answers[2] == [None, {"files": []}]
+    assert answers[3][0]["code"] == "unknown_command"  # type: ignore[index,call-overload]
+
+
+def _listening_addresses(pid: int) -> set[tuple[str, int]]:
+    import psutil
+
+    return {
+        (one.laddr.ip, one.laddr.port)
+        for one in psutil.Process(pid).net_connections("inet")
+        if one.status in ("LISTEN", "NONE")
+    }
