@@ -61,7 +61,7 @@ class Crawl(SpiderCrawl):  # type: ignore[misc]
         answered: set[bytes] = set()
         in_flight: dict[asyncio.Future[Reply], Node] = {}
         while True:
-            room = self.alpha - len(in_flight)
+            room = min(self.alpha - len(in_flight), MAX_ASKED - self._asked)
             for peer in self.nearest.get_uncontacted()[: max(0, room)]:
                 self.nearest.mark_contacted(peer)
                 self._asked += 1

@@ -29,15 +29,15 @@ DEFAULT_ALIGNMENT = 32
 MAX_HEADER_BYTES = 256 << 20
 """Metadata and tensor list together; a vocabulary of 262,144 tokens makes about 8 MiB."""
 MAX_METADATA = 4096
-MAX_TENSORS = 1 << 18
+MAX_TENSORS = 1 << 17
 MAX_DIMENSIONS = 4
 """GGML_MAX_DIMS of llama.cpp."""
 MAX_NAME_BYTES = 64
 """Of a tensor (specification)."""
 MAX_KEY_BYTES = 65535
 """(Specification.)"""
-MAX_STRINGS = 1 << 22
-"""In all arrays of a file together: passing over them takes about a second."""
+MAX_STRINGS = 1 << 21
+"""In all arrays of a file together: passing over them takes a second or two."""
 MAX_KEPT_TEXT_BYTES = 1 << 20
 MAX_KEPT_ITEMS = 4096
 """Of an array of numbers: per-layer values are kept, vocabularies are not."""

@@ -83,10 +83,15 @@ def session_params(settings: SwarmSettings) -> Any:
         "active_downloads": -1,
         "active_limit": -1,
         "connections_limit": 1000,
+        # What is asked for is not asked for elsewhere: a short queue keeps downloaders from asking one seed for the
+        # same pieces (egress at eight downloaders 1.37 times the file with 3 s, 1.24 with 1 s).
+        "request_queue_time": 1,
+        # A seed's slots go round soon (1.16).
+        "unchoke_interval": 5,
         # Connect to peers at once, not one a tick.
         "smooth_connects": False,
         "connection_speed": 200,
     }
     import os,json
-    st=params.settings; st.update(json.loads(os.environ.get('LTX','{}'))); params.settings=st
+    st=params.settings; st.update(json.loads(os.environ.get('LTX','{}'))); params.settings=st #DEL
     return params

@@ -92,6 +92,10 @@ class Table:
 
     def lose(self, end: InboxEnd | OutletEnd, now: float) -> None:
         """A channel went silent or was never answered. Without a sign of life on another one, its peer is lost."""
+        if isinstance(end, OutletEnd) and end.address.link not in self.outlets:
+            return  # the peer was lost with another channel, just now
+        if isinstance(end, InboxEnd) and self.inboxes.get(end.channel) is not end:
+            return
         peer = end.peer
         error = end.sender.error if isinstance(end, OutletEnd) else end.receiver.error
         if peer is None or not isinstance(error, PeerLostError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -229,6 +230,12 @@ def manifest_of(folder: Path, *names: str, name: str = "tiny", kind: Any = "data
 
 def write_unsigned(folder: Path, manifest: Manifest) -> None:
     (folder / "manifest.json").write_bytes(msgspec.json.encode({"manifest": manifest}))
+
+
+def age(folder: Path) -> None:
+    """Make files look as if they had lain there for long, so that nobody waits for them to become quiet."""
+    for path in folder.rglob("*.*"):
+        os.utime(path, (1_000_000_000, 1_000_000_000))
 
 
 async def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:

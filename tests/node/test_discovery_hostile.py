@@ -78,9 +78,8 @@ def quiet(caplog):
     loop_failures = lambda loop, context: failures.append(context)  # noqa: E731
     yield lambda: asyncio.get_running_loop().set_exception_handler(loop_failures)
     assert failures == []
-    assert [
-        record for record in caplog.records if record.levelno >= logging.INFO and "part of" not in record.message
-    ] == []
+    lines = [record.message for record in caplog.records if record.levelno >= logging.INFO]
+    assert [line for line in lines if "part of the DHT" not in line] == []
 
 
 async def test_garbage_does_not_raise_or_log_and_the_node_goes_on(quiet):
@@ -211,7 +210,7 @@ async def test_a_flood_of_claimed_ids_neither_fills_the_table_nor_is_answered_wi
 )
 async def test_whatever_a_contact_answers_the_others_records_are_found(answer, quiet):
     quiet()
-    async with opened() as node, opened(node) as provider, raw_peer() as peer:
+    async with raw_peer() as peer, opened() as node, opened(node) as provider:
         await peer.ask(node, "ping")
         await eventually(lambda: node.stats().nodes == 2)
         peer.answers = {"identify": peer.prove} | dict.fromkeys(("find_node", "find_value", "store"), lambda *_: answer)
@@ -224,44 +223,54 @@ async def test_whatever_a_contact_answers_the_others_records_are_found(answer, q
         assert "store" in peer.asked
 
 
-async def test_a_peer_that_names_ever_nearer_nodes_does_not_keep_a_lookup_for_ever(monkeypatch):
-    monkeypatch.setattr(crawl_module, "DEADLINE_S", 1.0)
-    async with opened() as node, opened(node) as provider, raw_peer() as peer:
+async def test_a_peer_that_names_ever_nearer_nodes_is_asked_a_bounded_number_of_times(monkeypatch):
+    monkeypatch.setattr(crawl_module, "DEADLINE_S", 20.0)
+    async with raw_peer() as peer, opened() as node, opened(node) as provider:
         signed = a_manifest()
         await announce(provider, signed, 0)
 
         def nearer(asker, key):
-            return [[key[:12] + os.urandom(8), HOST, random.randrange(20_000, 60_000)] for _ in range(20)]
+            return [[key[:12] + os.urandom(8), HOST, peer.port] for _ in range(20)]
 
-        peer.answers |= {"find_value": nearer, "find_node": nearer}
         await peer.ask(node, "ping")
         await eventually(lambda: node.stats().nodes == 2)
-        async with asyncio.timeout(10):
+        peer.answers |= {"find_value": nearer, "find_node": nearer}
+        peer.asked.clear()
+        assert len(await node.find_providers(signed.digest)) == 1
+        assert 10 < peer.asked.count("find_value") <= crawl_module.MAX_ASKED
+
+
+async def test_a_peer_that_names_many_dead_nodes_does_not_outlast_a_lookups_deadline(monkeypatch):
+    monkeypatch.setattr(crawl_module, "DEADLINE_S", 0.3)
+    async with raw_peer() as peer, opened(rpc_timeout_s=5) as node, opened(node) as provider, raw_peer() as dead:
+        signed = a_manifest()
+        await announce(provider, signed, 0)
+        dead.answers.clear()
+        await peer.ask(node, "ping")
+        await eventually(lambda: node.stats().nodes == 2)
+        peer.answers["find_value"] = lambda *_: [[os.urandom(20), HOST, dead.port] for _ in range(20)]
+        async with asyncio.timeout(4):  # less than one timeout of a dead node
             assert len(await node.find_providers(signed.digest)) == 1
-        assert node.stats().nodes == 2
 
 
 async def test_an_answer_counts_only_from_where_it_was_asked_for():
     async with opened() as node, raw_peer() as asked, raw_peer() as other:
-        replies = []
+        prove = asked.answers.pop("identify")
+        receive = asked.datagram_received
 
-        def answer_through_the_other(asker, nonce):
-            replies.append(asked.prove(asker, nonce))
-            return
+        def answer_elsewhere(data, addr):
+            receive(data, addr)
+            if data[0] == 0:
+                _, args = msgpack.unpackb(data[21:])
+                other.transport.sendto(b"\x01" + data[1:21] + msgpack.packb(prove(*args)), addr)
 
-        asked.answers["identify"] = answer_through_the_other
-        original = asked.datagram_received
-
-        def forward(data, addr):
-            original(data, addr)
-            if replies:
-                other.transport.sendto(b"\x01" + data[1:21] + msgpack.packb(replies.pop()), addr)
-
-        asked.datagram_received = forward
-        asked.send(node, "ping", asked.id)
-        await eventually(lambda: "identify" in asked.asked)
-        await asyncio.sleep(0.1)
+        asked.datagram_received = answer_elsewhere
+        await asked.ask(node, "ping")
+        await eventually(lambda: node._protocol.dropped)
         assert node.stats().nodes == 0
+        asked.answers["identify"] = prove
+        await asked.ask(node, "ping")
+        await eventually(lambda: node.stats().nodes == 1)
 
 
 async def test_of_120_providers_answers_are_samples_that_fit_and_a_lookup_merges_several():
@@ -276,7 +285,8 @@ async def test_of_120_providers_answers_are_samples_that_fit_and_a_lookup_merges
         samples = [frozenset(msgpack.unpackb(msgpack.unpackb(datagram[21:])["value"])) for datagram in answers]
         assert len(set(samples)) == 8
         assert all(len(sample) < 60 for sample in samples)
-        assert len(await reader.find_providers(signed.digest)) > max(map(len, samples)) + 20
+        # Two samples would be about 75 of the 120; it asks again as long as holders have more than they sent.
+        assert len(await reader.find_providers(signed.digest)) > 95
 
 
 async def test_an_answer_with_a_full_value_and_twenty_neighbours_fits_a_datagram():
@@ -321,7 +331,7 @@ def test_any_body_parses_or_does_not(kind, body):
 
 def test_announced_lengths_take_no_memory():
     nested = [
-        b"\x01" + bytes(20) + head * 2_000 for head in (b"\xdc\x1f\xff", b"\xdc\x00\xff", b"\xde\x00\x10\x00", b"\x91")
+        b"\x01" + bytes(20) + head * 2_000 for head in (b"\xdc\x1f\x00", b"\xdc\x00\xff", b"\xde\x00\x10\x00", b"\x91")
     ]
     nested.append(b"\x01" + bytes(20) + b"\xdd\xff\xff\xff\xff")
     tracemalloc.start()

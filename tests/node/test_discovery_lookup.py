@@ -159,6 +159,16 @@ async def test_what_is_withdrawn_or_left_behind_cleanly_is_not_found():
         assert keeper.stats().records == 0
 
 
+async def test_a_withdrawal_goes_to_holders_that_are_no_contacts_any_more():
+    async with opened() as keeper:
+        async with opened(keeper) as leaving:
+            signed = a_manifest()
+            await announce(leaving, signed, 0)
+            assert len(await keeper.find_providers(signed.digest)) == 1
+            leaving._protocol.router.flush()
+        assert await keeper.find_providers(signed.digest) == []
+
+
 async def test_leaving_takes_no_long_time_when_everybody_else_is_dead():
     async with AsyncExitStack() as stack:
         first = await stack.enter_async_context(opened())
@@ -191,10 +201,14 @@ async def test_a_manifest_of_very_many_shards_is_announced_as_far_as_it_fits():
 async def test_the_users_own_exception_comes_out_as_it_is_and_records_are_withdrawn():
     async with opened() as keeper:
         signed = a_manifest()
-        with pytest.raises(UnknownNameError):
+
+        async def fail():
             async with opened(keeper) as node:
                 await announce(node, signed, 0)
                 raise UnknownNameError("none of that name")
+
+        with pytest.raises(UnknownNameError):
+            await fail()
         assert await keeper.find_providers(signed.digest) == []
 
 

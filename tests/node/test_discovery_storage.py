@@ -193,6 +193,17 @@ def test_a_key_has_a_bounded_number_of_records_and_new_ones_still_come_in(kept, 
     assert ours in kept.records(KEY)
 
 
+def test_holders_of_a_key_with_too_many_records_keep_different_ones(clock, monkeypatch):
+    monkeypatch.setattr(storage_module, "MAX_RECORDS_PER_KEY", 10)
+    holders = [RecordStorage(bytes(20), clock=clock) for _ in range(2)]
+    for _ in range(40):
+        value = pack_value([provider()])
+        assert all(holder.merge(KEY, value) for holder in holders)
+    one, two = ({record.publisher for record in holder.records(KEY)} for holder in holders)
+    assert len(one) == len(two) == 10
+    assert one != two
+
+
 def test_a_full_storage_keeps_near_keys_and_its_own_and_never_outgrows_its_bound(clock):
     kept = RecordStorage(bytes(20), max_bytes=20_000, clock=clock)
     own_far = RecordKey(b"\xff" * 20)

