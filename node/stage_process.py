@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -53,7 +54,7 @@ def main() -> None:
 
 async def _serve(sock: socket.socket, engine_settings: str) -> None:
     # Imported here: the process is tied to its parent, and its stdout out of the way, before libraries load.
-    from node.pipeline.batching import EngineThread
+    from node.pipeline.batching import INLINE_S, EngineThread
     from node.pipeline.channels import Channels
     from node.pipeline.engine import Engine, EngineSettings
     from node.pipeline.pipe import Pipe, Ready, Request
@@ -63,9 +64,11 @@ async def _serve(sock: socket.socket, engine_settings: str) -> None:
     settings = msgspec.json.decode(engine_settings, type=EngineSettings)
     # Made in the main thread, first: the CPUs it is pinned to are those of every thread that starts later.
     engine = Engine(settings)
+    inline = settings.threads == 1 or os.environ.get("OMP_WAIT_POLICY") == "PASSIVE"
+    gc.freeze()  # what is here stays: the collector need not look at it again
     async with (
         IrohEndpoint.open(TransportSettings()) as endpoint,
-        EngineThread(engine) as thread,
+        EngineThread(engine, inline_s=INLINE_S if inline else 0.0) as thread,
     ):
         pipe: Pipe[Request]
         worker = Worker(

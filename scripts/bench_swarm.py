@@ -64,7 +64,7 @@ async def hear() -> dict[str, Any]:
 
 async def be_seed(path: Path, work: Path, limit: int, hashed: ContentHash) -> None:
     torrent = Torrent.of("shard", hashed.size, hashed.content_id)
-    async with Swarm.open(SwarmSettings(work / "state", upload_limit_bytes_s=limit, seed_slots=int(os.environ.get("SLOTS","2")))) as swarm:
+    async with Swarm.open(SwarmSettings(work / "state", upload_limit_bytes_s=limit)) as swarm:
         await swarm.seed(torrent, path, hashed.piece_layer)
         say({"port": swarm.port})
         await hear()

@@ -12,11 +12,10 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
-    SpinnerColumn,
     TextColumn,
-    TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Column
 
 from protocol.errors import ShoalError
 
@@ -42,12 +41,10 @@ def fail(error: Exception | str, *, code: int = 1) -> NoReturn:
 def bytes_progress(console: Console = err) -> Progress:
     """Bars for things that are counted in bytes."""
     return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=28),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(compact=True),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=18),
+        DownloadColumn(binary_units=True, table_column=Column(no_wrap=True)),
+        TransferSpeedColumn(table_column=Column(no_wrap=True)),
         console=console,
     )
 

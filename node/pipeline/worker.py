@@ -226,6 +226,7 @@ class Worker:
                 await self._engine.call(lambda engine: engine.close_sequence(sequence))
                 raise
             self._sessions[session_id] = _Hosted(session)
+            self._engine.sessions = len(self._sessions)
         finally:
             del self._opening[session_id]
             opened.set()
@@ -300,6 +301,7 @@ class Worker:
 
     async def _release(self, session: StageSession) -> None:
         session.close()
+        self._engine.sessions = len(self._sessions)
         await self._engine.call(lambda engine: engine.close_sequence(session.sequence))
 
 

@@ -122,6 +122,7 @@ def write_frame(stream: BinaryIO, data: bytes) -> None:
 def main() -> None:
     # Ctrl-C reaches the whole process group; the daemon closes stdin when it is time to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(5)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     while header := sys.stdin.buffer.read(4):

@@ -76,8 +76,11 @@ class Index:
     def forget(self, path: Path) -> None:
         self._run(lambda db: _ignore(db.execute("DELETE FROM hashed WHERE path = ?", (os.fsencode(path),))), None)
 
-    def keep_only(self, root: Path, paths: Collection[Path]) -> None:
-        """Forget what lies under `root` and is not among `paths`: files that went away while nobody looked."""
+    def keep_only(self, root: Path, paths: Collection[Path], slack: int = 10_000) -> None:
+        """Forget what lies under `root` and is not among `paths`, once that is more than `slack` files.
+
+        Not earlier: a disk that is not mounted for a while should not cost a hashing of all that is on it.
+        """
         prefix = os.path.join(os.fsencode(root), b"")
         known = {os.fsencode(path) for path in paths}
 
@@ -87,7 +90,8 @@ class Index:
                 for (path,) in db.execute("SELECT path FROM hashed")
                 if path.startswith(prefix) and path not in known
             ]
-            db.executemany("DELETE FROM hashed WHERE path = ?", stale)
+            if len(stale) > slack:
+                db.executemany("DELETE FROM hashed WHERE path = ?", stale)
 
         self._run(prune, None)
 

@@ -113,7 +113,8 @@ class Survey:
             if delay is not None:
                 delays.append(delay)
         if not self.done_once:
-            await self._admission.prune(self._settings.shards_dir, set(found))
+            present = {folder / name for folder, files in listing.items() for name in files}
+            await self._admission.prune(self._settings.shards_dir, present)
         return max(0.05, min(delays, default=self._settings.rescan_s))
 
     async def _read_manifests(self, listing: Listing) -> set[Path]:

@@ -101,7 +101,7 @@ async def test_a_file_dropped_in_is_found_by_its_name_and_a_damaged_one_never(tm
 
 
 async def test_three_fetch_at_once_and_one_of_two_callers_leaves(tmp_path: Path) -> None:
-    write_model(tmp_path / "a" / "shards" / "tiny", n_shards=1, size=6_000_000)
+    write_model(tmp_path / "a" / "shards" / "tiny", n_shards=1, size=4_000_000)
     network: Network = {}
     async with (
         open_node(tmp_path / "a", network, upload_limit=4_000_000) as a,
@@ -124,10 +124,10 @@ async def test_three_fetch_at_once_and_one_of_two_callers_leaves(tmp_path: Path)
 
 
 async def test_a_downloader_killed_in_the_middle_goes_on(tmp_path: Path) -> None:
-    size = 24_000_000
+    size = 16_000_000
     write_model(tmp_path / "a" / "shards" / "tiny", n_shards=1, size=size)
     network: Network = {}
-    async with open_node(tmp_path / "a", network, upload_limit=8_000_000) as a:
+    async with open_node(tmp_path / "a", network, upload_limit=6_000_000) as a:
         await a.shards.settled()
         (signed,) = a.shards.manifests()
         (tmp_path / "signed.json").write_bytes(msgspec.json.encode(signed))

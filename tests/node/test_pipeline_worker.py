@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -403,3 +404,34 @@ async def test_tokenize() -> None:
         assert np.frombuffer(answer.tokens, "<i4").tolist() == [9, 10], "a chat template writes its own BOS"
         assert await refused(first, Tokenize(TokenizeParams(model=MODEL))) == "invalid_params"
         assert await refused(second, Tokenize(TokenizeParams(model=MODEL, prompt="ab"))) == "shard_not_loaded"
+
+
+async def test_a_session_of_short_steps_leaves_the_loop_to_others() -> None:
+    async with pipeline([0]) as [stage]:
+        turns = 0
+
+        def turn() -> None:
+            nonlocal turns
+            turns += 1
+            if turns < 10_000:
+                asyncio.get_running_loop().call_soon(turn)
+
+        await begin([stage], [[0]], [3], 200)
+        turn()
+        before = turns
+        await drawn(stage, 200)
+        assert turns - before > 100
+        await end([stage])
+
+
+async def test_a_long_forward_does_not_keep_the_loop() -> None:
+    engine = TinyEngine(1, seconds=0.2)
+    async with pipeline([0], engines=[engine]) as [stage]:
+        await begin([stage], [[0]], [3], 4)
+        longest, before = 0.0, time.monotonic()
+        while len(stage.seen) < 4:
+            await asyncio.sleep(0.001)
+            now = time.monotonic()
+            longest, before = max(longest, now - before), now
+        assert longest < 0.2
+        await end([stage])

@@ -109,7 +109,9 @@ def test_a_forged_manifest_is_refused_and_anothers_json_is_left_alone(tmp_path: 
     assert read_manifest(tmp_path / "manifest.json", KEY) is None
 
 
-@pytest.mark.parametrize("name", ["..", ".", "../../etc", "/etc", "owner/..", "a\0b", "\u202e", "x" * 200, "é" * 150, "-"])
+@pytest.mark.parametrize(
+    "name", ["..", ".", "../../etc", "/etc", "owner/..", "a\0b", "\u202e", "x" * 200, "é" * 150, "-"]
+)
 def test_a_folder_name_is_one_plain_component(tmp_path: Path, name: str) -> None:
     for folder in folder_names(name, DIGEST):
         assert (tmp_path / folder).parent == tmp_path

@@ -41,7 +41,9 @@ def test_only_what_is_gone_from_the_folder_is_pruned(tmp_path: Path) -> None:
     kept, gone, elsewhere = tmp_path / "in/a", tmp_path / "in/b", tmp_path / "in-between/c"
     for path in (kept, gone, elsewhere):
         index.put(path, PRINT, hashed)
-    index.keep_only(tmp_path / "in", {kept})
+    index.keep_only(tmp_path / "in", {kept}, slack=1)
+    assert index.get(gone, PRINT) == hashed
+    index.keep_only(tmp_path / "in", {kept}, slack=0)
     assert [index.get(path, PRINT) is not None for path in (kept, gone, elsewhere)] == [True, False, True]
     index.close()
 

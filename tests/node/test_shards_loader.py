@@ -213,7 +213,7 @@ async def test_a_provider_that_comes_late_is_found_and_a_stall_ends(
         assert {peer.host for peer in room.swarm.downloads[0].peers} <= {"127.0.0.1", "::1"}
         cluster.host = "127.0.0.2"
         await eventually(lambda: "127.0.0.2" in {peer.host for peer in room.swarm.downloads[0].peers})
-        with pytest.raises(NoSourceError, match="0 of .* bytes came, then none for"):
+        with pytest.raises(NoSourceError, match=r"0 of \d+ bytes came, then none for"):
             await task
         assert room.states() == {}
 
@@ -250,9 +250,7 @@ async def test_a_name_that_a_peer_supplies_never_leads_out(
         assert list(room.folder.iterdir()) == []
 
 
-async def test_without_room_nothing_is_begun(
-    tmp_path: Path, cluster: MemoryDiscovery, signed: SignedManifest
-) -> None:
+async def test_without_room_nothing_is_begun(tmp_path: Path, cluster: MemoryDiscovery, signed: SignedManifest) -> None:
     async with open_room(tmp_path, cluster, min_free_disk=1 << 60) as room:
         with pytest.raises(InsufficientDiskError) as caught:
             await room.shards.fetch(signed, signed.manifest.shards[0])
@@ -283,12 +281,12 @@ async def test_what_is_on_the_disk_already_is_not_promised_again(
     written = {"a.part": 500, "b.part": 250}
     monkeypatch.setattr(space_module, "allocated_bytes", lambda path: written.get(path.name, 0))
     space = Space(tmp_path, 0, free=lambda _: 400)
-    async with space.reserved(tmp_path / "a", 600):  # 100 to come
-        async with space.reserved(tmp_path / "b", 550):  # 300 to come
-            with pytest.raises(InsufficientDiskError):
-                async with space.reserved(tmp_path / "c", 1):
-                    pass
-            written["b.part"] = 350
-            with pytest.raises(InsufficientDiskError, match="300 of them promised"):
-                async with space.reserved(tmp_path / "c", 101 + 100):
-                    pass
+    # 100 bytes of one and 300 of the other are still to come.
+    async with space.reserved(tmp_path / "a", 600), space.reserved(tmp_path / "b", 550):
+        with pytest.raises(InsufficientDiskError):
+            async with space.reserved(tmp_path / "c", 1):
+                pass
+        written["b.part"] = 350
+        with pytest.raises(InsufficientDiskError, match="300 of them promised"):
+            async with space.reserved(tmp_path / "c", 101 + 100):
+                pass

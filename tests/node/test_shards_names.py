@@ -163,7 +163,7 @@ async def test_a_file_name_of_two_models_lists_the_candidates(tmp_path: Path, he
             f"{manifest.name}@{manifest.digest[:12]}" for manifest in (here, other)
         }
         for candidate in candidates:
-            signed, entry = await room.shards.select(ShardSelector(model=candidate["model"], shard_id=0))
+            _, entry = await room.shards.select(ShardSelector(model=candidate["model"], shard_id=0))
             assert entry.content_id == candidate["content_id"]
 
 

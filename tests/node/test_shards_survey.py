@@ -25,7 +25,6 @@ async def test_a_folder_is_seeded_and_announced(tmp_path: Path) -> None:
     tiny = tmp_path / "shards" / "tiny"
     for name in ("shard-0.gguf", "shard-1.gguf"):
         write_shard(tiny / name, 300 if "0" in name else 400)
-    manifest = manifest_of(tiny, "shard-0.gguf", "shard-1.gguf", "shard-0.gguf", kind="model")
     manifest = manifest_of(tiny, "shard-0.gguf", "shard-1.gguf", kind="model")
     write_unsigned(tiny, manifest)
     write_shard(tmp_path / "shards" / "rows.parquet")
@@ -147,6 +146,29 @@ async def test_a_file_that_is_still_written_to_waits(tmp_path: Path) -> None:
             states |= set(room.states().values())
         await eventually(lambda: room.states() == {"slow.gguf": "seeding"})
         assert "invalid" not in states
+
+
+async def test_a_folder_that_comes_manifest_first_is_taken_up_file_by_file(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    for name in ("a.bin", "b.bin"):
+        write_shard(made / name, 1000)
+    manifest = manifest_of(made, "a.bin", "b.bin")
+    async with open_room(tmp_path) as room:
+        folder = room.folder / "set"
+        folder.mkdir()
+        write_unsigned(folder, manifest)
+        await eventually(lambda: bool(room.shards.manifests()))
+        shutil.copy(made / "a.bin", folder)
+        (folder / "b.bin").write_bytes((made / "b.bin").read_bytes()[:500])
+        await eventually(lambda: room.states().get("set/a.bin") == "seeding")
+        # Too short for its manifest, but perhaps only not written to its end yet.
+        assert room.states()["set/b.bin"] == "hashing"
+        shutil.copy(made / "b.bin", folder)
+        await eventually(lambda: room.discovery.announced == {manifest.digest: (frozenset({0, 1}), frozenset())})
+        (folder / "b.bin").write_bytes(b"short")
+        await eventually(lambda: room.states()["set/b.bin"] == "invalid")
+        await room.shards.settled()
+        assert room.discovery.announced == {manifest.digest: (frozenset({0}), frozenset())}
 
 
 async def test_a_manifest_that_comes_after_its_files_takes_them_over(tmp_path: Path) -> None:

