@@ -112,8 +112,7 @@ async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callabl
             ShardHandlers(shards, loader, background),
             info,
             SessionHandlers(stages, background),
-            TaskRegistry.from_entry_points(),
-            context,
+            TaskRegistry.from_entry_points().handler(context),
         )
         await enter(server.serve(bound=rpc_socket))
 

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import msgspec
-
 from node.handlers.info import InfoHandlers
 from node.handlers.sessions import SessionHandlers
 from node.handlers.shards import ShardHandlers
-from node.rpc import Call, Command
-from node.tasks.registry import TaskContext, TaskRegistry
+from node.rpc import Command, Handler
 from protocol.commands.nodes import CancelParams, NodesParams, StatusParams
 from protocol.commands.sessions import CloseSessionParams, OpenSessionParams, StartSessionParams, TokenizeParams
 from protocol.commands.shards import (
@@ -25,13 +19,9 @@ from protocol.commands.shards import (
 
 
 def command_table(
-    shards: ShardHandlers, info: InfoHandlers, sessions: SessionHandlers, registry: TaskRegistry, context: TaskContext
+    shards: ShardHandlers, info: InfoHandlers, sessions: SessionHandlers, execute_task: Handler
 ) -> dict[str, Command]:
-    """What the RPC server serves."""
-
-    async def execute_task(params: Mapping[str, Any], call: Call) -> msgspec.Struct | Mapping[str, Any]:
-        return await registry.execute(context, params, call)
-
+    """What the RPC server serves. `execute_task` decodes its own parameters: they are the task type's."""
     return {
         "LOAD_SHARD": Command(LoadShardParams, shards.load),
         "FETCH_SHARD": Command(FetchShardParams, shards.fetch),

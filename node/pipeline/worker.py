@@ -12,6 +12,7 @@ from types import TracebackType
 import msgspec
 import numpy as np
 
+from node.pipeline.admission import check_opening
 from node.pipeline.batching import EngineThread
 from node.pipeline.channels import Channels
 from node.pipeline.chat import render_chat
@@ -46,7 +47,6 @@ from protocol.commands.sessions import (
 )
 from protocol.errors import (
     BusyError,
-    ContextOverflowError,
     EngineError,
     InternalError,
     InvalidParamsError,
@@ -199,7 +199,7 @@ class Worker:
 
     async def _open(self, params: OpenSessionParams) -> None:
         session_id = (params.session, params.attempt, params.stage)
-        self._check(params)
+        check_opening(params, self._shards, self._settings.ctx_size)
         if session_id in self._sessions or session_id in self._opening:
             raise InvalidParamsError(f"session {params.session} is open already as stage {params.stage}")
         if len(self._sessions) + len(self._opening) >= self._settings.max_sessions:
@@ -230,32 +230,6 @@ class Worker:
         finally:
             del self._opening[session_id]
             opened.set()
-
-    def _check(self, params: OpenSessionParams) -> None:
-        missing = [shard_id for shard_id in params.shards if shard_id not in self._shards]
-        if missing:
-            raise ShardNotLoadedError(
-                f"shards {missing} are not loaded here; LOAD_SHARD them first", {"shards": missing}
-            )
-        if params.stage >= params.n_stages or list(params.shards) != list(
-            range(params.shards[0], params.shards[0] + len(params.shards))
-        ):
-            raise InvalidParamsError(
-                f"stage {params.stage} of {params.n_stages} with shards {list(params.shards)} is no run of a pipeline"
-            )
-        ends = (self._shards[params.shards[0]].is_first, self._shards[params.shards[-1]].is_last)
-        if ends != (params.stage == 0, params.stage == params.n_stages - 1):
-            raise InvalidParamsError(
-                f"shards {list(params.shards)} cannot be stage {params.stage} of {params.n_stages}: the first stage "
-                "begins with the model's first shard, the last ends with its last"
-            )
-        if params.n_positions > self._settings.ctx_size:
-            raise ContextOverflowError(
-                f"prompt and answer take up to {params.n_positions} tokens, a stage here has room for "
-                f"{self._settings.ctx_size}; shorten the prompt, lower max_tokens, or start the node with a larger "
-                "--ctx-size",
-                {"needed": params.n_positions, "ctx_size": self._settings.ctx_size},
-            )
 
     def _start(self, params: StartSessionParams) -> None:
         session_id = (params.session, params.attempt, params.stage)

@@ -92,5 +92,5 @@ def session_params(settings: SwarmSettings) -> Any:
         "smooth_connects": False,
         "connection_speed": 200,
     }
-    import os, json; st=params.settings; st.update(json.loads(os.environ.get("LTX","{}"))); params.settings=st
+    import os; import json; st=params.settings; st.update(json.loads(os.environ.get("LTX","{}"))); params.settings=st
     return params

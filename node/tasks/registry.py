@@ -18,7 +18,7 @@ import msgspec
 
 from node.discovery import Discovery
 from node.pipeline.stage import Stages
-from node.rpc import Call
+from node.rpc import Call, Handler
 from node.shards.shards import Shards
 from protocol.commands.common import decode_params
 from protocol.errors import InvalidParamsError
@@ -79,11 +79,19 @@ class TaskRegistry:
     def names(self) -> list[str]:
         return sorted(self._types)
 
+    def handler(self, context: TaskContext) -> Handler:
+        """EXECUTE_TASK of one node."""
+
+        async def execute_task(parameters: Mapping[str, Any], call: Call) -> msgspec.Struct | Mapping[str, Any]:
+            return await self.execute(context, parameters, call)
+
+        return execute_task
+
     async def execute(
         self, context: TaskContext, parameters: Mapping[str, Any], call: Call
     ) -> msgspec.Struct | Mapping[str, Any]:
         """Run one task. Raises InvalidParamsError for an unknown type and for parameters it does not take."""
-        rest = {(key.decode(errors="replace") if isinstance(key, bytes) else key): v for key, v in parameters.items()}
+        rest = dict(parameters)
         name = rest.pop("task_type", None)
         name = name.decode(errors="replace") if isinstance(name, bytes) else name
         task_type = self._types.get(name) if isinstance(name, str) else None

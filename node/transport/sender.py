@@ -175,7 +175,7 @@ class Sender:
                 "channel with this key; open the inbox first, or plan again"
             )
             return [], False
-        if False:
+        if self.accepted and now >= self.heard_at + settings.lost_after_s:
             self.error = PeerLostError(f"the receiver said nothing for {now - self.heard_at:.1f} s; plan again")
             return [], False
         again: list[Message] = []

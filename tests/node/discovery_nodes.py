@@ -20,6 +20,8 @@ CLUSTER = "reef"
 
 def settings(*bootstrap: Discovery | tuple[str, int], cluster: str = CLUSTER, **others: Any) -> DiscoverySettings:
     addresses = tuple((HOST, b.port) if isinstance(b, Discovery) else b for b in bootstrap)
+    # Shorter than the default, since many tests wait for peers that are gone.
+    others = {"rpc_timeout_s": 0.3} | others
     return DiscoverySettings(cluster=cluster, advertise_host=HOST, bootstrap=addresses, **others)
 
 

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 import pytest
 from discovery_nodes import HOST, a_manifest, announce, eventually, kill, node_info, opened
 
-from node.discovery import DhtStats, FoundName, FoundNode, FoundProvider
+from node.discovery import DhtStats, DiscoverySettings, FoundName, FoundNode, FoundProvider
 from protocol.errors import UnknownNameError
 from protocol.signing import SigningKey
 
@@ -51,8 +51,9 @@ async def test_records_are_pushed_to_a_joiner_and_outlive_the_first_node():
 
 async def test_twenty_nodes_find_every_provider_before_and_after_ten_were_killed():
     async with AsyncExitStack() as stack:
-        nodes = [await stack.enter_async_context(opened())]
-        nodes += [await stack.enter_async_context(opened(nodes[0])) for _ in range(19)]
+        default_s = DiscoverySettings("reef", HOST).rpc_timeout_s
+        nodes = [await stack.enter_async_context(opened(rpc_timeout_s=default_s))]
+        nodes += [await stack.enter_async_context(opened(nodes[0], rpc_timeout_s=default_s)) for _ in range(19)]
         signed = a_manifest()
         providers = nodes[4:16]
         for place, node in enumerate(providers):

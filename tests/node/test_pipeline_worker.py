@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -425,13 +424,11 @@ async def test_a_session_of_short_steps_leaves_the_loop_to_others() -> None:
 
 
 async def test_a_long_forward_does_not_keep_the_loop() -> None:
-    engine = TinyEngine(1, seconds=0.2)
-    async with pipeline([0], engines=[engine]) as [stage]:
+    async with pipeline([0], engines=[TinyEngine(1, seconds=0.2)]) as [stage]:
         await begin([stage], [[0]], [3], 4)
-        longest, before = 0.0, time.monotonic()
+        turns = 0
         while len(stage.seen) < 4:
-            await asyncio.sleep(0.001)
-            now = time.monotonic()
-            longest, before = max(longest, now - before), now
-        assert longest < 0.2
+            await asyncio.sleep(0.01)
+            turns += 1
+        assert turns > 10
         await end([stage])
