@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from node.background import Background
 from node.formats.split import split_gguf
 from node.handlers.sessions import SessionHandlers
 from node.pipeline.batch import Slot
@@ -83,9 +84,9 @@ async def stage_node(name: str) -> AsyncIterator[StageNode]:
     died: list[frozenset[int]] = []
     async with (
         Stages.open(StageSettings(SETTINGS), on_died=lambda _, shards, __: died.append(shards)) as stages,
-        asyncio.TaskGroup() as tasks,
+        Background.open() as background,
     ):
-        handlers = SessionHandlers(stages, tasks)
+        handlers = SessionHandlers(stages, background)
         commands = {
             "TOKENIZE": Command(TokenizeParams, handlers.tokenize),
             "OPEN_SESSION": Command(OpenSessionParams, handlers.open),

@@ -27,7 +27,7 @@ from protocol.signing import SigningKey
 QUICK = {
     "settle_s": 0.2,
     "incomplete_s": 0.6,
-    "rescan_s": 5.0,
+    "rescan_s": 60.0,
     "find_timeout_s": 10.0,
     "relookup_s": 0.5,
     "stall_timeout_s": 20.0,

@@ -30,7 +30,7 @@ OTHER_KEY = SigningKey(bytes(31) + b"\1")
 QUICK: dict[str, Any] = {
     "settle_s": 0.15,
     "incomplete_s": 0.5,
-    "rescan_s": 5.0,
+    "rescan_s": 60.0,
     "find_timeout_s": 0.5,
     "name_timeout_s": 0.0,
     "relookup_s": 0.1,

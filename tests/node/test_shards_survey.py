@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import time
 from pathlib import Path
 
+import pytest
 from shards_parts import (
     KEY,
     OTHER_KEY,
@@ -17,7 +19,9 @@ from shards_parts import (
     write_unsigned,
 )
 
+from node.shards import survey as survey_module
 from node.shards.holding import write_manifest
+from node.shards.scan import Fingerprint
 from protocol.manifest import sign_manifest
 
 
@@ -148,12 +152,22 @@ async def test_a_file_that_is_still_written_to_waits(tmp_path: Path) -> None:
         assert "invalid" not in states
 
 
+async def test_a_file_is_hashed_once_when_it_is_quiet_not_at_every_write(tmp_path: Path) -> None:
+    async with open_room(tmp_path, settle_s=1.0) as room:
+        path = room.folder / "rewritten.gguf"
+        for _ in range(10):
+            write_shard(path, 500)
+            await asyncio.sleep(0.05)
+        await eventually(lambda: room.states() == {"rewritten.gguf": "seeding"})
+        assert room.shards.hashed_bytes == path.stat().st_size
+
+
 async def test_a_folder_that_comes_manifest_first_is_taken_up_file_by_file(tmp_path: Path) -> None:
     made = tmp_path / "made"
     for name in ("a.bin", "b.bin"):
         write_shard(made / name, 1000)
     manifest = manifest_of(made, "a.bin", "b.bin")
-    async with open_room(tmp_path) as room:
+    async with open_room(tmp_path, incomplete_s=30.0) as room:
         folder = room.folder / "set"
         folder.mkdir()
         write_unsigned(folder, manifest)
@@ -165,10 +179,25 @@ async def test_a_folder_that_comes_manifest_first_is_taken_up_file_by_file(tmp_p
         assert room.states()["set/b.bin"] == "hashing"
         shutil.copy(made / "b.bin", folder)
         await eventually(lambda: room.discovery.announced == {manifest.digest: (frozenset({0, 1}), frozenset())})
-        (folder / "b.bin").write_bytes(b"short")
-        await eventually(lambda: room.states()["set/b.bin"] == "invalid")
+
+
+async def test_a_listing_that_is_out_of_date_drops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path / "shards" / "a.gguf")
+    async with open_room(tmp_path) as room:
         await room.shards.settled()
-        assert room.discovery.announced == {manifest.digest: (frozenset({0}), frozenset())}
+        looks = 0
+
+        def empty(root: Path) -> dict[Path, dict[str, Fingerprint]]:
+            nonlocal looks
+            looks += 1
+            return {}
+
+        monkeypatch.setattr(survey_module, "list_files", empty)
+        (room.folder / "poke").touch()
+        await eventually(lambda: looks > 0)
+        await room.shards.settled()
+        assert room.states() == {"a.gguf": "seeding"}
+        assert room.discovery.announcements == 1
 
 
 async def test_a_manifest_that_comes_after_its_files_takes_them_over(tmp_path: Path) -> None:

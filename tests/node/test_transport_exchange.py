@@ -248,6 +248,7 @@ def test_all_channels_of_a_lost_peer_fail_together_and_it_is_told_once():
     back_inbox = world.ends[1].open_inbox(b"backback", KEY)
     world.ends[2].open_outlet(ticket_of(1), b"backback", KEY, world.now)
     world.run(4.2)
+    outlet.sender.heard_at = back_inbox.receiver.heard_at = world.now
     world.cut = {1, 2}
     world.run(3)
     assert isinstance(outlet.sender.error, PeerLostError)
@@ -336,6 +337,61 @@ def test_late_frames_of_a_closed_inbox_are_counted_and_the_sender_is_told():
     world.run(0.1)
     assert world.ends[2].table.counters.dropped_late == 1
     assert "it was closed" in str(outlet.sender.error)
+
+
+def test_a_late_frame_without_the_key_is_a_stranger():
+    world = World()
+    outlet, inbox = world.pair()
+    world.ends[2].close_inbox(inbox, world.now)
+    fake = Address(CHANNEL, outlet.address.link, bytes(16))
+    world.ends[2].receive(encode([Data(fake, 0, 0, 0, 0)]), [0], "int32", lambda: EMPTY[0], world.now)
+    assert world.ends[2].table.counters.dropped_late == 0
+    assert world.ends[2].table.counters.dropped_unknown == 1
+
+
+def test_a_message_that_comes_again_is_dropped_and_takes_no_credit():
+    world = World()
+    outlet, inbox = world.pair()
+    name = encode([Data(outlet.address, 0, 0, 0, 0)])
+    for _ in range(20):
+        world.ends[2].receive(name, [1 << 16], "int32", lambda: np.zeros(1 << 18, np.uint8), world.now)
+    assert world.ends[2].table.counters.dropped_duplicate == 19
+    assert inbox.receiver.error is None
+    assert inbox.receiver.waiting == 1
+
+
+def test_a_sender_beyond_its_credit_in_bytes_loses_the_channel():
+    world = World()
+    outlet, inbox = world.pair()
+    for number in range(2):
+        assert inbox.receiver.error is None
+        name = encode([Data(outlet.address, number, 0, 0, 0)])
+        world.ends[2].receive(name, [1 << 18], "int32", lambda: np.zeros(1 << 20, np.uint8), world.now)
+    assert "with credit for" in str(inbox.receiver.error)
+
+
+def test_what_was_sent_before_the_inbox_opened_follows_at_once():
+    world = World()
+    outlet = world.ends[1].open_outlet(ticket_of(2), CHANNEL, KEY, world.now)
+    for number in range(3):
+        world.offer(outlet, number, np.zeros(2, np.int32))
+    world.run(3.0)
+    inbox = world.ends[2].open_inbox(CHANNEL, KEY)
+    while not outlet.sender.accepted:
+        world.run(0.01)
+    world.run(0.01)
+    assert inbox.receiver.waiting == 3
+
+
+def test_our_own_pause_does_not_use_up_the_time_to_open():
+    world = World()
+    outlet = world.ends[1].open_outlet(ticket_of(2), CHANNEL, KEY, world.now)
+    world.now += 60
+    world.ends[1].tick(world.now)
+    assert outlet.sender.error is None
+    world.ends[2].open_inbox(CHANNEL, KEY)
+    world.run(3)
+    assert outlet.sender.accepted
 
 
 def test_a_second_sender_is_refused():
