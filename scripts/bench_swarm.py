@@ -99,11 +99,13 @@ async def be_http_server(path: Path) -> None:
 async def be_http_client(work: Path, port: int) -> None:
     say({"ready": True})
     await hear()
-    async with ClientSession(timeout=ClientTimeout(total=LIMIT_S), read_bufsize=MIB) as session:
-        async with session.get(f"http://{HOST}:{port}/shard") as answer:
-            with (work / "shard").open("wb") as file:
-                async for block in answer.content.iter_chunked(MIB):
-                    file.write(block)
+    async with (
+        ClientSession(timeout=ClientTimeout(total=LIMIT_S), read_bufsize=MIB) as session,
+        session.get(f"http://{HOST}:{port}/shard") as answer,
+    ):
+        with (work / "shard").open("wb") as file:
+            async for block in answer.content.iter_chunked(MIB):
+                file.write(block)
     say({"done": time.monotonic()})
     await hear()
 
@@ -177,9 +179,11 @@ async def run_http(path: Path, n: int, work: Path) -> Outcome:
 async def run_aria2c(path: Path, torrent: Path, n: int, work: Path) -> Outcome:
     """aria2c seeds to aria2c; a tracker of a few lines tells them of each other."""
     peers: set[int] = set()
+    seeding = asyncio.Event()
 
     async def announce(request: web.Request) -> web.Response:
         peers.add(int(request.query["port"]))
+        seeding.set()
         # BEP 23: six bytes a peer.
         compact = b"".join(bytes([127, 0, 0, 1]) + port.to_bytes(2, "big") for port in sorted(peers))
         return web.Response(body=b"d8:intervali1e12:min intervali1e5:peers%d:" % len(compact) + compact + b"e")
@@ -201,8 +205,7 @@ async def run_aria2c(path: Path, torrent: Path, n: int, work: Path) -> Outcome:
         seed = await asyncio.create_subprocess_exec(
             *common, "--bt-seed-unverified=true", "--seed-ratio=0", "-d", str(path.parent), str(torrent)
         )
-        while not peers:
-            await asyncio.sleep(0.05)
+        await seeding.wait()
         began = time.monotonic()
         for i in range(n):
             place = folder(work / f"aria-{i}")

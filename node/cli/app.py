@@ -16,6 +16,7 @@ app = typer.Typer(
     no_args_is_help=False,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Shoal: puts model and data shards onto machines peer to peer, and runs models across them.",
     epilog="Without a command the daemon starts: `python -m node --data-dir ~/shoal` is `python -m node serve ...`.",
 )

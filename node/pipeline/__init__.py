@@ -8,6 +8,7 @@ stage            this node's engine processes
 process, pipe    one engine process seen from the daemon; what the two say to each other
 worker           the same from inside: sessions, frames in and out
 stage_session    one session on one stage
+admission        whether a stage can take a session
 batching         sessions that wait for the engine, run together
 channels, parts  frames between stages; what is asked of engine and transport
 engine           llama.cpp over a run of shards; the only rooms that know of its library follow
@@ -16,5 +17,8 @@ hidden_tap       the hidden state after a slice's last layer
 sampling         a token from logits
 vocabulary       tokens and text
 memory           what a shard will take
+hyperparameters  what a GGUF's header says of a model; what would end the process is refused
+settings         of an engine; the constants that fix the shapes of batches
 llama            the library's functions and structures, for one pinned version
+engine_log       what the library says, into Python's logging
 """

@@ -132,7 +132,10 @@ class Attempt:
         finally:
             for task in self._watching:
                 task.cancel()
-            await self._stack.aclose()
+            try:
+                await asyncio.gather(*self._watching, return_exceptions=True)
+            finally:
+                await self._stack.aclose()
 
     async def tokenize(self) -> bytes:
         """The prompt's tokens, int32."""
@@ -222,7 +225,8 @@ class Attempt:
     def _got_token(self, _: str, params: dict[str, Any]) -> None:
         with contextlib.suppress(msgspec.ValidationError):
             token = msgspec.convert(params, SessionToken)
-            if (token.session, token.attempt) == (self._session, self._attempt):
+            here = (token.session, token.attempt) == (self._session, self._attempt)
+            if here and self._events.qsize() <= self._request.max_tokens:  # a node that sends more is not believed
                 self._events.put_nowait(token)
 
     def _got_failure(self, _: str, params: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ class TokenBatch:
     """Positions, sequences and output marks of up to `capacity` tokens."""
 
     def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
         self.n = 0
         self.n_sequences = 0
         self.starts: list[tuple[int, int]] = []

@@ -32,6 +32,10 @@ from protocol.errors import (
 __all__ = ["PREFILL_CHUNK", "Engine", "EngineSettings", "ShardInfo", "Slot", "Vocabulary", "estimate_memory"]
 
 
+_TOKEN = np.dtype(np.int32)
+_STATE = np.dtype(np.float32)
+
+
 class Engine:
     """Loaded shards of one model, and the sequences (sessions) whose KV caches they keep.
 
@@ -192,7 +196,7 @@ class Engine:
                 if slot.sequence == before.sequence:
                     raise InvalidParamsError(f"sequence {slot.sequence} is twice in one batch")
                 joins = slot.sequence == before.sequence + 1 and n == len(before.values)
-                if joins and total + n <= self.settings.batch_capacity:
+                if joins and total + n <= self._tokens.capacity:
                     runs[-1].append(place)
                     total += n
                     continue
@@ -202,18 +206,18 @@ class Engine:
 
     def _check(self, slot: SlotValues, first: LoadedShard) -> None:
         values = slot.values
-        shape = (len(values),) if first.info.is_first else (len(values), first.info.n_embd)
-        dtype = np.int32 if first.info.is_first else np.float32
-        if values.dtype != dtype or values.shape != shape or not 1 <= len(values) <= self.settings.batch_capacity:
+        n = len(values)
+        dtype, shape = (_TOKEN, (n,)) if first.info.is_first else (_STATE, (n, first.info.n_embd))
+        if values.dtype != dtype or values.shape != shape or not 1 <= n <= self._tokens.capacity:
             raise InvalidParamsError(
-                f"{first.name} takes {np.dtype(dtype)} of shape {shape}, at most {self.settings.batch_capacity} long; "
+                f"{first.name} takes {dtype} of shape {shape}, at most {self._tokens.capacity} long; "
                 f"given {values.dtype} of shape {values.shape}"
             )
         if slot.sequence not in self._open:
             raise InvalidParamsError(f"sequence {slot.sequence} is not open")
-        if slot.position + len(values) > self.settings.ctx_size:
+        if slot.position + n > self.settings.ctx_size:
             raise ContextOverflowError(
-                f"position {slot.position + len(values) - 1} is beyond the context of {self.settings.ctx_size} tokens"
+                f"position {slot.position + n - 1} is beyond the context of {self.settings.ctx_size} tokens"
             )
 
     def _shard(self, shard_id: int) -> LoadedShard:

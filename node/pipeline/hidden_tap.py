@@ -12,7 +12,6 @@ at the counted place the name is checked again, so that no other tensor is ever 
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Generator
 from itertools import repeat
 
@@ -41,6 +40,8 @@ class HiddenTap:
         self._places: dict[tuple[int, int], int] = {}
         self._shape = (0, 0)
         self._n_taken = 0
+        lib = library()
+        self._size_of, self._get_data = lib.ggml_nbytes, lib.ggml_backend_tensor_get
         self._counter = self._count()
         next(self._counter)
         self.callback = NodeCallback(self._counter.send)
@@ -82,10 +83,9 @@ class HiddenTap:
                 continue
 
     def _copy(self, node: int) -> bool:
-        lib = library()
         size = self._shape[0] * self._row_bytes
-        if lib.ggml_nbytes(node) != size:
+        if self._size_of(node) != size:
             return False
-        lib.ggml_backend_tensor_get(node, ctypes.c_void_p(self.address), 0, size)
+        self._get_data(node, self.address, 0, size)
         self._n_taken += 1
         return True

@@ -73,6 +73,8 @@ class StageProcess:
         """Of the process's transport."""
         self.dead: str | None = None
         """Why it is dead, once it is."""
+        self.stopping = False
+        """Whether its end is wanted."""
         self._settings = StageSettings()
         self._child: asyncio.subprocess.Process
 
@@ -89,23 +91,26 @@ class StageProcess:
         process = cls(on_event, on_died)
         process._settings = settings
         ours, theirs = socket.socketpair()
-        with contextlib.ExitStack() as undo:
-            undo.callback(ours.close)
+        try:
             with theirs:
                 process._child = await _spawn(settings, theirs.fileno())
-            undo.callback(process.kill)
             process._pipe = await Pipe.over(ours, FromProcess, process._take, lambda _: process._lost.set())
-            tasks.create_task(process._watch(), name=f"watch engine process {process.pid}")
-            try:
-                async with asyncio.timeout(settings.start_timeout_s):
-                    process.ticket = await asyncio.shield(process._ready)
-            except TimeoutError:
-                process.kill()
-                await process._gone.wait()
-                raise EngineError(
-                    f"an engine process was not ready within {settings.start_timeout_s:g} s; the log has what it said"
-                ) from None
-            undo.pop_all()
+        except BaseException:
+            ours.close()  # the process, if there is one, ends with the pipe
+            raise
+        tasks.create_task(process._watch(), name=f"watch engine process {process.pid}")
+        try:
+            async with asyncio.timeout(settings.start_timeout_s):
+                process.ticket = await asyncio.shield(process._ready)
+        except TimeoutError:
+            process.kill()
+            await process._gone.wait()
+            raise EngineError(
+                f"an engine process was not ready within {settings.start_timeout_s:g} s; the log has what it said"
+            ) from None
+        except BaseException:
+            process.kill()
+            raise
         return process
 
     @property
@@ -132,6 +137,7 @@ class StageProcess:
 
     async def stop(self) -> None:
         """End it, cleanly within `stop_timeout_s`, else by a kill. Returns when it is gone and `on_died` was called."""
+        self.stopping = True
         if self.dead is None and self._pipe is not None:
             self._pipe.send(Request(0, Stop()))
             try:

@@ -46,7 +46,7 @@ from protocol.ids import ManifestDigest
 SessionEvent = Callable[[SessionToken | SessionFailed], None]
 """Gets what happens to a session on this node; called on the loop, must not block."""
 Died = Callable[[ManifestDigest, frozenset[int], str], None]
-"""A model's process is gone, these shards with it, and why."""
+"""A model's process is gone though nobody stopped it, these shards with it, and why."""
 _INSPECT_TIMEOUT_S = 2.0
 
 
@@ -206,6 +206,7 @@ class Stages:
                     callback(failed)
 
     def _died(self, model: ManifestDigest, stage: _Stage, why: str) -> None:
+        wanted = stage.process is None or stage.process.stopping
         shards, sessions = frozenset(stage.shards), dict(stage.sessions)
         stage.process = None
         stage.shards.clear()
@@ -213,7 +214,7 @@ class Stages:
         error = StageLostError(f"{why}; its shards have to be loaded again", {"model": model}).to_wire()
         for (session, attempt, number), callback in sessions.items():
             callback(SessionFailed(session=session, attempt=attempt, stage=number, error=error))
-        if self._on_died is not None:
+        if self._on_died is not None and not wanted:
             self._on_died(model, shards, why)
 
     async def _close(self, session_id: SessionId) -> None:

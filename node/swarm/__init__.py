@@ -6,6 +6,7 @@ alerts     libtorrent's alerts by file descriptor, as frozen events
 handle     one torrent in the session: commands, and awaited answers
 session    the libtorrent session: opened, asked, closed
 part_file  a download on disk, and what continues it after a stop or a crash
+offers     pieces that were fetched elsewhere and wait for their check
 watchdog   when a download begins anew, one peer at a time
 download   from reserved space to a checked file
 swarm      all seeds and downloads of a node

@@ -146,7 +146,6 @@ Event = (
 )
 
 
-
 class AlertPump:
     """Reads a session's alerts on the running loop and hands each event to `sink`, in order."""
 
@@ -213,7 +212,7 @@ _BY_TYPE: dict[type[Any], Callable[[InfoHash, Any], Event]] = {
 
 def _resume(info_hash: InfoHash, params: Any) -> ResumeSaved:
     try:
-        layers = lt.write_torrent_file(params).get(b"piece layers", {})
+        layers: dict[bytes, bytes] = dict(lt.write_torrent_file(params)).get(b"piece layers", {})
     except RuntimeError:
         layers = {}  # some hashes of the layer have not come yet
     return ResumeSaved(info_hash, lt.bencode(lt.write_resume_data(params)), next(iter(layers.values()), b""))

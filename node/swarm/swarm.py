@@ -70,8 +70,7 @@ class Swarm:
                     failure = err
                 finally:
                     ticker.cancel()
-                    for download in tuple(swarm._downloads.values()):
-                        await download.cancel()
+                    await asyncio.gather(*(download.cancel() for download in swarm._downloads.values()))
             if failure:
                 raise failure
 
@@ -123,11 +122,10 @@ class Swarm:
         part = PartFile(torrent, path, self._settings.state_dir)
         if handle := self._seeds.get(torrent.info_hash):
             return Download.finished(self._session, torrent, handle.path, part)
-        download = Download(
-            self._session, torrent, path, part, piece_layer=piece_layer, stall_s=self._settings.stall_s
-        )
+        download = Download(self._session, torrent, path, part, piece_layer=piece_layer, stall_s=self._settings.stall_s)
         self._downloads[torrent.info_hash] = download
         self._tasks.create_task(self._carry(download), name=f"download {torrent.name}")
+        await asyncio.sleep(0)  # it begins: a task that is cancelled before would never tell
         return download
 
     async def remove(self, info_hash: InfoHash) -> None:

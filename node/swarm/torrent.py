@@ -19,7 +19,8 @@ class PeerAddress(NamedTuple):
     port: int
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Piece:
     """A piece of a file, as who fetches it from elsewhere needs it."""
 
     index: int
@@ -69,7 +70,7 @@ class Torrent:
         return _info_dict(self.name, self.size, self.content_id, self.piece_length)
 
     def metainfo(self, piece_layer: bytes = b"") -> bytes:
-        """The bencoded torrent file; without a piece layer (32 bytes a piece), a downloader's, who asks peers for it."""
+        """The bencoded torrent file; without a piece layer (32 bytes a piece) a downloader asks peers for it."""
         layers = b""
         if piece_layer:
             layers = b"12:piece layersd" + _text(bytes.fromhex(self.content_id)) + _text(piece_layer) + b"e"

@@ -15,8 +15,8 @@ from enum import Enum
 
 from node.swarm.torrent import PeerAddress
 
-IDLE_RESTART_S = 20.0
-MAX_RESTART_S = 60.0
+IDLE_S = 20.0
+MAX_PATIENCE_S = 60.0
 
 
 class Verdict(Enum):
@@ -39,23 +39,19 @@ class Watchdog:
         self._blame: Counter[PeerAddress] = Counter()
         self._trial: list[PeerAddress] = []
         self._trouble = False
-        self._bytes = -1
+        self._best = 0
         self._moved = now
-        self._began = now
-        self._gained = 0
         self._restarts = 0
 
     def progressed(self, now: float, bytes_done: int) -> None:
-        """The download has `bytes_done` checked bytes."""
-        if bytes_done > self._bytes:
-            if self._bytes >= 0:
-                self._gained += bytes_done - self._bytes
+        """The download has `bytes_done`; fewer than before, after a piece failed, is no progress."""
+        if bytes_done > self._best:
+            self._best = bytes_done
             self._moved = now
-        self._bytes = bytes_done
 
     def piece_failed(self) -> None:
         """A piece did not pass its check, or a peer was banned for it."""
-        if not self._trouble and self.careful and self._trial:
+        if not self._trouble and self._trial:
             # The latest to be connected is the only one that had not proved itself.
             self._blame[self._trial[-1]] += 1
         self._trouble = True
@@ -65,31 +61,25 @@ class Watchdog:
         peers = set(known)
         if not peers:
             return Verdict.GO_ON
-        still_s = now - self._moved
-        patience = min(MAX_RESTART_S, self._stall_s * 2 ** max(0, self._restarts - 2 * len(peers)))
-        if self.careful:
-            untried = peers - set(self._trial)
-            if self._trouble and not self._all_blamed(peers):
-                return Verdict.RESTART if still_s >= min(1.0, patience) else Verdict.GO_ON
-            if still_s >= patience:
-                return Verdict.CONNECT_NEXT if untried and not self._trouble else Verdict.RESTART
+        # Every peer gets its turns; from then on turns become rare, since there may be none but bad ones.
+        patience_s = min(MAX_PATIENCE_S, self._stall_s * 2 ** max(0, min(8, self._restarts - 2 * len(peers))))
+        if not self.careful and not self._trouble:
+            patience_s = max(patience_s, IDLE_S)
+        elif self.careful and self._trouble and not all(self._blame[peer] for peer in peers):
+            patience_s = min(patience_s, 1.0)  # who is to blame is known, and others are left
+        if now - self._moved < patience_s:
             return Verdict.GO_ON
-        if self._trouble and still_s >= patience:
-            return Verdict.RESTART
-        if still_s >= max(patience, IDLE_RESTART_S):
-            return Verdict.RESTART
-        return Verdict.GO_ON
-
-    def _all_blamed(self, peers: set[PeerAddress]) -> bool:
-        return all(self._blame[peer] for peer in peers)
+        if self.careful and not self._trouble and peers - set(self._trial):
+            return Verdict.CONNECT_NEXT
+        return Verdict.RESTART
 
     def restarted(self, now: float) -> None:
         """The torrent was taken out and put back; no peer is connected."""
         self.careful = self.careful or self._trouble
         self._trouble = False
         self._trial = []
-        self._moved = self._began = now
-        self._gained = 0
+        self._best = 0
+        self._moved = now
         self._restarts += 1
 
     def next_peer(self, now: float, known: Iterable[PeerAddress]) -> PeerAddress | None:

@@ -132,7 +132,10 @@ async def test_a_killed_stage_is_noticed_and_the_node_goes_on(slices: Slices) ->
                 if not failures:
                     assert time.monotonic() - killed < 3
                 failures[event.stage] = event.error["code"]
-        assert failures == {0: "peer_lost", 1: "stage_lost", 2: "peer_lost"}
+        # Of the two neighbours one may see first that the other gave up.
+        assert failures.pop(1) == "stage_lost"
+        assert "peer_lost" in failures.values()
+        assert set(failures.values()) <= {"peer_lost", "transport_error"}
         assert middle.died == [frozenset({1})]
         assert middle.stages.loaded(slices.digest) == frozenset()
         assert (await middle.stages.status())[0] == []
@@ -182,7 +185,8 @@ async def test_when_no_attempt_works_it_says_so(slices: Slices, monkeypatch: pyt
 
         async def unlucky() -> None:
             async for _ in nodes.generation("Hello", 200).tokens():
-                os.kill(await node.engine_pid(), signal.SIGKILL)
+                for status in (await node.stages.status())[0]:  # none, while tokens of a dead one still come
+                    os.kill(status.pid, signal.SIGKILL)
 
         with pytest.raises(StageLostError, match="broke 3 times"):
             await unlucky()

@@ -7,69 +7,17 @@ import itertools
 import logging
 import os
 import random
-import tracemalloc
-from contextlib import asynccontextmanager
 
 import msgpack
 import pytest
 from discovery_nodes import HOST, a_manifest, announce, eventually, kill, opened, provider_value
-from hypothesis import given
-from hypothesis import strategies as st
+from discovery_raw_peer import raw_peer
 from kademlia.node import Node
 
 from node.discovery import crawl as crawl_module
 from node.discovery.dht_protocol import contact_id
-from node.discovery.routing import MAX_BUCKETS, Routing
-from node.discovery.wire import MAX_DATAGRAM_BYTES, Answer, Request, parse, parse_contacts
+from node.discovery.wire import MAX_DATAGRAM_BYTES
 from protocol.signing import SigningKey
-
-
-class RawPeer(asyncio.DatagramProtocol):
-    """A peer of the DHT that answers as it is told, by method."""
-
-    def __init__(self, key: SigningKey | None = None):
-        self.key = key or SigningKey.generate()
-        self.id = contact_id(self.key.node_id)
-        self.answers = {"identify": self.prove, "find_node": lambda *_: [], "find_value": lambda *_: []}
-        self.asked: list[str] = []
-        self.replies: asyncio.Queue[bytes] = asyncio.Queue()
-
-    def connection_made(self, transport):
-        self.transport = transport
-        self.port = transport.get_extra_info("sockname")[1]
-
-    def datagram_received(self, data, addr):
-        if data[0] == 1:
-            self.replies.put_nowait(data)
-            return
-        method, args = msgpack.unpackb(data[21:])
-        self.asked.append(method)
-        if method in self.answers:
-            self.transport.sendto(b"\x01" + data[1:21] + msgpack.packb(self.answers[method](*args)), addr)
-
-    def prove(self, asker_id, nonce):
-        signed = b"shoal-dht-identity-v1\0" + nonce + asker_id
-        return [bytes.fromhex(self.key.node_id), self.key.sign(signed)]
-
-    def send(self, node, method, *args):
-        self.transport.sendto(b"\x00" + os.urandom(20) + msgpack.packb([method, args]), (HOST, node.port))
-
-    async def ask(self, node, method, *args):
-        self.send(node, method, self.id, *args)
-        async with asyncio.timeout(5):
-            return await self.replies.get()
-
-
-@asynccontextmanager
-async def raw_peer(key=None):
-    transport, peer = await asyncio.get_running_loop().create_datagram_endpoint(
-        lambda: RawPeer(key), local_addr=(HOST, 0)
-    )
-    try:
-        yield peer
-    finally:
-        transport.close()
-        await asyncio.sleep(0)
 
 
 @pytest.fixture
@@ -308,48 +256,3 @@ async def test_an_answer_with_a_full_value_and_twenty_neighbours_fits_a_datagram
         assert len(body["nodes"]) == 20
         assert len(body["value"]) > 6_000
         kill(node)
-
-
-def test_a_routing_table_stays_bounded_whatever_ids_come():
-    own = Node(bytes(20))
-    table = Routing(own, 20)
-    rng = random.Random(3)
-    for _ in range(40):
-        prefix = rng.randbytes(19)
-        for last in range(0, 63, 3):
-            table.add_contact(Node(prefix + bytes([last]), HOST, 1))
-    for _ in range(3_000):
-        table.add_contact(Node(rng.randbytes(20), HOST, 1))
-    assert len(table.buckets) <= MAX_BUCKETS
-    assert len(table) <= MAX_BUCKETS * 20
-
-
-@given(st.binary(max_size=300))
-def test_any_datagram_parses_or_does_not(datagram):
-    assert isinstance(parse(datagram), Request | Answer | None)
-
-
-@given(st.sampled_from([b"\x00", b"\x01"]), st.binary(max_size=200))
-def test_any_body_parses_or_does_not(kind, body):
-    assert isinstance(parse(kind + bytes(20) + body), Request | Answer | None)
-
-
-def test_announced_lengths_take_no_memory():
-    nested = [
-        b"\x01" + bytes(20) + head * 2_000 for head in (b"\xdc\x16\xff", b"\xdc\x00\xff", b"\xde\x00\x10\x00", b"\x91")
-    ]
-    nested.append(b"\x01" + bytes(20) + b"\xdd\xff\xff\xff\xff")
-    tracemalloc.start()
-    try:
-        for datagram in nested:
-            assert parse(datagram[:MAX_DATAGRAM_BYTES]) is None
-        assert tracemalloc.get_traced_memory()[1] < 8 << 20
-    finally:
-        tracemalloc.stop()
-
-
-def test_contacts_from_elsewhere_do_not_lead_to_this_machine():
-    items = [[b"a" * 20, "127.0.0.1", 80], [b"b" * 20, "10.0.0.7", 7401]]
-    assert [contact.ip for contact in parse_contacts(items, "10.0.0.1", 20)] == ["10.0.0.7"]
-    assert len(parse_contacts(items, "127.0.0.1", 20)) == 2
-    assert len(parse_contacts(items * 30, "127.0.0.1", 20)) == 20

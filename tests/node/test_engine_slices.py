@@ -153,6 +153,9 @@ def test_several_sessions_in_one_batch(sliced: Engine) -> None:
     order = [3, 1, 0]
     for place, logits in zip(order, sliced.forward(run, [slots[place] for place in order]), strict=True):
         np.testing.assert_allclose(logits, alone[place], rtol=1e-4, atol=1e-4)
+    tap = sliced._shards[0].tap
+    assert tap is not None
+    assert (2, 2) in tap._places, "the neighbours 0 and 1 went through in one graph"
     more = tokens_of(30, 6)
     outs = sliced.forward([0], [Slot(2, len(prompts[2]) - 1, prompts[2][-1:]), Slot(0, len(prompts[0]), more)])
     assert [out.shape for out in outs] == [(1, N_EMBD), (6, N_EMBD)]

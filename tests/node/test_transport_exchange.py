@@ -1,5 +1,6 @@
 """The core over a simulated network: no sockets, no clock but the test's."""
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -38,8 +39,9 @@ class World:
     events: dict = field(default_factory=lambda: {1: [], 2: []})
 
     def __post_init__(self):
+        links = itertools.count(1)
         self.ends = {
-            number: Exchange(self.settings, ticket_of(number), seal, random=lambda size, n=number: bytes([n]) * size)
+            number: Exchange(self.settings, ticket_of(number), seal, random=lambda size: next(links).to_bytes(size))
             for number in (1, 2)
         }
 
@@ -247,8 +249,10 @@ def test_all_channels_of_a_lost_peer_fail_together_and_it_is_told_once():
     outlet, _ = world.pair()
     back_inbox = world.ends[1].open_inbox(b"backback", KEY)
     world.ends[2].open_outlet(ticket_of(1), b"backback", KEY, world.now)
+    world.ends[2].open_inbox(b"channel2", KEY)
+    second = world.ends[1].open_outlet(ticket_of(2), b"channel2", KEY, world.now)
     world.run(4.2)
-    outlet.sender.heard_at = back_inbox.receiver.heard_at = world.now
+    second.sender.heard_at = outlet.sender.heard_at = back_inbox.receiver.heard_at = world.now
     world.cut = {1, 2}
     world.run(3)
     assert isinstance(outlet.sender.error, PeerLostError)
@@ -451,8 +455,6 @@ def test_the_end_comes_after_the_frames_and_is_acknowledged():
 
 def test_open_channels_are_bounded_and_come_back():
     world = World()
-    links = iter(range(1, 100))
-    world.ends[1]._random = lambda size: next(links).to_bytes(size, "big")
     ends = [world.ends[1].open_outlet(ticket_of(2), bytes([n]) * 8, KEY, world.now) for n in range(4)]
     inboxes = [world.ends[2].open_inbox(bytes([n]) * 8, KEY) for n in range(4)]
     with pytest.raises(BusyError):
