@@ -12,10 +12,10 @@ download   from reserved space to a checked file
 swarm      all seeds and downloads of a node
 """
 
-from node.swarm.download import Download, DownloadProgress
+from node.swarm.download import Download
 from node.swarm.settings import SwarmSettings
 from node.swarm.swarm import Swarm, SwarmStats
-from node.swarm.torrent import PeerAddress, Piece, Torrent
+from node.swarm.torrent import DownloadProgress, PeerAddress, Piece, Torrent
 
 __all__ = [
     "Download",

@@ -212,7 +212,8 @@ _BY_TYPE: dict[type[Any], Callable[[InfoHash, Any], Event]] = {
 
 def _resume(info_hash: InfoHash, params: Any) -> ResumeSaved:
     try:
-        layers: dict[bytes, bytes] = dict(lt.write_torrent_file(params)).get(b"piece layers", {})
+        found: Any = lt.write_torrent_file(params)
+        layers = found.get(b"piece layers", {})
     except RuntimeError:
         layers = {}  # some hashes of the layer have not come yet
     return ResumeSaved(info_hash, lt.bencode(lt.write_resume_data(params)), next(iter(layers.values()), b""))

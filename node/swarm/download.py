@@ -7,7 +7,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +19,12 @@ from node.swarm.alerts import (
     PieceFinished,
     TorrentStatus,
 )
-from node.swarm.handle import Handle, file_error
+from node.swarm.handle import Handle, file_error, translated
 from node.swarm.offers import Offers
 from node.swarm.part_file import PartFile, fits
-from node.swarm.torrent import PeerAddress, Piece, Torrent
+from node.swarm.torrent import DownloadProgress, PeerAddress, Piece, Torrent
 from node.swarm.watchdog import Verdict, Watchdog
-from protocol.errors import CancelledRequestError, InternalError, InvalidParamsError, ShoalError
+from protocol.errors import CancelledRequestError, InvalidParamsError, ShoalError
 
 if TYPE_CHECKING:
     from node.swarm.session import Session
@@ -35,18 +34,6 @@ _log = logging.getLogger(__name__)
 _TICK_S = 0.25
 _STOP_TIMEOUT_S = 2.0
 MAX_PEERS = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class DownloadProgress:
-    """How far a download is, at most a second old."""
-
-    bytes_done: int
-    bytes_total: int
-    rate_bytes_s: int
-    """Payload from peers."""
-    peers: int
-    """Connected now."""
 
 
 class Download:
@@ -172,7 +159,7 @@ class Download:
             raise
         except Exception as err:
             await self._leave(clean=False)
-            self._done.set_exception(self._translated(err))
+            self._done.set_exception(translated(self._part.path, err))
             return None
         else:
             self._finished = True
@@ -181,14 +168,6 @@ class Download:
         finally:
             self._offers.answer_all(kept=self._finished)
             self._ready.set()
-
-    def _translated(self, err: Exception) -> ShoalError:
-        if isinstance(err, ShoalError):
-            return err
-        if isinstance(err, OSError):
-            return file_error(self._part.path, err.errno or 0, str(err))
-        _log.exception("the download of %s failed", self.torrent.name, exc_info=err)
-        return InternalError(f"the download of {self.torrent.name!r} failed: {err!r}")
 
     async def _fetch(self) -> Handle:
         resume, layer = await self._part.load()

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import libtorrent as lt
 
-from node.swarm.alerts import CacheFlushed, Event, FileFailed, FileRenamed, ResumeSaved, TorrentStatus
+from node.swarm.alerts import CacheFlushed, Event, FileFailed, FileRenamed, Removed, ResumeSaved, TorrentStatus
 from node.swarm.torrent import PeerAddress, Torrent
 from protocol.errors import InsufficientDiskError, InternalError, ShoalError, TimedOutError
 
@@ -49,12 +49,11 @@ class Handle:
         self.listener(event)
 
     def fail(self, error: ShoalError) -> None:
-        """End every wait with `error`."""
-        for futures in self._waiting.values():
-            for future in futures:
+        """End every wait with `error`, but that for the torrent to be gone, which comes all the same."""
+        for kind in [kind for kind in self._waiting if kind is not Removed]:
+            for future in self._waiting.pop(kind):
                 if not future.done():
                     future.set_exception(error)
-        self._waiting.clear()
 
     def expect(self, kind: type[E]) -> asyncio.Future[E]:
         """The next event of that kind. Call it before what causes the event."""
@@ -128,3 +127,13 @@ def file_error(path: Path, number: int, message: str) -> ShoalError:
             {"path": str(path)},
         )
     return InternalError(f"cannot read or write {path.name!r}: {message}", {"path": str(path), "errno": number})
+
+
+def translated(path: Path, err: Exception) -> ShoalError:
+    """What ended a download, as an error of ours; one that no one foresaw is logged."""
+    if isinstance(err, ShoalError):
+        return err
+    if isinstance(err, OSError):
+        return file_error(path, err.errno or 0, str(err))
+    _log.error("the download to %s failed", path, exc_info=err)
+    return InternalError(f"the download to {path.name!r} failed: {err!r}")

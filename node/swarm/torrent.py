@@ -31,6 +31,18 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class DownloadProgress:
+    """How far a download is, at most a second old."""
+
+    bytes_done: int
+    bytes_total: int
+    rate_bytes_s: int
+    """Payload from peers."""
+    peers: int
+    """Connected now."""
+
+
+@dataclass(frozen=True, slots=True)
 class Torrent:
     """A v2-only torrent of one file (BEP 52). Made by `of`, so that nodes that never met agree on the info hash."""
 

@@ -10,7 +10,7 @@ import hmac
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from node.transport.links import NO_LINK, Changed, Envelope, Event, InboxEnd, OutletEnd, Peer, PullAsked
 from node.transport.receiver import Frame, MalformedFrameError, Receiver
@@ -147,14 +147,13 @@ class Exchange:
         except MalformedHeaderError:
             self.table.counters.dropped_malformed += 1
             return
-        tickets = {entry.address.link: entry.ticket for entry in entries if isinstance(entry, Open)}
         for entry in entries:
             match entry:
                 case Data(address):
-                    if (inbox := self._inbox(address, tickets, now)) is not None:
+                    if (inbox := self._inbox(address, entries, now)) is not None:
                         self._chunk(inbox, entry, shape, dtype, read, now)
                 case Beat(address):
-                    if (inbox := self._inbox(address, tickets, now)) is not None:
+                    if (inbox := self._inbox(address, entries, now)) is not None:
                         inbox.receiver.heard_at = now
                 case Ack(address, received, messages, size_bytes):
                     if (outlet := self._outlet(address)) is not None:
@@ -214,7 +213,7 @@ class Exchange:
         if messages:
             self.due = min(self.due, outlet.sender.due())
 
-    def _inbox(self, address: Address, tickets: Mapping[bytes, str], now: float) -> InboxEnd | None:
+    def _inbox(self, address: Address, entries: list[Entry], now: float) -> InboxEnd | None:
         inbox = self.table.inboxes.get(address.channel)
         if inbox is None:
             self.table.late(self.table.graves.find(address.channel, address.token), now)
@@ -224,7 +223,8 @@ class Exchange:
             return None
         if inbox.link == address.link:
             return inbox if inbox.receiver.error is None else None
-        ticket = tickets.get(address.link)
+        opens = (entry for entry in entries if isinstance(entry, Open) and entry.address.link == address.link)
+        ticket = next((entry.ticket for entry in opens), None)
         try:
             key = peer_of(ticket) if ticket is not None else self._self
         except TransportError:

@@ -22,6 +22,7 @@ from node.transport.settings import MAX_CHUNK_BYTES, TransportSettings
 from node.transport.wire import ANSWER, END, Data, Reason
 from protocol.errors import PeerLostError, ShoalError
 
+# Both are of 4 bytes; what is added here must be, too.
 DTYPES = {"float32": np.dtype("<f4"), "int32": np.dtype("<i4")}
 MAX_DIMENSIONS = 4
 
@@ -216,13 +217,14 @@ class Receiver:
 
 
 def _checked(data: Data, shape: Sequence[int], dtype: str, read: Callable[[], Bytes], max_bytes: int) -> _Chunk:
-    known = DTYPES.get(dtype)
     if data.flags & END:
         return _Chunk(data, (), DTYPES["int32"], 0, np.empty(0, np.uint8))
-    if known is None or len(shape) > MAX_DIMENSIONS or any(not 0 <= length <= max_bytes for length in shape):
+    known = DTYPES.get(dtype)
+    if known is None or len(shape) > MAX_DIMENSIONS or (shape and min(shape) < 0):
         raise MalformedFrameError(f"a tensor of dtype {dtype[:20]!r} and {len(shape)} dimensions")
-    size = math.prod(shape) * known.itemsize
-    if size > max_bytes:
+    size = 4 * math.prod(shape)
+    # A length of 0 must not hide others that no array can have.
+    if 4 * math.prod(length or 1 for length in shape) > max_bytes:
         raise MalformedFrameError(f"a tensor of {size} bytes, at most {max_bytes} are taken")
     payload = read()
     if len(payload) > min(MAX_CHUNK_BYTES, size):

@@ -58,7 +58,7 @@ async def test_a_full_disk_is_told_before_a_byte_moves_and_keeps_what_was_there(
 
 async def test_a_write_that_fails_on_the_way_is_told_too(tmp_path: Path):
     source = tmp_path / "source.bin"
-    hashed = make_file(source, 24 * MIB)
+    hashed = make_file(source, 16 * MIB)
     torrent = Torrent.of("shard.bin", hashed.size, hashed.content_id)
     async with Swarm.open(SwarmSettings(tmp_path / "a")) as seed:
         await seed.seed(torrent, source, hashed.piece_layer)

@@ -94,7 +94,7 @@ async def alone(tmp_path: Path, size: int, every: int) -> None:
         download = await node.download(torrent, tmp_path / "got.bin")
         download.add_peers([bad])
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(4):
+            async with asyncio.timeout(2.5):
                 await download.verified()
         assert not (tmp_path / "got.bin").exists()
         missing = {piece.index for piece in download.missing_pieces()}

@@ -78,6 +78,8 @@ def test_missing_shards_are_spread_evenly_in_runs() -> None:
 def test_missing_shards_join_the_runs_beside_them() -> None:
     plan = plan_pipeline(model(6), [node("a", loaded="5"), node("b", loaded="0"), node("c")])
     assert stages(plan) == [("b", (0, 1)), ("c", (2, 3)), ("a", (4, 5))]
+    plan = plan_pipeline(model(6), [node("a", loaded="5"), node("b", loaded="012"), node("c")])
+    assert stages(plan) == [("b", (0, 1, 2)), ("c", (3,)), ("a", (4, 5))]
 
 
 def test_a_node_without_room_is_passed_over_even_with_the_file() -> None:

@@ -264,7 +264,9 @@ async def test_tokens_of_a_dead_attempt_or_another_session_are_not_taken() -> No
         return False
 
     world = World([failing(PeerLostError("gone"), 2), meddle])
-    assert await collected(world.generation()) == ANSWER
+    generation = world.generation()
+    assert await collected(generation) == ANSWER
+    assert generation.attempts == 2
 
 
 async def test_a_gap_is_not_passed_on() -> None:

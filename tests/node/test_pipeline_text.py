@@ -78,6 +78,11 @@ def test_text_is_held_only_while_a_stop_string_is_possible() -> None:
     assert stream.finish() == ""
 
 
+def test_the_stop_string_that_is_complete_first_wins_and_then_the_longest() -> None:
+    assert shown([b"xabc"], ["abc", "b"]) == ("xa", True)
+    assert shown([b"xabc"], ["c", "abc", "bc"]) == ("x", True)
+
+
 def test_an_unfinished_character_and_a_half_stop_string_come_out_at_the_end() -> None:
     assert shown([b"a\xe6\xbc", b"E"], ["END"]) == ("a\ufffdE", False)
 

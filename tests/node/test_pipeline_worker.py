@@ -357,6 +357,17 @@ async def test_a_frame_that_cannot_be_ends_its_session_and_no_other(frame: tuple
         await end(stages, session="good")
 
 
+async def test_more_positions_than_asked_for_are_not_run() -> None:
+    async with pipeline([0], [1]) as stages:
+        await stages[1].order(Open(opening(1, 2, [1], n_positions=20)))
+        await stages[1].order(Start(StartSessionParams(session="s", stage=1, next_ticket="t0", max_tokens=10)))
+        outlet = stages[0].endpoint.open_outlet("t1", channel_name("s", 0, 1), KEY)
+        await outlet.send(0, np.zeros((9, 3), np.float32))
+        await outlet.send(1, np.zeros((12, 3), np.float32))
+        assert "opened for 20 positions" in (await stages[1].failure()).message
+        assert stages[1].engine.shapes == [[9]]
+
+
 async def test_an_engine_that_fails_is_reported_and_goes_on() -> None:
     engine = TinyEngine(1, seconds=0.001)
     async with pipeline([0], engines=[engine]) as [stage]:
@@ -407,19 +418,17 @@ async def test_tokenize() -> None:
 
 async def test_a_session_of_short_steps_leaves_the_loop_to_others() -> None:
     async with pipeline([0]) as [stage]:
-        turns = 0
+        seen: set[int] = set()
 
-        def turn() -> None:
-            nonlocal turns
-            turns += 1
-            if turns < 10_000:
-                asyncio.get_running_loop().call_soon(turn)
+        def look() -> None:
+            seen.add(len(stage.seen))
+            if len(stage.seen) < 200:
+                asyncio.get_running_loop().call_soon(look)
 
         await begin([stage], [[0]], [3], 200)
-        turn()
-        before = turns
+        look()
         await drawn(stage, 200)
-        assert turns - before > 100
+        assert len(seen) > 50
         await end([stage])
 
 
