@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import platformdirs
-from pydantic import BeforeValidator, ByteSize, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
 from node.machine import usable_cores
 
 CONFIG_FILENAME = "config.toml"
+ENV_PREFIX = "SHOAL_"
 
 
 class ConfigError(ValueError):
@@ -78,17 +81,20 @@ def _assignments(value: Any) -> Any:
     return tuple(Assignment.parse(word) if isinstance(word, str) else word for word in _split_words(value))
 
 
+Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 PortOrFree = Annotated[int, Field(ge=0, le=65535)]
 
 
 class Settings(BaseSettings):
     """All settings of `serve`. Ports of 0 mean a free one; limits of 0 mean none."""
 
-    model_config = SettingsConfigDict(env_prefix="SHOAL_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
 
-    data_dir: Path = Field(default_factory=lambda: Path(platformdirs.user_data_dir("shoal", appauthor=False)))
+    config: Path | None = None
+    """The TOML file that was given; without one, the user's, if there is one."""
+    data_dir: Folder = Field(default_factory=lambda: Path(platformdirs.user_data_dir("shoal", appauthor=False)))
     """Key, index of hashes, resume data, and the lock."""
-    shards_dir: Path = Path()
+    shards_dir: Folder = Path()
     """Where shards lie and fetched ones land; DATA_DIR/shards unless given."""
     cluster: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")] = "default"
     assign: Annotated[tuple[Assignment, ...], NoDecode, BeforeValidator(_assignments)] = ()
@@ -149,7 +155,13 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         del dotenv_settings, file_secret_settings
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=_config_file())
+        given = init_settings().get("config") or env_settings().get("config")
+        path = _config_file(given)
+        try:
+            file = TomlConfigSettingsSource(settings_cls, toml_file=path)
+        except (OSError, ValueError) as err:
+            raise ConfigError(f"cannot read the configuration file {path}: {err}") from None
+        return init_settings, env_settings, file
 
 
 def load_settings(**flags: Any) -> Settings:
@@ -160,10 +172,27 @@ def load_settings(**flags: Any) -> Settings:
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as err:
-        lines = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in err.errors()]
-        raise ConfigError("; ".join(lines)) from None
-    except (OSError, ValueError) as err:
+        raise ConfigError("; ".join(_complaints(err))) from None
+    except SettingsError as err:
         raise ConfigError(f"cannot read the configuration: {err}") from None
+
+
+def unknown_variables() -> list[str]:
+    """`SHOAL_*` variables of the environment that are no setting: most likely misspelt."""
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    return sorted(name for name in os.environ if name.upper().startswith(ENV_PREFIX) and name.upper() not in known)
+
+
+def _complaints(err: ValidationError) -> Iterator[str]:
+    for one in err.errors():
+        name = ".".join(map(str, one["loc"]))
+        message = one["msg"].removeprefix("Value error, ")
+        if one["type"] == "extra_forbidden":
+            yield f"{name}: there is no such setting"
+        elif name:
+            yield f"{name} = {str(one['input'])[:100]}: {message}"
+        else:
+            yield message
 
 
 def is_loopback(host: str) -> bool:
@@ -174,12 +203,11 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _config_file() -> Path | None:
-    given = os.environ.get("SHOAL_CONFIG")
+def _config_file(given: str | Path | None) -> Path | None:
     if given:
-        path = Path(given)
+        path = Path(given).expanduser()
         if not path.is_file():
-            raise ConfigError(f"the configuration file {path} (SHOAL_CONFIG, --config) does not exist")
+            raise ConfigError(f"the configuration file {path} (--config, SHOAL_CONFIG) does not exist")
         return path
     path = Path(platformdirs.user_config_dir("shoal", appauthor=False)) / CONFIG_FILENAME
     return path if path.is_file() else None

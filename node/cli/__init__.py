@@ -2,7 +2,8 @@
 
 app       the commands, and `serve` as the default one
 serve     the daemon
-files     split, publish
+split     cut a model into shards
+publish   put files where the daemon shares them
 remote    call, nodes, status, generate: one RPC each
 demo      three nodes, one model, one generation
 console   how all of them print

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
 import msgspec
 from rich.console import Console
@@ -18,20 +19,28 @@ from rich.progress import (
 from rich.table import Column
 
 from protocol.errors import ShoalError
+from protocol.manifest import Manifest
 
+SHOWN_SHARDS = 50
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
-def print_json(value: Any) -> None:
-    """One line of JSON on stdout; bytes as hex."""
+def examples(*commands: str) -> str:
+    """The end of a help text: command lines as they are typed, not wrapped."""
+    return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+def print_json(value: Any, file: TextIO | None = None) -> None:
+    """One line of JSON on stdout, or on `file`; bytes as hex."""
+    file = file or sys.stdout
     plain = msgspec.to_builtins(value, builtin_types=(bytes,))
-    sys.stdout.write(json.dumps(plain, default=lambda b: b.hex(), ensure_ascii=False) + "\n")
-    sys.stdout.flush()
+    file.write(json.dumps(plain, default=bytes.hex, ensure_ascii=False) + "\n")
+    file.flush()
 
 
 def fail(error: Exception | str, *, code: int = 1) -> NoReturn:
-    """Say what went wrong in one line, with its code where it has one, and exit."""
+    """Say what went wrong in one line, with its code where it has one, and exit; 2 is for what was typed wrong."""
     prefix = f"error ({error.code}): " if isinstance(error, ShoalError) else "error: "
     err.print(f"[bold red]{prefix}[/]", end="")
     err.print(str(error), markup=False, soft_wrap=True)
@@ -47,6 +56,23 @@ def bytes_progress(console: Console = err) -> Progress:
         TransferSpeedColumn(table_column=Column(no_wrap=True)),
         console=console,
     )
+
+
+def show_manifest(manifest: Manifest, folder: Path, *, json_output: bool) -> None:
+    """What was split or published: a line a shard, then the name that finds it."""
+    if json_output:
+        print_json({"digest": manifest.digest, "folder": str(folder), "manifest": manifest})
+        return
+    for entry in manifest.shards[:SHOWN_SHARDS]:
+        layers = "" if entry.end_layer is None else f"  layers [{entry.start_layer}, {entry.end_layer})"
+        line = f"  {entry.shard_id:>4}  {entry.filename}  {human_bytes(entry.size)}{layers}"
+        out.print(line, markup=False, soft_wrap=True)
+    if (more := len(manifest.shards) - SHOWN_SHARDS) > 0:
+        out.print(f"        and {more} more")
+    count = "1 file" if len(manifest.shards) == 1 else f"{len(manifest.shards)} shards"
+    line = f"{manifest.kind} {manifest.name}: {count}, {human_bytes(manifest.total_bytes)}, in {folder}"
+    out.print(line, markup=False, soft_wrap=True)
+    out.print(f"{manifest.name}@{manifest.digest}", markup=False, soft_wrap=True)
 
 
 def human_bytes(count: float) -> str:

@@ -6,35 +6,49 @@ import json
 import sys
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-import msgspec
 import typer
 from rich.table import Table
 
-from node.cli.console import err, fail, human_bytes, out, print_json
+from node.cli.console import err, examples, fail, human_bytes, out, print_json
 from node.config import Address
 from protocol.commands.nodes import NodesResult, StatusResult
 from protocol.commands.tasks import InferenceResult
 from protocol.errors import ShoalError
 from protocol.sync_client import SyncClient
 
+ANSWER_S = 30.0
+"""For what a node answers from what it knows."""
+R = TypeVar("R")
 Target = Annotated[str, typer.Argument(metavar="HOST:PORT", help="RPC address of a node.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the answer as one line of JSON.")]
+
+CALL_EXAMPLES = examples(
+    "python -m node call 127.0.0.1:7400 LIST_FILES",
+    """python -m node call 127.0.0.1:7400 LOAD_SHARD '{"model": "smol", "shard_id": 1}'""",
+)
+NODES_EXAMPLES = examples("python -m node nodes 127.0.0.1:7400")
+STATUS_EXAMPLES = examples(
+    "python -m node status 127.0.0.1:7400", "python -m node status 127.0.0.1:7400 --json | jq .stages"
+)
+GENERATE_EXAMPLES = examples(
+    'python -m node generate 127.0.0.1:7400 --model smol --prompt "Why is the sky blue?"',
+    "python -m node generate 127.0.0.1:7400 --prompt - --max-tokens 500 < question.txt",
+)
 
 
 def call(
     node: Target,
-    command: Annotated[str, typer.Argument(metavar="COMMAND")],
-    parameters: Annotated[str, typer.Argument(metavar="[JSON]")] = "{}",
+    command: Annotated[str, typer.Argument(metavar="COMMAND", help="docs/rpc.md lists them.")],
+    parameters: Annotated[str, typer.Argument(metavar="JSON", help="Its parameters, an object.")] = "{}",
     *,
-    timeout: Annotated[float, typer.Option(help="Seconds.")] = 3600.0,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="For the answer; then it is cancelled.")] = 3600.0,
 ) -> None:
-    """Send one command and print one JSON envelope: command, request_id, status, and result or error.
+    """Send one command, print one JSON envelope.
 
-    Notifications (PROGRESS, TASK_OUTPUT) go to stderr, a line of JSON each. Exit status 1 where the answer is an
-    error.
-
-    Example: python -m node call 127.0.0.1:7400 LOAD_SHARD '{"model": "smol", "shard_id": 1}'
+    The envelope has command, request_id, status ("ok" or "error"), and result or error. Notifications (PROGRESS,
+    TASK_OUTPUT) go to stderr, a line of JSON each. Exit status 1 where the answer is an error.
     """
     command = command.upper().replace("-", "_")
     try:
@@ -47,22 +61,19 @@ def call(
     envelope: dict[str, Any] = {"command": command, "request_id": request_id}
 
     def show(method: str, params: Mapping[str, Any]) -> None:
-        sys.stderr.write(json.dumps({"notification": method, **params}, default=bytes.hex, ensure_ascii=False) + "\n")
+        print_json({"notification": method, **params}, sys.stderr)
 
     try:
-        result = _call(node, command, given, request_id=request_id, timeout_s=timeout, on_notification=show)
+        result = _call(node, command, given, dict, request_id=request_id, timeout_s=timeout, on_notification=show)
     except ShoalError as error:
         print_json(envelope | {"status": "error", "error": error.to_wire()})
         sys.exit(1)
     print_json(envelope | {"status": "ok", "result": result})
 
 
-def nodes(node: Target, *, json_output: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """List the nodes of the cluster that a node knows.
-
-    Example: python -m node nodes 127.0.0.1:7400
-    """
-    found = msgspec.convert(_call(node, "NODES", {}), NodesResult)
+def nodes(node: Target, *, json_output: Json = False) -> None:
+    """List the nodes of the cluster that a node knows."""
+    found = _call(node, "NODES", {}, NodesResult, timeout_s=ANSWER_S)
     if json_output:
         print_json(found)
         return
@@ -80,12 +91,9 @@ def nodes(node: Target, *, json_output: Annotated[bool, typer.Option("--json")] 
     out.print(table)
 
 
-def status(node: Target, *, json_output: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """Show what a node is doing.
-
-    Example: python -m node status 127.0.0.1:7400 --json
-    """
-    found = msgspec.convert(_call(node, "STATUS", {}), StatusResult)
+def status(node: Target, *, json_output: Json = False) -> None:
+    """Show what a node is doing."""
+    found = _call(node, "STATUS", {}, StatusResult, timeout_s=ANSWER_S)
     if json_output:
         print_json(found)
         return
@@ -97,7 +105,7 @@ def status(node: Target, *, json_output: Annotated[bool, typer.Option("--json")]
     grid.add_row(
         "memory",
         f"{human_bytes(memory.get('available_bytes', 0))} free of {human_bytes(memory.get('total_bytes', 0))}, "
-        f"{found.threads} engine threads",
+        f"{human_bytes(memory.get('process_bytes', 0))} of it the daemon's; {found.threads} threads an engine",
     )
     swarm = found.swarm
     grid.add_row(
@@ -126,15 +134,16 @@ def generate(
     model: Annotated[str | None, typer.Option(help="Name, or name@digest. Default: the cluster's only one.")] = None,
     prompt: Annotated[str, typer.Option(help="A message to a chat model; '-' reads stdin.")],
     raw: Annotated[bool, typer.Option("--raw", help="The prompt goes in as it is, without a chat template.")] = False,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of the answer, at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest that make up this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same tokens.")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON result at the end, nothing streamed.")] = False,
 ) -> None:
-    """Generate text through a pipeline of the cluster; it streams to stdout.
+    """Generate text through a pipeline of the cluster.
 
-    Example: python -m node generate 127.0.0.1:7400 --model smol --prompt "Why is the sky blue?"
+    The text streams to stdout, a line of figures goes to stderr. The node plans the pipeline, and has shards fetched
+    and loaded where they are not.
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     parameters: dict[str, Any] = {
@@ -153,7 +162,7 @@ def generate(
             sys.stdout.write(str(params.get("text", "")))
             sys.stdout.flush()
 
-    result = msgspec.convert(_call(node, "EXECUTE_TASK", parameters, on_notification=show), InferenceResult)
+    result = _call(node, "EXECUTE_TASK", parameters, InferenceResult, timeout_s=None, on_notification=show)
     if json_output:
         print_json(result)
         return
@@ -170,16 +179,22 @@ def _call(
     node: str,
     command: str,
     parameters: dict[str, Any],
+    result_type: type[R],
     *,
+    timeout_s: float | None,
     request_id: str | None = None,
-    timeout_s: float | None = 3600.0,
     on_notification: Callable[[str, Mapping[str, Any]], None] | None = None,
-) -> Any:
+) -> R:
     try:
         address = Address.parse(node)
     except ValueError as error:
         fail(f"{error}; a node prints its rpc port when it is ready", code=2)
     with SyncClient(address.host, address.port) as client:
         return client.call(
-            command, parameters, request_id=request_id, timeout_s=timeout_s, on_notification=on_notification
+            command,
+            parameters,
+            result_type=result_type,
+            request_id=request_id,
+            timeout_s=timeout_s,
+            on_notification=on_notification,
         )

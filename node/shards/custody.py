@@ -8,14 +8,12 @@ from pathlib import Path
 
 from node.shards.admission import Admission
 from node.shards.catalog import Catalog, ShardFile
-from node.shards.folders import remove_if_empty
 from node.shards.hasher import FileChangedError, Hasher
 from node.shards.holding import shard_path
 from node.shards.index import Index
 from node.shards.loader import Loader
 from node.shards.seeds import Seeds
 from node.shards.space import part_of
-from node.shards.survey import Survey
 from node.swarm.torrent import Torrent
 from protocol.errors import InvalidShardError, ShardInUseError, ShardNotFoundError
 from protocol.ids import ContentId
@@ -31,7 +29,6 @@ class Custody:
         index: Index,
         seeds: Seeds,
         admission: Admission,
-        survey: Survey,
         loader: Loader,
         hasher: Hasher,
         tasks: asyncio.TaskGroup,
@@ -40,7 +37,6 @@ class Custody:
         self._index = index
         self._seeds = seeds
         self._admission = admission
-        self._survey = survey
         self._loader = loader
         self._hasher = hasher
         self._tasks = tasks
@@ -68,10 +64,7 @@ class Custody:
                 gone += [path] if left_over else []
             if not gone:
                 raise ShardNotFoundError(f"{name} is not on this node; LIST_FILES shows what is")
-            held = self._catalog.folders().get(folder) if folder else None
-            if folder and held and held.holding.fetched and not self._loader.is_fetching(digest):
-                await asyncio.to_thread(remove_if_empty, folder)
-                self._survey.poke()
+            await self._loader.tidy(digest)
         return gone[0]
 
     async def verify(self, signed: SignedManifest, entry: ShardEntry) -> ContentId | None:

@@ -6,13 +6,13 @@ import asyncio
 import errno
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from node.shards.catalog import Catalog, ShardFile, torrent_of
 from node.shards.fetching import Fetch, FetchedShard, FetchProgress, OnProgress
-from node.shards.folders import link_or_copy, prepare_folder, set_aside
+from node.shards.folders import link_or_copy, prepare_folder, remove_if_empty, set_aside
 from node.shards.hasher import FileChangedError, Hasher
 from node.shards.holding import Holding, folder_names, shard_path
 from node.shards.ports import Discovery, Download, Swarm
@@ -22,7 +22,8 @@ from node.shards.seeds import Seeds
 from node.shards.settings import ShardsSettings
 from node.shards.space import Space, part_of
 from node.shards.survey import Survey
-from node.shards.transfer import Sources, carry
+from node.shards.transfer import Pace, Sources, carry
+from node.swarm.torrent import PeerAddress
 from protocol.errors import CancelledRequestError, InsufficientDiskError, InternalError, InvalidShardError, ShoalError
 from protocol.ids import ContentId, ManifestDigest
 from protocol.manifest import ShardEntry
@@ -69,9 +70,16 @@ class Loader:
         """In progress."""
         return list(self._fetches.values())
 
-    def is_fetching(self, digest: ManifestDigest, shard_id: int | None = None) -> bool:
-        """Whether this shard, or any of the manifest, is on its way."""
-        return any(digest == place[0] and shard_id in (None, place[1]) for place in self._fetches)
+    def is_fetching(self, digest: ManifestDigest, shard_id: int) -> bool:
+        return (digest, shard_id) in self._fetches
+
+    async def tidy(self, digest: ManifestDigest, besides: Fetch | None = None) -> None:
+        """Take the folder of a fetched manifest away, if nothing is in it and no other fetch is about to use it."""
+        folder = self._catalog.folder_of(digest)
+        busy = any(fetch.holding.digest == digest and fetch is not besides for fetch in self.fetches())
+        if folder and not busy and self._catalog.folders()[folder].holding.fetched:
+            await asyncio.to_thread(remove_if_empty, folder)
+        self._survey.poke()
 
     async def fetch(self, holding: Holding, entry: ShardEntry, on_progress: OnProgress | None) -> FetchedShard:
         """Have the shard here and checked; callers for one shard share one fetch."""
@@ -189,22 +197,39 @@ class Loader:
             pending = ShardFile(path, "downloading", entry.kind, None, fetch.holding, entry)
             self._catalog.put(pending)
             try:
-                download: Download = await self._swarm.download(torrent_of(entry), path)
-                try:
-                    kept = await _kept(download) if begun else 0
-                    patience_s = self._settings.stall_timeout_s + (entry.size / SLOWEST_CHECK_BYTES_S if begun else 0)
-                    await carry(download, fetch, sources, peers, self._settings, patience_s)
-                except BaseException:
-                    with suppress(ShoalError):
-                        await asyncio.shield(download.cancel(delete=not begun and not download.progress().bytes_done))
-                    raise
+                kept = await self._carry_through(fetch, path, sources, peers, begun=begun)
                 await self._take_up(fetch, path)
             except BaseException:
                 if self._catalog.get(path) is pending:
                     self._catalog.forget(path)
-                    self._survey.poke()
+                await self.tidy(fetch.holding.digest, besides=fetch)
                 raise
         return path, entry.size - kept
+
+    async def _carry_through(
+        self, fetch: Fetch, path: Path, sources: Sources, peers: Sequence[PeerAddress], *, begun: bool
+    ) -> int:
+        """Download, and begin anew where nothing comes. Returns how many bytes were there from an earlier try."""
+        entry, pace = fetch.entry, Pace()
+        patience_s = self._settings.restart_s + (entry.size / SLOWEST_CHECK_BYTES_S if begun else 0)
+        kept: int | None = None
+        while True:
+            download: Download = await self._swarm.download(torrent_of(entry), path)
+            try:
+                if kept is None:
+                    kept = await _kept(download) if begun else 0
+                if await carry(download, fetch, sources, peers, self._settings, pace, patience_s):
+                    return kept
+                if pace.idle_s >= self._settings.stall_timeout_s:
+                    raise sources.none(f"{pace.most} of {entry.size} bytes came, then none for {pace.idle_s:.0f} s")
+                await download.cancel()
+            except BaseException:
+                with suppress(ShoalError):
+                    await asyncio.shield(download.cancel(delete=not begun and not pace.most))
+                raise
+            patience_s = self._settings.restart_s
+            log.info("%s: nothing came for %.0f s, beginning anew", entry.filename, pace.idle_s)
+            peers = await sources.look_up() or peers
 
     def _expected_path(self, fetch: Fetch) -> Path:
         """Where the shard will most likely lie."""

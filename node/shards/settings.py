@@ -28,6 +28,8 @@ class ShardsSettings:
     """How long a fetch looks for a first provider: an announcement may be on its way."""
     name_timeout_s: float = 3.0
     """How long a name that nobody knows is asked for again."""
+    restart_s: float = 10.0
+    """A download that gets no byte for so long is begun anew, with new connections."""
     stall_timeout_s: float = 60.0
     """A download that gets no byte for so long fails; what it has is kept for the next."""
     relookup_s: float = 3.0
@@ -36,7 +38,14 @@ class ShardsSettings:
     """At a time; further fetches wait."""
 
     def __post_init__(self) -> None:
-        times = (self.settle_s, self.incomplete_s, self.rescan_s, self.find_timeout_s, self.stall_timeout_s)
+        times = (
+            self.settle_s,
+            self.incomplete_s,
+            self.rescan_s,
+            self.find_timeout_s,
+            self.restart_s,
+            self.stall_timeout_s,
+        )
         if min(times) <= 0 or self.relookup_s <= 0 or self.name_timeout_s < 0:
             raise ValueError("the times of ShardsSettings must be above 0 s")
         if self.min_free_disk < 0 or self.max_downloads < 1:

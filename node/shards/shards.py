@@ -80,7 +80,6 @@ class Shards:
             index,
             self._seeds,
             self._admission,
-            self._survey,
             self._loader,
             self._urgent,
             tasks,

@@ -6,8 +6,7 @@ import asyncio
 import ipaddress
 import logging
 import socket
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from node.shards.fetching import Fetch, FetchProgress
 from node.shards.ports import Discovery, Download, FoundProvider
@@ -94,57 +93,71 @@ async def _addresses(provider: FoundProvider) -> list[PeerAddress]:
     return [PeerAddress(str(address[0]), provider.bt_port) for *_, address in found]
 
 
+class Pace:
+    """When a download last got further than ever before, whatever was begun anew in between."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        """Bytes that were here at a time."""
+        self._at = asyncio.get_running_loop().time()
+
+    def saw(self, bytes_done: int) -> bool:
+        """Take note. Returns whether it is more than ever before."""
+        if bytes_done <= self.most:
+            return False
+        self.most, self._at = bytes_done, asyncio.get_running_loop().time()
+        return True
+
+    @property
+    def idle_s(self) -> float:
+        return asyncio.get_running_loop().time() - self._at
+
+
 async def carry(
     download: Download,
     fetch: Fetch,
     sources: Sources,
     peers: Sequence[PeerAddress],
     settings: ShardsSettings,
+    pace: Pace,
     patience_s: float,
-) -> Path:
-    """Bring a download to its end, with ever new peers.
+) -> bool:
+    """Accompany a download, with ever new peers, to its end: True.
 
-    Raises NoSourceError when nothing came for `patience_s` at the start, or for `stall_timeout_s` later.
+    False where nothing came for `patience_s` at the start, or for `restart_s` later: it is time to begin anew. Raises
+    what the download raises.
     """
     failure: Exception | None = None
-    path: Path | None = None
+    done = False
     async with asyncio.TaskGroup() as beside:
         try:
             async with asyncio.timeout(patience_s) as patience:
                 download.add_peers(peers)
-                reporter = beside.create_task(_report(download, fetch, lambda: _extend(patience, settings)))
-                seeker = beside.create_task(_seek(download, sources, settings))
+                tasks = [
+                    beside.create_task(_report(download, fetch, pace, patience, settings.restart_s)),
+                    beside.create_task(_seek(download, sources, settings)),
+                ]
                 try:
-                    path = await download.verified()
+                    await download.verified()
+                    done = True
                 finally:
-                    reporter.cancel()
-                    seeker.cancel()
+                    for task in tasks:
+                        task.cancel()
         except TimeoutError:
-            done = download.progress()
-            failure = sources.none(
-                f"{done.bytes_done} of {done.bytes_total} bytes came, then none for {settings.stall_timeout_s:g} s"
-            )
+            pass
         except Exception as err:
             failure = err  # The group would wrap it.
     if failure:
         raise failure
-    assert path is not None
-    return path
+    return done
 
 
-def _extend(patience: asyncio.Timeout, settings: ShardsSettings) -> None:
-    later = asyncio.get_running_loop().time() + settings.stall_timeout_s
-    if not patience.expired():
-        patience.reschedule(max(later, patience.when() or 0))
-
-
-async def _report(download: Download, fetch: Fetch, moved: Callable[[], None]) -> None:
-    most = 0
+async def _report(download: Download, fetch: Fetch, pace: Pace, patience: asyncio.Timeout, restart_s: float) -> None:
     while True:
         now = download.progress()
-        if now.bytes_done > most:
-            most = now.bytes_done
-            moved()
+        if pace.saw(now.bytes_done) and not patience.expired():
+            later = asyncio.get_running_loop().time() + restart_s
+            patience.reschedule(max(later, patience.when() or 0))
         fetch.tell(FetchProgress("downloading", now.bytes_done, now.bytes_total, now.rate_bytes_s, now.peers))
         await asyncio.sleep(TICK_S)
 

@@ -73,4 +73,4 @@ async def test_after_kill_9_at_half_at_most_16_mib_move_twice(tmp_path: Path):
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("limit", [40 * MIB, 0])
 async def test_after_kill_9_of_a_large_download(tmp_path: Path, limit: int):
-    assert await killed_at_half(tmp_path, 700 * MIB, limit) <= 16 * MIB
+    assert await killed_at_half(tmp_path, 240 * MIB, limit) <= 16 * MIB

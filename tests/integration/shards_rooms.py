@@ -30,6 +30,7 @@ QUICK = {
     "rescan_s": 60.0,
     "find_timeout_s": 10.0,
     "relookup_s": 0.5,
+    "restart_s": 5.0,
     "stall_timeout_s": 20.0,
 }
 

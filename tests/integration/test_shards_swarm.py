@@ -184,7 +184,7 @@ async def test_a_seed_whose_file_was_changed_is_noticed_and_withdrawn(tmp_path: 
     network: Network = {}
     async with (
         open_node(tmp_path / "a", network) as a,
-        open_node(tmp_path / "b", network, bootstrap=(a,), stall_timeout_s=3.0) as b,
+        open_node(tmp_path / "b", network, bootstrap=(a,), restart_s=1.5, stall_timeout_s=3.0) as b,
     ):
         await a.shards.settled()
         path = a.shards_dir / "tiny" / "shard-0.gguf"

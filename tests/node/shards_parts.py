@@ -34,6 +34,7 @@ QUICK: dict[str, Any] = {
     "find_timeout_s": 0.5,
     "name_timeout_s": 0.0,
     "relookup_s": 0.1,
+    "restart_s": 2.0,
     "stall_timeout_s": 5.0,
 }
 
@@ -74,8 +75,8 @@ class MemoryDownload:
         if not self.ended.done():
             self.ended.set_exception(CancelledRequestError("cancelled"))
             self.ended.exception()
-            if delete:
-                self.part.unlink()
+        if delete and self.ended.exception():
+            self.part.unlink()
 
     def finish(self, data: bytes) -> None:
         self.part.write_bytes(data)

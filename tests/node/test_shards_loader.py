@@ -211,7 +211,7 @@ async def test_a_provider_that_comes_late_is_found_and_a_stall_ends(
     tmp_path: Path, cluster: MemoryDiscovery, signed: SignedManifest
 ) -> None:
     providers = cluster.providers.pop(signed.digest)
-    async with open_room(tmp_path, cluster, find_timeout_s=5.0, stall_timeout_s=0.5) as room:
+    async with open_room(tmp_path, cluster, find_timeout_s=5.0, restart_s=0.6, stall_timeout_s=0.6) as room:
         task = asyncio.create_task(room.shards.fetch(signed, signed.manifest.shards[0]))
         await asyncio.sleep(0.3)
         cluster.providers[signed.digest] = providers
@@ -222,7 +222,22 @@ async def test_a_provider_that_comes_late_is_found_and_a_stall_ends(
         await eventually(lambda: "127.0.0.2" in {peer.host for peer in room.swarm.downloads[0].peers})
         with pytest.raises(NoSourceError, match=r"0 of \d+ bytes came, then none for"):
             await task
-        assert room.states() == {}
+        assert (room.states(), list(room.folder.iterdir())) == ({}, [])
+
+
+async def test_a_download_that_got_stuck_is_begun_anew(
+    tmp_path: Path, made: Path, cluster: MemoryDiscovery, signed: SignedManifest
+) -> None:
+    entry = signed.manifest.shards[0]
+    async with open_room(tmp_path, cluster, restart_s=0.4, stall_timeout_s=20.0) as room:
+        task = asyncio.create_task(room.shards.fetch(signed, entry))
+        await downloading(room)
+        room.swarm.downloads[0].bytes_done = 10
+        await downloading(room, 2)
+        assert room.swarm.downloads[0].ended.done()
+        assert room.swarm.downloads[1].part.exists()
+        room.swarm.downloads[1].finish((made / "a.parquet").read_bytes())
+        assert (await task).bytes_by_source == {"peers": entry.size}
 
 
 async def test_a_shard_that_is_no_parquet_though_its_manifest_vouches_for_it_is_invalid(

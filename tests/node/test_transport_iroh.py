@@ -326,6 +326,7 @@ async def test_frames_without_the_key_and_late_frames_are_counted_and_hold_nothi
     await outlet.send(1, np.zeros(1, np.int32), 5)
     with pytest.raises(TransportError, match="takes no more"):
         await outlet.flush(5)
+    await asyncio.sleep(0.5)
     assert b.stats().counters.dropped_late > late
 
 
