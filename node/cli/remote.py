@@ -64,7 +64,7 @@ def call(
         print_json({"notification": method, **params}, sys.stderr)
 
     try:
-        result = _call(node, command, given, dict, request_id=request_id, timeout_s=timeout, on_notification=show)
+        result = _call(node, command, given, object, request_id=request_id, timeout_s=timeout, on_notification=show)
     except ShoalError as error:
         print_json(envelope | {"status": "error", "error": error.to_wire()})
         sys.exit(1)

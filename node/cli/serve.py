@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from node.cli.console import fail
-from node.config import ConfigError, Settings, is_loopback, load_settings
+from node.cli.console import examples, fail
+from node.config import Settings, is_loopback, load_settings, unknown_variables
 from node.lock import DataDirInUseError, data_dir_lock
-from protocol.errors import UnsupportedPlatformError
+from protocol.errors import ShoalError, UnsupportedPlatformError
 
 if TYPE_CHECKING:
     from node.node import Ready
@@ -28,13 +28,22 @@ log = logging.getLogger("node")
 MIN_GLIBC = (2, 34)
 SHUTDOWN_LIMIT_S = 4.5
 """After this a shutdown that hangs is cut short; 5 s are promised."""
+_CHATTY = ("watchfiles", "kademlia", "rpcudp", "aiohttp", "asyncio")
+"""Libraries whose INFO is noise to who runs a node."""
+
+EXAMPLES = examples(
+    "python -m node --data-dir ~/shoal --shards-dir ~/models",
+    "python -m node --listen 10.0.0.6 --insecure-listen --bootstrap 10.0.0.5:7401",
+    "python -m node --config shoal.toml --assign smol:1,2",
+    'SHOAL_BOOTSTRAP="10.0.0.5:7401 10.0.0.7:7401" SHOAL_UPLOAD_LIMIT=8MB python -m node',
+)
 
 _Limit = Annotated[str | None, typer.Option(metavar="BYTES/S", help="In total, on loopback too; 0: none. 8MB, 512KiB.")]
 
 
 def serve(
     *,
-    config: Annotated[Path | None, typer.Option(help="TOML file of these settings.", envvar="SHOAL_CONFIG")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of these settings; see above.")] = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="Key, hashes, resume data. Default: the user's data folder.")
     ] = None,
@@ -74,38 +83,45 @@ def serve(
 ) -> None:
     """Run the daemon: seed the shards here, answer RPC, run stages.
 
-    Flags stand over SHOAL_* environment variables (SHOAL_RPC_PORT=...), those over the TOML file, that over the
-    defaults. One line of JSON on stdout says when it is ready, and on which ports; the log goes to stderr.
+    One line of JSON on stdout says when it is ready, and on which ports; the log goes to stderr. SIGTERM or Ctrl-C
+    ends it.
 
-    Examples:
+    Flags stand over environment variables, those over the TOML file, that over the defaults. The variable of
+    --rpc-port is SHOAL_RPC_PORT, and so on; lists are separated by spaces. The file is --config, SHOAL_CONFIG or
+    ~/.config/shoal/config.toml; its keys are the flags' names with underscores:
 
-      python -m node --data-dir ~/shoal --shards-dir ~/models
-
-      python -m node --bootstrap 10.0.0.5:7401 --listen 10.0.0.6 --insecure-listen --assign smol:1
+    \b
+      rpc_port = 7500
+      bootstrap = ["10.0.0.5:7401"]
+      upload_limit = "8MB"
     """
     flags = dict(locals())
-    config_file = flags.pop("config")
-    if config_file is not None:
-        os.environ["SHOAL_CONFIG"] = str(config_file)
     flags["assign"], flags["bootstrap"] = flags["assign"] or None, flags["bootstrap"] or None
     settings = load_settings(**flags)
     check_platform()
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
-    )
+    _log_to_stderr(settings.log_level.upper())
+    for name in unknown_variables():
+        log.warning("%s is no setting of a node, and is ignored; `serve --help` lists them", name)
     warn_if_reachable(settings)
     try:
         with data_dir_lock(settings.data_dir):
             asyncio.run(_until_signal(settings))
-    except DataDirInUseError as error:
+    except (DataDirInUseError, ShoalError) as error:
         fail(error)
     except OSError as error:
-        fail(f"cannot start: {error.strerror or error} ({error.filename or 'is a port taken?'})")
+        fail(f"the node stopped: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except BaseExceptionGroup as group:
         log.critical("the node stopped because a part of it failed", exc_info=group)
         sys.exit(1)
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=level, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+    )
+    if level != "DEBUG":
+        for name in _CHATTY:
+            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def warn_if_reachable(settings: Settings) -> None:
@@ -147,10 +163,19 @@ async def _until_signal(settings: Settings) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end, number)
-    await run_node(settings, stop=stop, on_ready=_announce_ready)
+    await run_node(settings, stop=stop, on_ready=lambda ready: _announce_ready(ready, settings))
+    log.info("stopped")
 
 
-def _announce_ready(ready: Ready) -> None:
+def _announce_ready(ready: Ready, settings: Settings) -> None:
+    log.info(
+        "node %s of cluster %s is ready: rpc %s:%d, shards in %s",
+        ready.node_id[:16],
+        settings.cluster,
+        settings.listen,
+        ready.rpc_port,
+        settings.shards_dir,
+    )
     ports = {"rpc": ready.rpc_port, "dht": ready.dht_port, "bt": ready.bt_port, "http": ready.http_port}
     sys.stdout.write(json.dumps({"event": "ready", "node_id": ready.node_id, "ports": ports}) + "\n")
     sys.stdout.flush()
@@ -159,6 +184,3 @@ def _announce_ready(ready: Ready) -> None:
 def _leave_now() -> None:
     log.error("a part did not stop within %.1f s: leaving without it", SHUTDOWN_LIMIT_S)
     os._exit(1)
-
-
-__all__ = ["ConfigError", "serve"]

@@ -54,6 +54,10 @@ class _Snapshot(Collector):
         yield GaugeMetricFamily(
             "shoal_sessions", "Sessions open on this node's stages.", value=sum(s.sessions for s in status.stages)
         )
+        yield CounterMetricFamily(
+            "shoal_forward_seconds", "Spent in forwards.", value=sum(s.forward_s for s in status.stages)
+        )
+        yield CounterMetricFamily("shoal_forwards", "Batches run.", value=sum(s.forwards for s in status.stages))
         transport = status.transport
         yield CounterMetricFamily("shoal_transport_sent_bytes", "Activations.", value=transport.sent_bytes)
         yield CounterMetricFamily("shoal_transport_received_bytes", "Activations.", value=transport.received_bytes)

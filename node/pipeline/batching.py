@@ -99,6 +99,9 @@ class EngineThread:
         self._loop = asyncio.get_running_loop()
         self.sessions = 0
         """Open ones; where there is one, its steps wait for no others."""
+        self.forwards = 0
+        self.forward_s = 0.0
+        """Seconds in forwards, drawing of tokens included."""
 
     async def __aenter__(self) -> EngineThread:
         self._thread.start()
@@ -168,6 +171,8 @@ class EngineThread:
         outcomes = [_outcome(self._engine, step, output) for step, output in zip(steps, outputs, strict=True)]
         took = time.perf_counter() - began
         self._seconds[size] = (self._seconds.get(size, took) + took) / 2
+        self.forwards += 1
+        self.forward_s += took
         return outcomes
 
     def _batch_done(

@@ -106,6 +106,8 @@ class Condition(msgspec.Struct, frozen=True, tag=True):
 
     sessions: int
     shards: list[int]
+    forwards: int
+    forward_s: float
     transport: dict[str, int]
     """As in protocol.commands.nodes.TransportStatus."""
 

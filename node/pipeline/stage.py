@@ -181,6 +181,8 @@ class Stages:
                     sessions=condition.sessions,
                     pid=process.pid,
                     memory_bytes=memory_bytes,
+                    forwards=condition.forwards,
+                    forward_s=condition.forward_s,
                     ticket=process.ticket,
                 )
             )

@@ -142,7 +142,7 @@ class Worker:
             case Close(CloseSessionParams(session=session, attempt=attempt, stage=stage)):
                 await self._close((session, attempt, stage))
             case Inspect():
-                return Condition(len(self._sessions), sorted(self._shards), dict(self._transport_stats()))
+                return self._condition()
             case Stop():
                 self.stopped.set()
         return None
@@ -172,6 +172,15 @@ class Worker:
         if self._shards.pop(shard_id, None) is not None:
             self._words.pop(shard_id, None)
             await self._engine.call(lambda engine: engine.unload(shard_id))
+
+    def _condition(self) -> Condition:
+        return Condition(
+            sessions=len(self._sessions),
+            shards=sorted(self._shards),
+            forwards=self._engine.forwards,
+            forward_s=self._engine.forward_s,
+            transport=dict(self._transport_stats()),
+        )
 
     async def _tokenize(self, params: TokenizeParams) -> bytes:
         first = next((shard_id for shard_id, facts in sorted(self._shards.items()) if facts.is_first), None)

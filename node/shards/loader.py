@@ -224,6 +224,7 @@ class Loader:
                     raise sources.none(f"{pace.most} of {entry.size} bytes came, then none for {pace.idle_s:.0f} s")
                 await download.cancel()
             except BaseException:
+                pace.saw(download.progress().bytes_done)
                 with suppress(ShoalError):
                     await asyncio.shield(download.cancel(delete=not begun and not pace.most))
                 raise

@@ -58,6 +58,10 @@ class StageStatus(Result, frozen=True, kw_only=True):
     pid: int
     memory_bytes: int
     """Resident, mapped shard pages included."""
+    forwards: int
+    """Batches that went through its shards."""
+    forward_s: float
+    """Seconds that they took, drawing of tokens included."""
     ticket: str
     """tensor_iroh address of its transport."""
 

@@ -124,10 +124,10 @@ async def test_three_fetch_at_once_and_one_of_two_callers_leaves(tmp_path: Path)
 
 
 async def test_a_downloader_killed_in_the_middle_goes_on(tmp_path: Path) -> None:
-    size = 16_000_000
+    size = 32_000_000
     write_model(tmp_path / "a" / "shards" / "tiny", n_shards=1, size=size)
     network: Network = {}
-    async with open_node(tmp_path / "a", network, upload_limit=6_000_000) as a:
+    async with open_node(tmp_path / "a", network, upload_limit=16_000_000) as a:
         await a.shards.settled()
         (signed,) = a.shards.manifests()
         (tmp_path / "signed.json").write_bytes(msgspec.json.encode(signed))
@@ -140,8 +140,9 @@ async def test_a_downloader_killed_in_the_middle_goes_on(tmp_path: Path) -> None
         )
         assert process.stdout is not None
         try:
-            while int(await process.stdout.readline()) < size // 2:
-                pass
+            killed_at = 0
+            while killed_at < size * 3 // 4:
+                killed_at = int(await process.stdout.readline())
         finally:
             process.send_signal(signal.SIGKILL)
             await process.stdout.read()
@@ -154,7 +155,8 @@ async def test_a_downloader_killed_in_the_middle_goes_on(tmp_path: Path) -> None
             fetched = await b.shards.fetch(signed, signed.manifest.shard(0))
             assert fetched.path == part.with_suffix("")
             assert fetched.path.read_bytes() == (a.shards_dir / "tiny/shard-0.gguf").read_bytes()
-            assert fetched.bytes_by_source["peers"] < 0.75 * size
+            moved_twice = killed_at + fetched.bytes_by_source["peers"] - size
+            assert moved_twice <= 16 << 20
 
 
 async def test_without_space_or_source_the_error_says_so_and_nothing_is_left(tmp_path: Path) -> None:

@@ -6,6 +6,6 @@ view       what a person sees
 reference  the same generation by one process over the whole model
 """
 
-from node.cli.demo.command import demo
+from node.cli.demo.command import EXAMPLES, demo
 
-__all__ = ["demo"]
+__all__ = ["EXAMPLES", "demo"]

