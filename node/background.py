@@ -16,32 +16,56 @@ class Background:
 
     def __init__(self, group: asyncio.TaskGroup) -> None:
         self._group = group
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: dict[asyncio.Task[None], str | None] = {}
+        self._closed = False
 
     @classmethod
     @asynccontextmanager
     async def open(cls) -> AsyncIterator[Background]:
         """Cancels what still runs at the exit, and waits for its end."""
+        failure: BaseException | None = None
         async with asyncio.TaskGroup() as group:
             background = cls(group)
             try:
                 yield background
-            finally:
-                for task in background._running:
-                    task.cancel()
+            except BaseException as error:  # raised below, as it is and not in a group
+                failure = error
+            background._closed = True
+            for task in background._running:
+                task.cancel()
+        if failure is not None:
+            raise failure
 
-    def __len__(self) -> int:
-        return len(self._running)
+    @property
+    def requests(self) -> int:
+        """How many tasks go on for a request that was answered already."""
+        return sum(request_id is not None for request_id in self._running.values())
 
-    def start(self, work: Coroutine[Any, Any, None], *, name: str) -> None:
-        """Run it beside everything else."""
+    def start(self, work: Coroutine[Any, Any, None], *, name: str, request_id: str | None = None) -> None:
+        """Run it beside everything else; nothing happens once the context has ended.
+
+        `request_id` names the request that it goes on with, for `cancel`.
+        """
+        if self._closed:
+            work.close()
+            return
         task = self._group.create_task(_logged(work, name), name=name)
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        self._running[task] = request_id
+        task.add_done_callback(self._running.pop)
+
+    def cancel(self, request_id: str) -> bool:
+        """End what goes on for a request. False where there is nothing."""
+        tasks = [task for task, owner in self._running.items() if owner == request_id]
+        for task in tasks:
+            task.cancel()
+        return bool(tasks)
 
 
 async def _logged(work: Coroutine[Any, Any, None], name: str) -> None:
     try:
         await work
+    except asyncio.CancelledError:
+        log.info("%s: cancelled", name)
+        raise
     except Exception:
         log.exception("%s failed", name)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
+from node.background import Background
 from node.discovery import Discovery
 from node.machine import available_memory_bytes, process_memory_bytes, total_memory_bytes, usable_cores
 from node.pipeline.stage import Stages
@@ -41,6 +43,7 @@ class InfoHandlers:
     shards: Shards
     stages: Stages
     server: RpcServer
+    background: Background
     here: NodeInfo
     started: float = field(default_factory=time.monotonic)
 
@@ -77,9 +80,11 @@ class InfoHandlers:
         return await self.snapshot()
 
     async def cancel(self, params: CancelParams, call: Call) -> CancelResult:
-        """CANCEL."""
+        """CANCEL: a request in progress, or what goes on for one that did not want to wait."""
         del call
-        return CancelResult(request_id=params.request_id, cancelled=self.server.cancel(params.request_id))
+        waiting = self.server.cancel(params.request_id)
+        going_on = self.background.cancel(params.request_id)
+        return CancelResult(request_id=params.request_id, cancelled=waiting or going_on)
 
     async def nodes(self, params: NodesParams, call: Call) -> NodesResult:
         """NODES: this one first, the others as the DHT knows them."""
@@ -119,6 +124,7 @@ def _entry(node_id: NodeId, info: NodeInfo, *, here: bool) -> NodeEntry:
     )
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     found = {}
     for package in _PACKAGES:

@@ -7,6 +7,7 @@ news to the cluster afterwards are here.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from protocol.errors import InsufficientMemoryError, ShardNotLoadedError
 from protocol.ids import ManifestDigest
 from protocol.manifest import ShardEntry, SignedManifest
 
+log = logging.getLogger(__name__)
+
 OnProgress = Callable[[Progress], None]
 ShardStatus = Literal["loaded", "loading", "fetched", "fetching", "unloaded", "evicted"]
 
@@ -36,6 +39,10 @@ class ShardLoader:
         self._engine = engine
         self._one_load = asyncio.Lock()
         """Memory is looked at and taken by one load at a time, or two would both see the same bytes free."""
+
+    def is_loaded(self, signed: SignedManifest, entry: ShardEntry) -> bool:
+        """Whether this node's stage has the shard."""
+        return entry.shard_id in self._stages.loaded(signed.digest)
 
     async def fetch(
         self, signed: SignedManifest, entry: ShardEntry, request_id: str, on_progress: OnProgress
@@ -53,23 +60,23 @@ class ShardLoader:
         and again, with cache and buffers, before the engine is asked; EngineError where the engine refuses the file.
         """
         started = time.monotonic()
-        loaded = entry.shard_id in self._stages.loaded(signed.digest)
-        if not loaded:
+        if not self.is_loaded(signed, entry):
             _refuse_above(available_memory_bytes(), entry.size, entry)
         fetched = await self._fetch(signed, entry, request_id, on_progress)
         on_progress(_loading(entry, request_id))
         async with self._one_load:
-            if entry.shard_id not in self._stages.loaded(signed.digest):
+            if not self.is_loaded(signed, entry):
                 needed = await asyncio.to_thread(estimate_memory, fetched.path, self._engine)
                 _refuse_above(available_memory_bytes(), needed, entry)
                 await self._stages.load(signed.digest, entry.shard_id, fetched.path, name=signed.manifest.name)
+                log.info("loaded shard %d of %s", entry.shard_id, signed.manifest.name)
         await self.tell_loaded(signed.digest)
         return _result(entry, "loaded", fetched, time.monotonic() - started)
 
     async def unload(self, signed: SignedManifest, entry: ShardEntry) -> ShardResult:
         """Free the memory, keep the file. Raises ShardNotLoadedError; ShardInUseError while a session runs on it."""
         started = time.monotonic()
-        if entry.shard_id not in self._stages.loaded(signed.digest):
+        if not self.is_loaded(signed, entry):
             raise ShardNotLoadedError(
                 f"shard {entry.shard_id} of {signed.manifest.name} is not loaded here",
                 {"model": signed.manifest.name, "shard_id": entry.shard_id},
@@ -98,7 +105,17 @@ class ShardLoader:
                 )
             )
 
-        return await self._shards.fetch(signed, entry, tell)
+        fetched = await self._shards.fetch(signed, entry, tell)
+        if fetched.bytes_by_source:
+            log.info(
+                "fetched shard %d of %s: %.1f MB from %s in %.1f s",
+                entry.shard_id,
+                signed.manifest.name,
+                sum(fetched.bytes_by_source.values()) / 1e6,
+                ", ".join(fetched.bytes_by_source),
+                fetched.seconds,
+            )
+        return fetched
 
 
 def _refuse_above(available: int, needed: int, entry: ShardEntry) -> None:

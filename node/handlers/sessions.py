@@ -5,10 +5,12 @@ A session belongs to the connection that opened it: its tokens go there, and it 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from node.background import Background
 from node.pipeline.stage import Stages
+from node.pipeline.stage_session import SessionId
 from node.rpc import Call
 from protocol.commands.common import Empty
 from protocol.commands.sessions import (
@@ -29,6 +31,8 @@ class SessionHandlers:
 
     stages: Stages
     background: Background
+    _forget: dict[SessionId, Callable[[], None]] = field(default_factory=dict)
+    """For each open session, what takes it off its connection's list: a connection may see many."""
 
     async def tokenize(self, params: TokenizeParams, call: Call) -> TokenizeResult:
         """TOKENIZE."""
@@ -43,10 +47,14 @@ class SessionHandlers:
             call.connection.notify(method, event)
 
         result = await self.stages.open_session(params, tell)
+        session_id = (params.session, params.attempt, params.stage)
         closing = CloseSessionParams(session=params.session, attempt=params.attempt, stage=params.stage)
-        call.connection.on_close(
-            lambda: self.background.start(self.stages.close_session(closing), name=f"closing {params.session}")
-        )
+
+        def driver_is_gone() -> None:
+            self._forget.pop(session_id, None)
+            self.background.start(self.stages.close_session(closing), name=f"closing session {params.session}")
+
+        self._forget[session_id] = call.connection.on_close(driver_is_gone)
         return result
 
     async def start(self, params: StartSessionParams, call: Call) -> Empty:
@@ -58,5 +66,6 @@ class SessionHandlers:
     async def close(self, params: CloseSessionParams, call: Call) -> Empty:
         """CLOSE_SESSION."""
         del call
+        self._forget.pop((params.session, params.attempt, params.stage), lambda: None)()
         await self.stages.close_session(params)
         return Empty()

@@ -45,7 +45,7 @@ class ShardHandlers:
         """LOAD_SHARD."""
         signed = await self.shards.resolve("model", params.model)
         entry = signed.manifest.shard(params.shard_id)
-        if params.wait:
+        if params.wait or self.loader.is_loaded(signed, entry):
             return await self.loader.load(signed, entry, call.request_id, _notifier(call))
         self._go_on(self.loader.load, signed, entry, call)
         return still_local(entry, "loading", self.shards.path_of(signed, entry), 0.0)
@@ -53,7 +53,7 @@ class ShardHandlers:
     async def fetch(self, params: FetchShardParams, call: Call) -> ShardResult:
         """FETCH_SHARD."""
         signed, entry = await self.shards.select(params)
-        if params.wait:
+        if params.wait or self.shards.path_of(signed, entry):
             return await self.loader.fetch(signed, entry, call.request_id, _notifier(call))
         self._go_on(self.loader.fetch, signed, entry, call)
         return still_local(entry, "fetching", self.shards.path_of(signed, entry), 0.0)
@@ -91,7 +91,7 @@ class ShardHandlers:
         return GetManifestResult(signed=signed, digest=signed.digest)
 
     def _go_on(self, work: _Work, signed: SignedManifest, entry: ShardEntry, call: Call) -> None:
-        if len(self.background) >= MAX_BACKGROUND:
+        if self.background.requests >= MAX_BACKGROUND:
             raise BusyError(f"{MAX_BACKGROUND} requests go on in the background already; wait for one")
 
         async def run() -> None:
@@ -102,7 +102,7 @@ class ShardHandlers:
                     "request %s for shard %d of %s: %s", call.request_id, entry.shard_id, signed.manifest.name, error
                 )
 
-        self.background.start(run(), name=f"request {call.request_id}")
+        self.background.start(run(), name=f"request {call.request_id}", request_id=call.request_id)
 
 
 def _notifier(call: Call) -> OnProgress:

@@ -122,6 +122,7 @@ class Hasher:
             path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
+                "-P",
                 "-m",
                 "node.shards.hash_worker",
                 stdin=asyncio.subprocess.PIPE,
