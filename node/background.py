@@ -64,8 +64,5 @@ class Background:
 async def _logged(work: Coroutine[Any, Any, None], name: str) -> None:
     try:
         await work
-    except asyncio.CancelledError:
-        log.info("%s: cancelled", name)
-        raise
     except Exception:
         log.exception("%s failed", name)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 
 from node.background import Background
@@ -38,7 +39,8 @@ from protocol.signing import SigningKey
 log = logging.getLogger(__name__)
 
 KEY_FILENAME = "node.key"
-RETRY_ASSIGNMENT_S = 5.0
+RETRY_ASSIGNMENT_S = 2.0
+LONGEST_RETRY_S = 30.0
 ANNOUNCE_NODE_S = 60.0
 MANIFEST_TIMEOUT_S = 20.0
 
@@ -72,7 +74,8 @@ async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callabl
         rpc_socket = stack.enter_context(bound_socket(settings.listen, settings.rpc_port))
         rpc_port = rpc_socket.getsockname()[1]
         swarm = await enter(Swarm.open(_swarm_settings(settings)))
-        discovery = await enter(Discovery.open(_discovery_settings(settings, advertise), key))
+        with _naming("the DHT", settings.listen, settings.dht_port):
+            discovery = await enter(Discovery.open(_discovery_settings(settings, advertise), key))
         shards = await enter(
             Shards.open(
                 ShardsSettings(settings.shards_dir, settings.data_dir, min_free_disk=settings.min_free_disk),
@@ -83,13 +86,14 @@ async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callabl
                 rpc_port=rpc_port,
             )
         )
-        background = await enter(Background.open())
         stages = await enter(
             Stages.open(
                 StageSettings(engine=engine, share_cores=settings.share_cores),
-                on_died=lambda model, lost, why: _engine_died(background, shards, model, lost, why),
+                on_died=lambda model, lost, why: _engine_died(background, loader, model, lost, why),
             )
         )
+        background = await enter(Background.open())  # inside the stages: what still loads ends before they do
+        loader = ShardLoader(shards, stages, engine)
         commands: dict[str, Command] = {}
         server = RpcServer(commands, key.node_id)
         here = NodeInfo(advertise, rpc_port, discovery.port, swarm.port, available_memory_bytes(), usable_cores())
@@ -102,9 +106,9 @@ async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callabl
             shards=shards,
             stages=stages,
             server=server,
+            background=background,
             here=here,
         )
-        loader = ShardLoader(shards, stages, engine)
         context = TaskContext(
             key.node_id, (_reached_at(settings.listen), rpc_port), shards, stages, discovery, settings.ctx_size
         )
@@ -119,14 +123,15 @@ async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callabl
         async def metrics() -> bytes:
             return render_metrics(await info.snapshot(), shards.files())
 
-        http = await enter(
-            HttpServer.serve(
-                settings.listen,
-                settings.http_port,
-                health=lambda: {"status": "ok", "node_id": key.node_id},
-                metrics=metrics,
+        with _naming("HTTP", settings.listen, settings.http_port):
+            http = await enter(
+                HttpServer.serve(
+                    settings.listen,
+                    settings.http_port,
+                    health=lambda: {"status": "ok", "node_id": key.node_id},
+                    metrics=metrics,
+                )
             )
-        )
         background.start(_announce_node(discovery, here), name="announcing the node")
         for assignment in settings.assign:
             for shard_id in assignment.shard_ids:
@@ -134,7 +139,8 @@ async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callabl
                     _load_assigned(shards, loader, assignment, shard_id),
                     name=f"assignment {assignment.model}:{shard_id}",
                 )
-        on_ready(Ready(key.node_id, rpc_port, discovery.port, swarm.port, http.port))
+        if not stop.is_set():
+            on_ready(Ready(key.node_id, rpc_port, discovery.port, swarm.port, http.port))
         await stop.wait()
 
 
@@ -166,25 +172,31 @@ async def _announce_node(discovery: Discovery, here: NodeInfo) -> None:
 
 async def _load_assigned(shards: Shards, loader: ShardLoader, assignment: Assignment, shard_id: int) -> None:
     """Load one `--assign`ed shard; a model or a provider that is not there yet may come later."""
+    told, pause_s = "", RETRY_ASSIGNMENT_S
     while True:
         try:
             signed = await shards.resolve("model", assignment.model)
             entry = signed.manifest.shard(shard_id)
             await loader.load(signed, entry, f"assign {assignment.model}:{shard_id}", lambda _: None)
         except ShoalError as error:
-            log.warning("assigned shard %s:%d is not loaded yet: %s", assignment.model, shard_id, error)
-            await asyncio.sleep(RETRY_ASSIGNMENT_S)
+            level = logging.DEBUG if error.code == told else logging.WARNING
+            log.log(level, "assigned shard %s:%d is not loaded yet: %s", assignment.model, shard_id, error)
+            told = error.code
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_RETRY_S)
         else:
             log.info("assigned shard %s:%d is loaded", assignment.model, shard_id)
             return
 
 
-def _engine_died(background: Background, shards: Shards, model: ManifestDigest, lost: frozenset[int], why: str) -> None:
+def _engine_died(
+    background: Background, loader: ShardLoader, model: ManifestDigest, lost: frozenset[int], why: str
+) -> None:
     if lost:
         log.error(
             "the engine of model %s is gone (%s); shards %s are not loaded any more", model[:16], why, sorted(lost)
         )
-        background.start(shards.set_loaded(model, frozenset()), name="telling that an engine died")
+        background.start(loader.tell_loaded(model), name="telling that an engine died")
 
 
 def _swarm_settings(settings: Settings) -> SwarmSettings:
@@ -213,11 +225,25 @@ def bound_socket(host: str, port: int) -> socket.socket:
     bound = socket.socket(family, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
-    except OSError as error:
+        with _naming("RPC", host, port):
+            bound.bind((host, port))
+    except OSError:
         bound.close()
-        raise OSError(error.errno, f"RPC cannot listen on {host}:{port}: {error.strerror}") from None
+        raise
     return bound
+
+
+@contextmanager
+def _naming(what: str, host: str, port: int) -> Iterator[None]:
+    """Say in an OSError about an address whose it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        known = error.errno is not None and error.errno > 0  # getaddrinfo's are not
+        reason = os.strerror(error.errno) if known and error.errno else error.strerror
+        raise OSError(error.errno, f"{what} cannot listen on {host}:{port}: {reason}") from None
 
 
 def _reached_at(listen: str) -> str:

@@ -1,7 +1,7 @@
 """Composition root of an engine process: `python -m node.stage_process`, started by `node.pipeline.process`.
 
-Engine, transport and worker, and a pipe to the daemon. Nothing is read from stdin; stdout goes where stderr goes,
-because tensor_iroh prints there. The process ends when the daemon says so, when the pipe ends, or with the daemon.
+Engine, transport and worker, and a pipe to the daemon. Nothing is read from stdin; what tensor_iroh prints to stdout
+goes, thinned out, where stderr goes. The process ends when the daemon says so, when the pipe ends, or with the daemon.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import ctypes
 import gc
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -36,10 +38,10 @@ def main() -> None:
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--engine", required=True)
     args = parser.parse_args()
-    os.dup2(2, 1)
     _die_with(args.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the daemon ends us in order
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine[%(process)d] %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s engine[%(process)d]: %(message)s")
+    _take_over_stdout()
     code = 1
     try:
         with socket.socket(fileno=args.fd) as sock:
@@ -85,6 +87,53 @@ async def _serve(sock: socket.socket, engine_settings: str) -> None:
             end = threading.Timer(_LAST_MOMENTS_S, os._exit, (1,))
             end.daemon = True
             end.start()
+
+
+class Thinner:
+    """Lines of a Rust library's log, of which one of each kind every ten minutes is enough.
+
+    Without the internet iroh complains for ever, in colour, that it cannot publish its address.
+    """
+
+    EVERY_S = 600.0
+    MAX_KINDS = 64
+    MAX_CHARS = 300
+    _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+    _MODULE = re.compile(r"\b(\w+(?:::\w+)*): ")
+    _CHATTER = "[GET_ADDR] Created NodeTicket"
+    """Said at every start, as an ERROR."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, float] = {}
+
+    def take(self, line: str, now: float) -> str | None:
+        """The line as it is to be logged, or None. `now` is in seconds."""
+        line = self._COLOUR.sub("", line).strip()
+        found = self._MODULE.search(line)
+        kind = found[1] if found else ""
+        if not line or self._CHATTER in line:
+            return None
+        if now - self._last.get(kind, -self.EVERY_S) < self.EVERY_S:
+            return None
+        if len(self._last) >= self.MAX_KINDS:
+            self._last.clear()
+        self._last[kind] = now
+        return line[found.start() if found else 0 :][: self.MAX_CHARS]
+
+
+def _take_over_stdout() -> None:
+    ours, theirs = os.pipe()
+    os.dup2(theirs, 1)
+    os.close(theirs)
+
+    def pump() -> None:
+        thinner = Thinner()
+        with os.fdopen(ours, errors="replace") as lines:
+            while line := lines.readline(4096):
+                if text := thinner.take(line, time.monotonic()):
+                    logging.info("tensor_iroh: %s", text)
+
+    threading.Thread(target=pump, name="stdout", daemon=True).start()
 
 
 def _figures(stats: TransportStats) -> dict[str, int]:

@@ -33,8 +33,8 @@ class ContentHash(NamedTuple):
 
 
 def piece_length(size: int) -> int:
-    """Piece length in bytes for a file of `size` bytes: the power of two nearest above size / 1024, in bounds;
-    longer where the file would end in a lone piece of a run of hashes.
+    """Piece length in bytes for a file of `size` bytes: the smallest power of two that is at least size / 1024, in
+    bounds; longer, above MAX_PIECE_BYTES if need be, where the file would end in a lone piece of a run of hashes.
 
     A fixed rule, since an info hash follows from it: never change it for files that are already shared.
     """

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NewType, TypeVar
 
 import msgpack
@@ -26,11 +26,14 @@ RecordKey = NewType("RecordKey", bytes)
 
 MAX_VALUE_BYTES = 7_600
 """Of one key's value as sent: kademlia 2.2.3 breaks from 8,192 bytes of datagram on."""
-MAX_RECORD_BYTES = 2_000
+MAX_RECORD_BYTES = 2_800
 MAX_TTL_S = 3_600
 _CLOCK_SKEW_S = 60
-_MAX_RECORDS = 64
-"""In MAX_VALUE_BYTES; the shortest record has some 130. msgpack makes an array as soon as one is announced, so a few
+_MAX_BAD = 4
+"""Bad records in one value before the rest goes unread: each costs a signature check, and an honest holder sends none
+(but some that expired on the way)."""
+MAX_RECORDS = 128
+"""In one value: more do not fit. msgpack makes an array as soon as one is announced, so a few
 KB of nested ones would otherwise take tens of MB."""
 _MAX_FIELDS = 16
 
@@ -47,6 +50,8 @@ class Provider(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """Bitmap of the shards whose bytes are here and checked, shard 0 in the highest bit of the first byte."""
     loaded: bytes
     """Bitmap of the shards that a stage has loaded."""
+    fetching: bytes = b""
+    """Bitmap of the shards that are on their way to the node: it passes on the pieces that it has."""
 
 
 class Name(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -182,20 +187,32 @@ def pack_value(records: Iterable[Record]) -> bytes:
     return bytes(msgpack.packb(chosen))
 
 
-def open_value(key: RecordKey, value: object, *, now: float | None = None) -> list[Record]:
-    """The valid records of a value that a DHT peer sent; what is invalid is left out, whatever it is."""
+def open_value(
+    key: RecordKey, value: object, *, now: float | None = None, seen: Mapping[bytes, Record] | None = None
+) -> list[Record]:
+    """The valid records of a value that a DHT peer sent; what is invalid is left out, whatever it is.
+
+    `seen` has records of this key that were checked before, by their packed bytes.
+    """
     if not isinstance(value, bytes) or len(value) > MAX_VALUE_BYTES:
         return []
     try:
-        packed: Any = msgpack.unpackb(value, max_array_len=_MAX_RECORDS, max_map_len=0)
-    except (ValueError, RecursionError):
+        packed: Any = msgpack.unpackb(value, max_array_len=MAX_RECORDS, max_map_len=0, max_ext_len=0)
+    except (ValueError, TypeError, RecursionError):
         return []
     records: list[Record] = []
+    bad = 0
     for item in packed if isinstance(packed, list) else ():
+        known = seen.get(item) if seen is not None and isinstance(item, bytes) else None
+        if known is not None:
+            records.append(known)
+            continue
         try:
             records.append(open_record(key, item, now=now))
         except InvalidRecordError:
-            continue
+            bad += 1
+            if bad >= _MAX_BAD:
+                break
     return records
 
 

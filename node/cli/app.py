@@ -18,7 +18,7 @@ app = typer.Typer(
     help="Shoal: puts model and data shards onto machines peer to peer, and runs models across them.",
     epilog="Without a command the daemon starts: `python -m node --data-dir ~/shoal` is `python -m node serve ...`.",
 )
-app.command("serve", epilog=serve.EXAMPLES)(serve.serve)
+app.command("serve", epilog=serve.EPILOG)(serve.serve)
 app.command("split", epilog=split.EXAMPLES)(split.split)
 app.command("publish", epilog=publish.EXAMPLES)(publish.publish)
 app.command("call", epilog=remote.CALL_EXAMPLES)(remote.call)

@@ -110,14 +110,17 @@ def _listed(path: Path) -> Iterator[Path]:
 
 def _manifest(kind: str, name: str, files: Mapping[str, Path]) -> Manifest:
     entries = []
+    before = 0
     with bytes_progress() as progress:
+        bar = progress.add_task("", total=sum(file.stat().st_size for file in files.values()))
         for shard_id, (filename, file) in enumerate(files.items()):
             check_shard(file)
-            bar = progress.add_task(f"hashing {filename}", total=file.stat().st_size)
+            progress.update(bar, description=f"hashing {shard_id + 1}/{len(files)}")
             try:
-                found = hash_file(file, lambda done, bar=bar: progress.update(bar, completed=done))  # type: ignore[misc]
+                found = hash_file(file, lambda done, before=before: progress.update(bar, completed=before + done))  # type: ignore[misc]
             except ValueError as error:
                 raise InvalidShardError(f"cannot publish {file}: {error}") from None
+            before += found.size
             entry = ShardEntry(
                 shard_id=shard_id,
                 filename=filename,
@@ -129,8 +132,8 @@ def _manifest(kind: str, name: str, files: Mapping[str, Path]) -> Manifest:
             entries.append(entry)
     try:
         manifest = msgspec.convert({"name": name, "kind": kind, "shards": msgspec.to_builtins(entries)}, Manifest)
-    except msgspec.ValidationError as error:
-        fail(f"{name!r} cannot be published: {error}", code=2)
+    except msgspec.ValidationError:
+        fail(f"{name!r} is no name: give --name NAME, or OWNER/NAME, of at most 200 characters", code=2)
     check_manifest(manifest)
     return manifest
 
@@ -144,11 +147,10 @@ def _place_all(manifest: Manifest, files: Mapping[str, Path], target: Path, *, l
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"cannot make the folder {target}: {error.strerror}")
-    missing = {entry.filename: entry for entry in manifest.shards if not _is_there(entry, files, target)}
+    if not loose and (there := _manifest_of_another(target, manifest)):
+        fail(f"{target} holds another {there}: publish under another name, or remove that folder first")
+    missing = [entry.filename for entry in manifest.shards if not _is_there(entry, files, target)]
     if not loose:
-        there = _manifest_of_another(target, manifest)
-        if there:
-            fail(f"{target} holds another {there}: publish under another --name, or remove that folder first")
         body = json.dumps({"manifest": msgspec.to_builtins(manifest)}, indent=1)
         _write(target / MANIFEST_FILENAME, body)
     for filename in missing:
@@ -174,7 +176,7 @@ def _is_there(entry: ShardEntry, files: Mapping[str, Path], target: Path) -> boo
         return True
     if path.is_file() and path.stat().st_size == entry.size and hash_file(path).content_id == entry.content_id:
         return True
-    return fail(f"{path} is there already, and is another file: evict or remove it, or publish under another --name")
+    return fail(f"{path} is there already, and is another file: evict it, or publish under another name")
 
 
 def _place(file: Path, target: Path) -> None:

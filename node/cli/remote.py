@@ -105,8 +105,9 @@ def status(node: Target, *, json_output: Json = False) -> None:
     grid.add_row(
         "memory",
         f"{human_bytes(memory.get('available_bytes', 0))} free of {human_bytes(memory.get('total_bytes', 0))}, "
-        f"{human_bytes(memory.get('process_bytes', 0))} of it the daemon's; {found.threads} threads an engine",
+        f"the daemon has {human_bytes(memory.get('process_bytes', 0))}",
     )
+    grid.add_row("engine", f"threads {found.threads} a process")
     swarm = found.swarm
     grid.add_row(
         "swarm",

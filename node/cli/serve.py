@@ -31,11 +31,23 @@ SHUTDOWN_LIMIT_S = 4.5
 _CHATTY = ("watchfiles", "kademlia", "rpcudp", "aiohttp", "asyncio")
 """Libraries whose INFO is noise to who runs a node."""
 
-EXAMPLES = examples(
-    "python -m node --data-dir ~/shoal --shards-dir ~/models",
-    "python -m node --listen 10.0.0.6 --insecure-listen --bootstrap 10.0.0.5:7401",
-    "python -m node --config shoal.toml --assign smol:1,2",
-    'SHOAL_BOOTSTRAP="10.0.0.5:7401 10.0.0.7:7401" SHOAL_UPLOAD_LIMIT=8MB python -m node',
+_TOML_EXAMPLE = """
+
+\b
+A TOML file:
+  data_dir = "~/shoal"
+  rpc_port = 7500
+  bootstrap = ["10.0.0.5:7401"]
+  upload_limit = "8MB"
+"""
+EPILOG = (
+    examples(
+        "python -m node --data-dir ~/shoal --shards-dir ~/models",
+        "python -m node --listen 10.0.0.6 --insecure-listen --bootstrap 10.0.0.5:7401",
+        "python -m node --config shoal.toml --assign smol:1,2",
+        'SHOAL_BOOTSTRAP="10.0.0.5:7401 10.0.0.7:7401" SHOAL_UPLOAD_LIMIT=8MB python -m node',
+    )
+    + _TOML_EXAMPLE
 )
 
 _Limit = Annotated[str | None, typer.Option(metavar="BYTES/S", help="In total, on loopback too; 0: none. 8MB, 512KiB.")]
@@ -88,12 +100,7 @@ def serve(
 
     Flags stand over environment variables, those over the TOML file, that over the defaults. The variable of
     --rpc-port is SHOAL_RPC_PORT, and so on; lists are separated by spaces. The file is --config, SHOAL_CONFIG or
-    ~/.config/shoal/config.toml; its keys are the flags' names with underscores:
-
-    \b
-      rpc_port = 7500
-      bootstrap = ["10.0.0.5:7401"]
-      upload_limit = "8MB"
+    ~/.config/shoal/config.toml; its keys are the flags' names with underscores.
     """
     flags = dict(locals())
     flags["assign"], flags["bootstrap"] = flags["assign"] or None, flags["bootstrap"] or None
@@ -109,16 +116,15 @@ def serve(
     except (DataDirInUseError, ShoalError) as error:
         fail(error)
     except OSError as error:
-        fail(f"the node stopped: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        what = "it is no folder" if isinstance(error, FileExistsError) else error.strerror or str(error)
+        fail(f"{error.filename}: {what}" if error.filename else what)
     except BaseExceptionGroup as group:
         log.critical("the node stopped because a part of it failed", exc_info=group)
         sys.exit(1)
 
 
 def _log_to_stderr(level: str) -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=level, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-    )
+    logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     if level != "DEBUG":
         for name in _CHATTY:
             logging.getLogger(name).setLevel(logging.WARNING)

@@ -7,17 +7,15 @@ soon as any answers. The stock crawl stops at the first value; this one asks all
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 from kademlia.crawling import SpiderCrawl
 from kademlia.node import Node
 
 from node.discovery.dht_protocol import DhtProtocol, Reply
-from node.discovery.sampling import read_value
 from node.discovery.values import ALPHA, KSIZE
 from node.discovery.wire import parse_contacts
-from protocol.records import Record, RecordKey
+from protocol.records import Record, RecordKey, open_value
 
 DEADLINE_S = 4.0
 """Of one walk, then what was found counts: a hostile peer could name ever nearer nodes that do not answer."""
@@ -108,7 +106,7 @@ class Crawl(SpiderCrawl):  # type: ignore[misc]
     def _take_value(self, peer: Node, answer: dict[Any, Any]) -> None:
         if not self._values or len(self.records) >= MAX_FOUND:
             return
-        sample = read_value(self._key, answer.get("value"), time.time(), self.records)
+        sample = open_value(self._key, answer.get("value"), seen=self.records)
         self.records.update((record.packed, record) for record in sample)
         total = answer.get("total")
         if type(total) is int and total > len(sample) > 0:

@@ -132,8 +132,10 @@ class Discovery:
         loaded: frozenset[int],
         rpc_port: int,
         bt_port: int,
+        *,
+        fetching: frozenset[int] = frozenset(),
     ) -> None:
-        """Say which shards of a manifest this node has, and what the manifest is called.
+        """Say which shards of a manifest this node has, which are on their way to it, and how the manifest is called.
 
         One provider record a manifest: each call replaces what the one before said. A model's or data set's name
         also goes into the cluster's directory; a loose file is found by its file name.
@@ -144,7 +146,8 @@ class Discovery:
         keys = [name_key(cluster, name)]
         if manifest.kind != "file":
             keys.append(directory_key(cluster))
-        provider = self._provider(digest, on_disk, loaded, rpc_port, bt_port)
+        bitmaps = self._bitmaps(digest, on_disk, loaded, fetching)
+        provider = Provider(self._settings.advertise_host, rpc_port, bt_port, *bitmaps)
         subjects = await asyncio.gather(
             self._announcer.announce(manifest_key(cluster, digest), provider),
             *(self._announcer.announce(key, naming) for key in keys),
@@ -166,6 +169,7 @@ class Discovery:
                 bt_port=record.payload.bt_port,
                 on_disk=ids_from_bitmap(record.payload.on_disk),
                 loaded=ids_from_bitmap(record.payload.loaded),
+                fetching=ids_from_bitmap(record.payload.fetching),
             )
             for record in await self._records(manifest_key(self._settings.cluster, digest))
             if isinstance(record.payload, Provider) and record.publisher != self.node_id
@@ -200,15 +204,16 @@ class Discovery:
         await self._membership.join_if_alone()
         return await self._overlay.records(key)
 
-    def _provider(
-        self, digest: ManifestDigest, on_disk: frozenset[int], loaded: frozenset[int], rpc_port: int, bt_port: int
-    ) -> Provider:
-        host = self._settings.advertise_host
-        room = MAX_RECORD_BYTES - _PROVIDER_OVERHEAD_BYTES - len(host)
+    def _bitmaps(
+        self, digest: ManifestDigest, on_disk: frozenset[int], loaded: frozenset[int], fetching: frozenset[int]
+    ) -> tuple[bytes, bytes, bytes]:
+        """The bitmaps of a record, that of what is on disk cut where the record would get too large."""
+        room = MAX_RECORD_BYTES - _PROVIDER_OVERHEAD_BYTES - len(self._settings.advertise_host)
         loaded_bits = bitmap_from_ids(loaded)[:room]
+        fetching_bits = bitmap_from_ids(fetching)[: room - len(loaded_bits)]
+        room -= len(loaded_bits) + len(fetching_bits)
         on_disk_bits = bitmap_from_ids(on_disk)
-        room -= len(loaded_bits)
         if len(on_disk_bits) > room and digest not in self._cut:
             self._cut.add(digest)
             log.warning("manifest %s has so many shards that only the first %d can be announced", digest, room * 8)
-        return Provider(host=host, rpc_port=rpc_port, bt_port=bt_port, on_disk=on_disk_bits[:room], loaded=loaded_bits)
+        return on_disk_bits[:room], loaded_bits, fetching_bits

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from kademlia.storage import IStorage
 
-from node.discovery.sampling import fair_sample, read_value
+from node.discovery.sampling import fair_sample
 from protocol.ids import NodeId
-from protocol.records import MAX_VALUE_BYTES, Record, RecordKey, open_record
+from protocol.records import MAX_VALUE_BYTES, Record, RecordKey, open_record, open_value
 
 MAX_BYTES = 32 * 1024 * 1024
 """Of all records, each with `_RECORD_OVERHEAD_BYTES`."""
@@ -57,7 +57,7 @@ class RecordStorage(IStorage):  # type: ignore[misc]
 
     def merge(self, key: RecordKey, value: object) -> bool:
         """Keep the valid records of a value. False if none was valid, or none found room."""
-        records = read_value(key, value, self._clock())
+        records = open_value(key, value, now=self._clock())
         return sum(self._keep(key, record) for record in records) > 0
 
     def pin(self, key: RecordKey, record: Record) -> None:

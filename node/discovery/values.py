@@ -60,6 +60,8 @@ class FoundProvider:
     """Ids of the shards whose bytes it has, checked."""
     loaded: frozenset[int]
     """Ids of the shards that a stage of it has loaded."""
+    fetching: frozenset[int] = frozenset()
+    """Ids of the shards that are on their way to it: it passes on the pieces that it has."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,9 @@ class SessionHandlers:
             self._forget.pop(session_id, None)
             self.background.start(self.stages.close_session(closing), name=f"closing session {params.session}")
 
-        self._forget[session_id] = call.connection.on_close(driver_is_gone)
+        forget = call.connection.on_close(driver_is_gone)
+        if not call.connection.closed.is_set():
+            self._forget[session_id] = forget
         return result
 
     async def start(self, params: StartSessionParams, call: Call) -> Empty:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -94,15 +95,18 @@ class ShardHandlers:
         if self.background.requests >= MAX_BACKGROUND:
             raise BusyError(f"{MAX_BACKGROUND} requests go on in the background already; wait for one")
 
+        what = f"{call.method} of shard {entry.shard_id} of {signed.manifest.name}, request {call.request_id}"
+
         async def run() -> None:
             try:
                 await work(signed, entry, call.request_id, _notifier(call))
             except ShoalError as error:
-                log.warning(
-                    "request %s for shard %d of %s: %s", call.request_id, entry.shard_id, signed.manifest.name, error
-                )
+                log.warning("%s: %s", what, error)
+            except asyncio.CancelledError:
+                log.info("%s: cancelled", what)
+                raise
 
-        self.background.start(run(), name=f"request {call.request_id}", request_id=call.request_id)
+        self.background.start(run(), name=what, request_id=call.request_id)
 
 
 def _notifier(call: Call) -> OnProgress:

@@ -86,8 +86,9 @@ class Generation:
         total = self.prompt_tokens + request.max_tokens
         if total > request.context_length:
             raise ContextOverflowError(
-                f"the prompt takes {self.prompt_tokens} tokens and the answer up to {request.max_tokens}, the model's "
-                f"context has {request.context_length}; shorten the prompt or lower max_tokens",
+                f"the prompt takes {self.prompt_tokens} tokens and the answer up to {request.max_tokens}, a session "
+                f"here has {request.context_length} (the model's context, or less by --ctx-size); shorten the prompt "
+                "or lower max_tokens",
                 {"prompt_tokens": self.prompt_tokens, "context_length": request.context_length},
             )
         await running.start(total, self._prompt, self._drawn)

@@ -158,35 +158,35 @@ class Stages:
             await self._close((params.session, params.attempt, params.stage))
 
     async def status(self) -> tuple[list[StageStatus], TransportStatus]:
-        """Of every process, and the transport figures of all together."""
-        found: list[StageStatus] = []
-        totals = dict.fromkeys(TransportStatus.__struct_fields__, 0)
-        for model, stage in list(self._stages.items()):
-            process = stage.process
-            if process is None or process.dead:
-                continue
-            try:
-                async with asyncio.timeout(_INSPECT_TIMEOUT_S):
-                    condition = await process.order(Inspect(), Condition)
-                memory_bytes = psutil.Process(process.pid).memory_info().rss
-            except (TimeoutError, ShoalError, psutil.Error):
-                continue
-            for key in totals:
-                totals[key] += condition.transport.get(key, 0)
-            found.append(
-                StageStatus(
-                    model=stage.name,
-                    digest=model,
-                    shards=sorted(stage.shards),
-                    sessions=condition.sessions,
-                    pid=process.pid,
-                    memory_bytes=memory_bytes,
-                    forwards=condition.forwards,
-                    forward_s=condition.forward_s,
-                    ticket=process.ticket,
-                )
-            )
-        return found, TransportStatus(**totals)
+        """Of every process that answers, and the transport figures of all together."""
+        running = [(model, stage) for model, stage in self._stages.items() if stage.process is not None]
+        answers = await asyncio.gather(*(self._inspect(model, stage) for model, stage in running))
+        found = [answer for answer in answers if answer is not None]
+        totals = {key: sum(figures.get(key, 0) for _, figures in found) for key in TransportStatus.__struct_fields__}
+        return [status for status, _ in found], TransportStatus(**totals)
+
+    async def _inspect(self, model: ManifestDigest, stage: _Stage) -> tuple[StageStatus, dict[str, int]] | None:
+        process = stage.process
+        if process is None or process.dead:
+            return None
+        try:
+            async with asyncio.timeout(_INSPECT_TIMEOUT_S):
+                condition = await process.order(Inspect(), Condition)
+            memory_bytes = psutil.Process(process.pid).memory_info().rss
+        except (TimeoutError, ShoalError, psutil.Error):
+            return None
+        status = StageStatus(
+            model=stage.name,
+            digest=model,
+            shards=sorted(stage.shards),
+            sessions=condition.sessions,
+            pid=process.pid,
+            memory_bytes=memory_bytes,
+            forwards=condition.forwards,
+            forward_s=condition.forward_s,
+            ticket=process.ticket,
+        )
+        return status, condition.transport
 
     async def _start(self, model: ManifestDigest, stage: _Stage) -> StageProcess:
         return await StageProcess.start(

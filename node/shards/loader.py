@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 CONTINUE_WAIT_S = 1.0
 """How long a part file that was left behind is given to be checked before peers are asked."""
 
+POLL_S = 0.04
+STILL_POLLS = 5
+"""What it holds is known when it was found the same so many times."""
 SLOWEST_CHECK_BYTES_S = 50e6
 """At least so fast is a part file looked through before its first byte counts."""
 
@@ -260,11 +263,14 @@ class Loader:
 
 
 async def _kept(download: Download) -> int:
-    """Bytes that an earlier try left: known when the swarm has looked through the part file."""
+    """Bytes that an earlier try left: known when the swarm has looked through the part file, before peers are asked."""
     loop = asyncio.get_running_loop()
+    kept, still = 0, 0
     give_up = loop.time() + CONTINUE_WAIT_S
-    while loop.time() < give_up:
-        if kept := download.progress().bytes_done:
-            return kept
-        await asyncio.sleep(0.02)
-    return 0
+    while loop.time() < give_up and still < STILL_POLLS:
+        await asyncio.sleep(POLL_S)
+        found = download.progress().bytes_done
+        still = still + 1 if found and found == kept else 0
+        if found > kept:
+            kept, give_up = found, loop.time() + CONTINUE_WAIT_S
+    return kept

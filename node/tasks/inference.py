@@ -60,15 +60,18 @@ class _Answer:
         self._text: list[str] = []
         self._tokens: list[int] = []
         self._untold: list[int] = []
+        self._load_s = 0.0
+        """Of the first plan; a later one, after a stage was lost, counts as the generation's time."""
 
     async def collect(self) -> InferenceResult:
         started = time.monotonic()
-        first: float | None = None
+        drawn: list[float] = []
         finish: FinishReason = "length"
         async with aclosing(self._generation.tokens()) as tokens:
             async for token in tokens:
-                if first is None:
-                    first = time.monotonic()
+                if not drawn:
+                    self._load_s = self._placement.load_s
+                drawn.append(time.monotonic())
                 if token.end:
                     finish = "stop"
                     break
@@ -78,27 +81,28 @@ class _Answer:
                 if self._stream.stopped:
                     finish = "stop"
                     break
-            ended = time.monotonic()
         self._tell(self._stream.finish(), last=True)
-        begun = started + self._placement.load_s
-        first = ended if first is None else first
-        decoded = max(0, len(self._tokens) - 1)
         plan = self._generation.plan
         return InferenceResult(
             text="".join(self._text),
             tokens=self._tokens,
             finish_reason=finish,
             usage=Usage(prompt_tokens=self._generation.prompt_tokens, completion_tokens=len(self._tokens)),
-            timings=Timings(
-                load_s=self._placement.load_s,
-                time_to_first_token_s=max(0.0, first - begun),
-                total_s=max(0.0, ended - begun),
-                tokens_per_s=decoded / (ended - first) if ended > first else 0.0,
-            ),
+            timings=self._timings(started, drawn),
             stages=[
                 StageAssignment(node=stage.node_id, shards=list(stage.shards), layers=stage.layers)
                 for stage in (plan.stages if plan else ())
             ],
+        )
+
+    def _timings(self, started: float, drawn: list[float]) -> Timings:
+        """From when each token came, the one that ends the text among them; there is at least one."""
+        begun, first, last = started + self._load_s, drawn[0], drawn[-1]
+        return Timings(
+            load_s=self._load_s,
+            time_to_first_token_s=first - begun,
+            total_s=last - begun,
+            tokens_per_s=(len(drawn) - 1) / (last - first) if last > first else 0.0,
         )
 
     def _tell(self, text: str, *, last: bool = False) -> None:

@@ -27,6 +27,7 @@ from protocol.ids import NodeId
 log = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "shoal.tasks"
+OWN_DISTRIBUTION = "shoal"
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,18 @@ class TaskRegistry:
     """Task types by name."""
 
     def __init__(self, types: Iterable[TaskType]) -> None:
-        self._types = {one.name: one for one in types}
+        """Of two types with one name the first counts, and the other is logged."""
+        self._types: dict[str, TaskType] = {}
+        for one in types:
+            if self._types.setdefault(one.name, one) is not one:
+                log.error("a second task type %s is left out: %r", one.name, one.run)
 
     @classmethod
     def from_entry_points(cls) -> TaskRegistry:
-        """All that are installed. One that cannot be imported is logged and left out."""
+        """All that are installed, our own first. One that cannot be imported is logged and left out."""
         found: list[TaskType] = []
-        for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        entries = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+        for entry in sorted(entries, key=lambda entry: entry.dist is None or entry.dist.name != OWN_DISTRIBUTION):
             try:
                 task_type = entry.load()
             except Exception:

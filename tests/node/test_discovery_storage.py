@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.discovery import storage as storage_module
-from node.discovery.sampling import fair_sample, newest, read_value
+from node.discovery.sampling import fair_sample, newest
 from node.discovery.storage import RecordStorage
 from protocol.records import MAX_VALUE_BYTES, Name, Provider, RecordKey, name_key, open_value, pack_value, seal
 from protocol.signing import SigningKey
@@ -106,7 +106,7 @@ def test_forged_stale_misplaced_and_oversized_records_have_no_effect(kept):
 def test_reading_stops_at_the_fourth_bad_record(monkeypatch):
     checked = []
     monkeypatch.setattr("protocol.records.is_signed_by", lambda *args: checked.append(args))
-    assert read_value(KEY, msgpack.packb([provider().packed for _ in range(20)]), time.time()) == []
+    assert open_value(KEY, msgpack.packb([provider().packed for _ in range(20)]), now=time.time()) == []
     assert len(checked) == 4
 
 
@@ -265,7 +265,7 @@ def test_a_damaged_value_is_read_without_raising_and_gives_no_other_record(data)
     value = bytearray(pack_value([good]))
     for _ in range(data.draw(st.integers(1, 4))):
         value[data.draw(st.integers(0, len(value) - 1))] = data.draw(st.integers(0, 255))
-    assert read_value(KEY, bytes(value), time.time()) in ([], [good])
+    assert open_value(KEY, bytes(value), now=time.time()) in ([], [good])
 
 
 def test_newest_takes_one_record_a_subject():

@@ -50,7 +50,7 @@ def test_a_record_comes_back(payload: Payload, withdrawn: bool) -> None:
 
 def test_bitmaps_travel_as_bytes() -> None:
     packed = seal(PLACE, PROVIDER, KEY, ttl_s=300, now=NOW).packed
-    assert msgpack.unpackb(packed[:-64])[4] == [1, "10.0.0.1", 7400, 7402, b"\xff\x01", b"\x00\x80"]
+    assert msgpack.unpackb(packed[:-64])[4] == [1, "10.0.0.1", 7400, 7402, b"\xff\x01", b"\x00\x80", b""]
 
 
 def test_keys_differ_by_cluster_and_kind() -> None:

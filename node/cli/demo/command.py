@@ -36,9 +36,7 @@ SEEDING_TIMEOUT_S = 60.0
 LOAD_TIMEOUT_S = 120.0
 TASK_TIMEOUT_S = 240.0
 
-EXAMPLES = examples(
-    "python -m node demo", 'python -m node demo --prompt "Tell me about whales." --max-tokens 200'
-)
+EXAMPLES = examples("python -m node demo", 'python -m node demo --prompt "Tell me about whales." --max-tokens 200')
 
 
 def demo(
