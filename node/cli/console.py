@@ -16,7 +16,8 @@ from rich.progress import (
     TextColumn,
     TransferSpeedColumn,
 )
-from rich.table import Column
+from rich.table import Column, Table
+from rich.text import Text
 
 from protocol.errors import ShoalError
 from protocol.manifest import Manifest
@@ -50,7 +51,7 @@ def fail(error: Exception | str, *, code: int = 1) -> NoReturn:
 def bytes_progress(console: Console = err) -> Progress:
     """Bars for things that are counted in bytes."""
     return Progress(
-        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
         BarColumn(bar_width=18),
         DownloadColumn(binary_units=True, table_column=Column(no_wrap=True)),
         TransferSpeedColumn(table_column=Column(no_wrap=True)),
@@ -73,6 +74,11 @@ def show_manifest(manifest: Manifest, folder: Path, *, json_output: bool) -> Non
     line = f"{manifest.kind} {manifest.name}: {count}, {human_bytes(manifest.total_bytes)}, in {folder}"
     out.print(line, markup=False, soft_wrap=True)
     out.print(f"{manifest.name}@{manifest.digest}", markup=False, soft_wrap=True)
+
+
+def add_row(table: Table, *cells: str) -> None:
+    """Add cells whose text is shown as it is: names come from peers, and rich would read [brackets] in them."""
+    table.add_row(*map(Text, cells))
 
 
 def human_bytes(count: float) -> str:

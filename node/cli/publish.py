@@ -58,7 +58,7 @@ def publish(
         name = None if paths[0].is_file() else paths[0].resolve().name
     elif name is None:
         fail("several paths need a --name for the data set that they become", code=2)
-    manifest = _manifest("file" if name is None else "dataset", name or next(iter(files)), files)
+    manifest = _manifest("file" if name is None else "dataset", next(iter(files)) if name is None else name, files)
     if name is not None:
         target = root / name.replace("/", "--")
     elif manifest.shards[0].kind in LOOSE_KINDS.values():

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.table import Table
 
-from node.cli.console import err, examples, fail, human_bytes, out, print_json
+from node.cli.console import add_row, err, examples, fail, human_bytes, out, print_json
 from node.config import Address
 from protocol.commands.nodes import NodesResult, StatusResult
 from protocol.commands.tasks import InferenceResult
@@ -80,7 +80,8 @@ def nodes(node: Target, *, json_output: Json = False) -> None:
     table = Table("node", "address", "dht", "bittorrent", "memory free", "cores", box=None)
     for one in found.nodes:
         mark = " (asked)" if one.here else ""
-        table.add_row(
+        add_row(
+            table,
             one.node_id[:12] + mark,
             f"{one.host}:{one.rpc_port}",
             str(one.dht_port),
@@ -98,33 +99,36 @@ def status(node: Target, *, json_output: Json = False) -> None:
         print_json(found)
         return
     grid = Table.grid(padding=(0, 2))
-    grid.add_row("node", found.node_id)
-    grid.add_row("cluster", found.cluster)
-    grid.add_row("up", f"{found.uptime_s:.0f} s, Shoal {found.versions.get('shoal', '?')}")
+    add_row(grid, "node", found.node_id)
+    add_row(grid, "cluster", found.cluster)
+    add_row(grid, "up", f"{found.uptime_s:.0f} s, Shoal {found.versions.get('shoal', '?')}")
     memory = found.memory
-    grid.add_row(
+    add_row(
+        grid,
         "memory",
         f"{human_bytes(memory.get('available_bytes', 0))} free of {human_bytes(memory.get('total_bytes', 0))}, "
         f"the daemon has {human_bytes(memory.get('process_bytes', 0))}",
     )
-    grid.add_row("engine", f"threads {found.threads} a process")
+    add_row(grid, "engine", f"threads {found.threads} a process")
     swarm = found.swarm
-    grid.add_row(
+    add_row(
+        grid,
         "swarm",
         f"{swarm.torrents} torrents, {swarm.peers} peers, up {human_bytes(swarm.uploaded_bytes)}, "
         f"down {human_bytes(swarm.downloaded_bytes)}",
     )
-    grid.add_row("dht", f"{found.dht.nodes} nodes, {found.dht.records} records")
+    add_row(grid, "dht", f"{found.dht.nodes} nodes, {found.dht.records} records")
     for stage in found.stages:
-        grid.add_row(
+        add_row(
+            grid,
             "stage",
             f"{stage.model} shards {', '.join(map(str, stage.shards))}: {stage.sessions} sessions, "
             f"{human_bytes(stage.memory_bytes)}, process {stage.pid}",
         )
     for one in found.downloads:
         share = 100 * one.bytes_done / max(1, one.bytes_total)
-        grid.add_row(
-            "download", f"{one.filename} {share:.0f}% at {human_bytes(one.rate_bytes_s)}/s from {one.peers} peers"
+        add_row(
+            grid, "download", f"{one.filename} {share:.0f}% at {human_bytes(one.rate_bytes_s)}/s from {one.peers} peers"
         )
     out.print(grid)
 

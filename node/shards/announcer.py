@@ -16,8 +16,8 @@ GATHER_S = 0.05
 RETRY_S = 5.0
 AT_A_TIME = 8
 
-News = tuple[frozenset[int], frozenset[int]]
-"""Shards on disk, and loaded."""
+News = tuple[frozenset[int], frozenset[int], frozenset[int]]
+"""Shards on disk, loaded, and on their way here."""
 
 
 class Announcer:
@@ -70,10 +70,13 @@ class Announcer:
         on_disk = self._catalog.on_disk(digest)
         loaded = self._catalog.loaded(digest) & on_disk
         holding = self._catalog.holding(digest)
-        if holding is None or not on_disk:
+        fetching = self._catalog.fetching(digest)
+        if holding is None or not (on_disk or fetching):
             if digest in self._told:
                 await self._discovery.withdraw_shards(digest)
                 del self._told[digest]
-        elif self._told.get(digest) != (on_disk, loaded):
-            await self._discovery.announce_shards(holding.signed, on_disk, loaded, self._rpc_port, self._bt_port)
-            self._told[digest] = (on_disk, loaded)
+        elif self._told.get(digest) != (on_disk, loaded, fetching):
+            await self._discovery.announce_shards(
+                holding.signed, on_disk, loaded, self._rpc_port, self._bt_port, fetching=fetching
+            )
+            self._told[digest] = (on_disk, loaded, fetching)

@@ -22,6 +22,7 @@ from typing import Literal, TypeVar
 from node.shards.holding import Holding
 from node.shards.scan import Fingerprint
 from node.swarm.torrent import Torrent
+from protocol.commands.shards import FileState
 from protocol.ids import ContentId, ManifestDigest
 from protocol.manifest import ShardEntry
 
@@ -115,12 +116,20 @@ class Catalog:
 
     def on_disk(self, digest: ManifestDigest) -> frozenset[int]:
         """Shards of a manifest that are here, checked, and seeded."""
+        return self._with_file(digest, "seeding")
+
+    def fetching(self, digest: ManifestDigest) -> frozenset[int]:
+        """Shards of a manifest that are on their way here."""
+        return self._with_file(digest, "downloading") - self.on_disk(digest)
+
+    def _with_file(self, digest: ManifestDigest, state: FileState) -> frozenset[int]:
         holding = self.holding(digest)
         entries = holding.manifest.shards if holding else ()
-        return frozenset(e.shard_id for e in entries if self._is_good((digest, e.shard_id)))
-
-    def _is_good(self, shard: tuple[ManifestDigest, int]) -> bool:
-        return any(self._files[path].state == "seeding" for path in self._by_shard.get(shard, ()))
+        return frozenset(
+            entry.shard_id
+            for entry in entries
+            if any(self._files[path].state == state for path in self._by_shard.get((digest, entry.shard_id), ()))
+        )
 
     def loaded(self, digest: ManifestDigest) -> frozenset[int]:
         return self._loaded.get(digest, frozenset())

@@ -76,6 +76,9 @@ class FoundProvider(Protocol):
     @property
     def on_disk(self) -> frozenset[int]: ...
 
+    @property
+    def fetching(self) -> frozenset[int]: ...
+
 
 class FoundName(Protocol):
     """A name in the cluster, and the manifest that it stands for."""
@@ -101,6 +104,8 @@ class Discovery(Protocol):
         loaded: frozenset[int],
         rpc_port: int,
         bt_port: int,
+        *,
+        fetching: frozenset[int] = frozenset(),
     ) -> None: ...
 
     async def withdraw_shards(self, digest: ManifestDigest) -> None: ...

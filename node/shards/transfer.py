@@ -31,9 +31,11 @@ class Sources:
         self.lookups = 0
         self.seen: dict[str, bool] = {}
         """host:port of every provider of the manifest that was found -> whether it has this shard."""
+        self.whole = False
+        """Whether the last look-up found one that has the whole shard."""
 
     async def look_up(self) -> list[PeerAddress]:
-        """Ask discovery once. Whatever goes wrong means that nobody was found."""
+        """Ask discovery once: who has the shard, and who is fetching it too. Where that fails, nobody was found."""
         self.lookups += 1
         try:
             found: Sequence[FoundProvider] = await self._discovery.find_providers(self._fetch.holding.digest)
@@ -41,19 +43,24 @@ class Sources:
             log.info("looking for providers of %s failed: %s", self._fetch.entry.filename, err)
             return []
         peers: list[PeerAddress] = []
+        self.whole = False
         for provider in found:
             has = self._fetch.entry.shard_id in provider.on_disk
             self.seen[f"{provider.host}:{provider.bt_port}"] = has
-            if has:
+            self.whole |= has
+            if has or self._fetch.entry.shard_id in provider.fetching:
                 peers += await _addresses(provider)
         return peers
 
     async def first(self) -> list[PeerAddress]:
-        """Look until there is a provider. Raises NoSourceError after `find_timeout_s`."""
+        """Look until there is a provider that has the shard. Raises NoSourceError after `find_timeout_s`.
+
+        Those who are only fetching it do not count: several that wait for each other would wait for long.
+        """
         pause = FIRST_RETRY_S
         try:
             async with asyncio.timeout(self._settings.find_timeout_s):
-                while not (peers := await self.look_up()):
+                while not (peers := await self.look_up()) or not self.whole:
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, self._settings.relookup_s)
         except TimeoutError:

@@ -117,6 +117,10 @@ class MemoryDiscovery:
 
     announced: dict[str, tuple[frozenset[int], frozenset[int]]] = field(default_factory=dict)
     announcements: int = 0
+    fetching: dict[str, frozenset[int]] = field(default_factory=dict)
+    """What was announced last as on its way, by digest."""
+    fetchers: dict[str, frozenset[int]] = field(default_factory=dict)
+    """Digest -> shards that another node, at port 7502, is fetching."""
     manifests: dict[str, SignedManifest] = field(default_factory=dict)
     """Of other nodes, by digest."""
     providers: dict[str, frozenset[int]] = field(default_factory=dict)
@@ -132,19 +136,30 @@ class MemoryDiscovery:
         return signed
 
     async def announce_shards(
-        self, signed: SignedManifest, on_disk: frozenset[int], loaded: frozenset[int], rpc_port: int, bt_port: int
+        self,
+        signed: SignedManifest,
+        on_disk: frozenset[int],
+        loaded: frozenset[int],
+        rpc_port: int,
+        bt_port: int,
+        *,
+        fetching: frozenset[int] = frozenset(),
     ) -> None:
         self.announced[signed.digest] = (on_disk, loaded)
+        self.fetching[signed.digest] = fetching
         self.announcements += 1
 
     async def withdraw_shards(self, digest: str) -> None:
         del self.announced[digest]
 
     async def find_providers(self, digest: str) -> list[FoundProvider]:
-        on_disk = self.providers.get(digest)
-        if on_disk is None:
-            return []
-        return [FoundProvider(OTHER_KEY.node_id, self.host, 7400, 7402, on_disk, frozenset())]
+        found = []
+        if (fetching := self.fetchers.get(digest)) is not None:
+            nothing: frozenset[int] = frozenset()
+            found.append(FoundProvider(OTHER_KEY.node_id, self.host, 7500, 7502, nothing, nothing, fetching))
+        if (on_disk := self.providers.get(digest)) is not None:
+            found.append(FoundProvider(OTHER_KEY.node_id, self.host, 7400, 7402, on_disk, frozenset()))
+        return found
 
     async def find_name(self, name: str) -> list[FoundName]:
         return [found for found in self._names() if found.name == name]

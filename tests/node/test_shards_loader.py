@@ -256,6 +256,34 @@ async def test_a_shard_that_is_no_parquet_though_its_manifest_vouches_for_it_is_
         assert cluster.announced == {}
 
 
+async def test_downloaders_of_one_shard_find_each_other(
+    tmp_path: Path, made: Path, cluster: MemoryDiscovery, signed: SignedManifest
+) -> None:
+    cluster.fetchers[signed.digest] = frozenset({0})
+    async with open_room(tmp_path, cluster) as room:
+        task = asyncio.create_task(room.shards.fetch(signed, signed.manifest.shards[0]))
+        await downloading(room)
+        assert {peer.port for peer in room.swarm.downloads[0].peers} == {7402, 7502}
+        await eventually(lambda: cluster.fetching.get(signed.digest) == frozenset({0}))
+        assert cluster.announced[signed.digest] == (frozenset(), frozenset())
+        room.swarm.downloads[0].finish((made / "a.parquet").read_bytes())
+        await task
+        await room.shards.settled()
+        assert cluster.announced[signed.digest] == (frozenset({0}), frozenset())
+        assert cluster.fetching[signed.digest] == frozenset()
+
+
+async def test_who_is_only_fetching_a_shard_is_no_source_of_it(
+    tmp_path: Path, cluster: MemoryDiscovery, signed: SignedManifest
+) -> None:
+    cluster.fetchers[signed.digest] = frozenset({0})
+    del cluster.providers[signed.digest]
+    async with open_room(tmp_path, cluster, find_timeout_s=0.5) as room:
+        with pytest.raises(NoSourceError, match="lacks it"):
+            await room.shards.fetch(signed, signed.manifest.shards[0])
+        assert not room.swarm.downloads
+
+
 @pytest.mark.parametrize("name", ["../a.parquet", "manifest.json", "a.parquet.part", ".a.parquet"])
 async def test_a_name_that_a_peer_supplies_never_leads_out(
     tmp_path: Path, made: Path, cluster: MemoryDiscovery, name: str

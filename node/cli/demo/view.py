@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from node.cli.console import human_bytes, out
+from node.cli.console import add_row, human_bytes, out
 from node.cli.demo.nodes import RunningNode
 from protocol.commands.shards import ListFilesResult, ShardResult
 from protocol.commands.tasks import InferenceResult
@@ -36,7 +36,7 @@ def show_files(found: ListFilesResult) -> None:
     """The answer of LIST_FILES."""
     table = Table("file", "size", "state", "content id", box=None, padding=(0, 2))
     for file in found.files:
-        table.add_row(file.filename, human_bytes(file.size), file.state, (file.content_id or "")[:16])
+        add_row(table, file.filename, human_bytes(file.size), file.state, (file.content_id or "")[:16])
     out.print(table)
 
 
@@ -54,7 +54,8 @@ def show_summary(
         shard = load.result
         moved = sum(shard.bytes_by_source.values())
         start, end = layers.get(shard.shard_id, (0, 0))
-        table.add_row(
+        add_row(
+            table,
             node.name,
             str(shard.shard_id),
             f"[{start}, {end})",
