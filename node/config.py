@@ -135,6 +135,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Settings:
+        if ":" in self.listen:
+            raise ValueError(f"listen {self.listen} is an IPv6 address; the DHT and tensor_iroh run on IPv4 alone")
         if not is_loopback(self.listen) and not self.insecure_listen:
             raise ValueError(
                 f"listen {self.listen} is reachable from other machines, and nothing authenticates them yet; "

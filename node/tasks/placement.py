@@ -6,14 +6,21 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from node.machine import available_memory_bytes
 from node.pipeline.plan import NodeShards, Plan, plan_pipeline
 from node.tasks.registry import TaskContext
 from protocol.client import Client
 from protocol.commands.shards import LoadShardParams, ShardResult
-from protocol.errors import ShardNotLoadedError, ShoalError, UnreachableError
+from protocol.errors import (
+    InsufficientMemoryError,
+    NoSourceError,
+    ShardNotLoadedError,
+    ShoalError,
+    TimedOutError,
+    UnreachableError,
+)
 from protocol.ids import NodeId
 from protocol.manifest import SignedManifest
 
@@ -38,24 +45,34 @@ class Placement:
     async def make_plan(self, without: frozenset[NodeId]) -> Plan:
         """A plan that avoids some nodes; returns when every shard of it is loaded.
 
-        A node that cannot be reached, or that fails to load what it was given, is left out of the next try. Raises
-        ShardNotLoadedError where loading is not allowed, else what the last node said.
+        A node that cannot be reached is left out of the next try, one that fails to load what it was given keeps what
+        it has and gets no more. Raises ShardNotLoadedError where loading is not allowed, NoSourceError where nobody
+        has a shard, else what the last node said, or the planner where none was asked.
         """
         loop = asyncio.get_running_loop()
-        started, shunned = loop.time(), set(without)
+        started = loop.time()
+        gone, full = set(without), set[NodeId]()
+        failure: ShoalError | None = None
         while True:
-            plan = plan_pipeline(
-                self.signed.manifest, await self._nodes(), context_tokens=self.context_tokens, without=shunned
-            )
+            nodes = [
+                replace(one, memory_available_bytes=0) if one.node_id in full else one for one in await self._nodes()
+            ]
+            try:
+                plan = plan_pipeline(self.signed.manifest, nodes, context_tokens=self.context_tokens, without=gone)
+            except (NoSourceError, InsufficientMemoryError):
+                if failure is not None:
+                    raise failure from None
+                raise
             if plan.to_load and not self.auto_load:
                 raise self._not_loaded(plan)
             failed = await self._load(plan)
             if not failed:
                 self.load_s += loop.time() - started
                 return plan
-            shunned |= failed.keys()
-            if len(shunned - without) >= len(self._addresses):
-                raise next(iter(failed.values()))
+            for node_id, failure in failed.items():
+                if isinstance(failure, NoSourceError):
+                    raise failure
+                (gone if isinstance(failure, UnreachableError | TimedOutError) else full).add(node_id)
 
     @asynccontextmanager
     async def connect(self, node_id: NodeId) -> AsyncIterator[Client]:

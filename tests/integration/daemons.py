@@ -40,9 +40,11 @@ class Daemon:
     def log(self) -> str:
         return (self.home / "node.log").read_text(errors="replace")
 
-    def call(self, method: str, params: dict[str, Any] | None = None, **options: Any) -> Any:
-        with SyncClient("127.0.0.1", self.ports["rpc"]) as client:
-            return client.call(method, params or {}, timeout_s=60, **options)
+    def call(
+        self, method: str, params: dict[str, Any] | None = None, *, host: str = "127.0.0.1", **options: Any
+    ) -> Any:
+        with SyncClient(host, self.ports["rpc"]) as client:
+            return client.call(method, params or {}, timeout_s=100, **options)
 
     def files(self) -> dict[str, dict[str, Any]]:
         return {file["filename"]: file for file in self.call("LIST_FILES")["files"]}

@@ -45,42 +45,63 @@ def test_ready_line_health_status_and_clean_end(tmp_path: Path) -> None:
         assert node.process.returncode == 0
         assert node.process.stdout is not None
         assert node.process.stdout.read() == b"", "the ready line is the only line on stdout"
-    with daemon(tmp_path / "a") as again:
+    config = tmp_path / "shoal.toml"
+    config.write_text('cluster = "file"\nthreads = 7\nlog_level = "debug"\n')
+    with daemon(tmp_path / "a", "--config", str(config), SHOAL_CLUSTER="environment", SHOAL_CLUSTRE="x") as again:
         assert again.node_id == node.node_id, "the key is kept"
+        status = again.call("STATUS")
+        assert status["cluster"] == "environment", "stands over the file"
+        assert status["threads"] == 1, "the helper's flag stands over the file"
+        assert " DEBUG " in again.log, "the file stands over the default"
+        assert "SHOAL_CLUSTRE is no setting" in again.log
 
 
-def test_everything_binds_to_loopback(tmp_path: Path) -> None:
+def test_loopback_alone_and_a_data_dir_of_ones_own(tmp_path: Path) -> None:
     with daemon(tmp_path / "a") as node:
         listening = _listening_addresses(node.process.pid)
         assert listening, "no socket was found: the test sees nothing"
         assert {host for host, port in listening} == {"127.0.0.1"}
-
-
-def test_a_second_node_on_the_same_data_dir_is_refused(tmp_path: Path) -> None:
-    with daemon(tmp_path / "a") as node:
         command = [sys.executable, "-m", "node", "--data-dir", str(tmp_path / "a"), "--rpc-port", "0"]
         second = subprocess.run(command, capture_output=True, timeout=30, check=False)
         assert second.returncode == 1
         assert f"process {node.process.pid}" in second.stderr.decode()
 
 
-def test_a_taken_port_is_named(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+@pytest.mark.parametrize("which", ["rpc", "dht", "bt", "http"])
+def test_a_taken_port_is_named(tmp_path: Path, which: str) -> None:
+    kind = socket.SOCK_DGRAM if which == "dht" else socket.SOCK_STREAM
+    with socket.socket(socket.AF_INET, kind) as taken:
+        taken.bind(("127.0.0.1", 0))
+        if which != "dht":
+            taken.listen()
         port = taken.getsockname()[1]
-        command = [sys.executable, "-m", "node", "--data-dir", str(tmp_path), "--rpc-port", str(port)]
+        command = [sys.executable, "-m", "node", "--data-dir", str(tmp_path)]
+        for one in ("rpc", "dht", "bt", "http"):
+            command += [f"--{one}-port", str(port if one == which else 0)]
         ended = subprocess.run(command, capture_output=True, timeout=30, check=False)
-    assert ended.returncode == 1
-    assert str(port) in ended.stderr.decode()
-    assert b"Traceback" not in ended.stderr
+    assert (ended.returncode, ended.stdout) == (1, b"")
+    assert f"listen on 127.0.0.1:{port}" in ended.stderr.decode() or f"127.0.0.1:{port}:" in ended.stderr.decode()
+    assert ended.stderr.count(b"\n") == 1, "one line, no traceback"
 
 
-def test_listening_beyond_loopback_needs_consent_and_warns(tmp_path: Path) -> None:
+def test_listening_beyond_loopback_needs_consent_and_warns_at_every_start(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "node", "--data-dir", str(tmp_path / "b"), "--listen", "0.0.0.0"]
     refused = subprocess.run(command, capture_output=True, timeout=30, check=False)
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert b"--insecure-listen" in refused.stderr
-    with daemon(tmp_path / "a", "--listen", "127.0.0.2", "--advertise", "127.0.0.2") as node:
+    assert not (tmp_path / "b").exists()
+    for start in (1, 2):
+        with daemon(tmp_path / "a", "--listen", "0.0.0.0", "--insecure-listen") as node:
+            assert node.log.count("listening on 0.0.0.0 without a cluster identity") == start
+            (here,) = node.call("NODES")["nodes"]
+            assert here["host"] != "0.0.0.0", "others cannot reach that"
+
+
+def test_another_loopback_address_needs_no_consent(tmp_path: Path) -> None:
+    with daemon(tmp_path / "a", "--listen", "127.0.0.2") as node:
         assert "without a cluster identity" not in node.log
+        (here,) = node.call("NODES", host="127.0.0.2")["nodes"]
+        assert here["host"] == "127.0.0.2"
 
 
 def test_files_are_seeded_and_broken_ones_named(shards_copy: Path) -> None:

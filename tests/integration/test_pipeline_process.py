@@ -197,7 +197,7 @@ async def test_what_does_not_fit_the_context_is_refused_before_anything_runs(sli
         with pytest.raises(ContextOverflowError, match="room for 256"):
             await nodes.generate("Hello", 300)
         assert len(nodes.plans) == 1
-        with pytest.raises(ContextOverflowError, match="context has 2048"):
+        with pytest.raises(ContextOverflowError, match="here has 2048"):
             await nodes.generate("Hello", 3000)
         for node in nodes.nodes.values():
             assert (await node.stages.status())[0][0].sessions == 0

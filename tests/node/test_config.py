@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from node.config import Address, Assignment, ConfigError, is_loopback, load_settings
+from node.config import Address, Assignment, ConfigError, is_loopback, load_settings, unknown_variables
 
 
 @pytest.fixture(autouse=True)
@@ -68,13 +68,14 @@ def test_lists_and_sizes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
     ("flags", "said"),
     [
         ({"listen": "0.0.0.0"}, "--insecure-listen"),
+        ({"listen": "::1"}, "IPv4"),
         ({"rpc_port": 65536}, "rpc_port"),
         ({"cluster": "two words"}, "cluster"),
         ({"bootstrap": ["nowhere"]}, "HOST:PORT"),
         ({"bootstrap": ["h:0"]}, "HOST:PORT"),
         ({"assign": ["model"]}, "MODEL:ID"),
         ({"assign": ["model:-1"]}, "MODEL:ID"),
-        ({"upload_limit": "fast"}, "upload_limit"),
+        ({"upload_limit": "fast"}, "upload_limit = fast"),
         ({"rpc_port": 5, "http_port": 5}, "must differ"),
         ({"threads": 0}, "threads"),
     ],
@@ -88,7 +89,7 @@ def test_a_misspelt_setting_in_the_file_is_refused(monkeypatch: pytest.MonkeyPat
     file = tmp_path / "shoal.toml"
     file.write_text("rcp_port = 1001\n")
     monkeypatch.setenv("SHOAL_CONFIG", str(file))
-    with pytest.raises(ConfigError, match="rcp_port"):
+    with pytest.raises(ConfigError, match="rcp_port: there is no such setting"):
         load_settings()
 
 
@@ -100,8 +101,31 @@ def test_a_missing_or_broken_file_is_an_error_that_names_it(
     if content is not None:
         file.write_text(content)
     monkeypatch.setenv("SHOAL_CONFIG", str(file))
-    with pytest.raises(ConfigError, match=r"shoal\.toml|cannot read the configuration"):
+    with pytest.raises(ConfigError, match=r"configuration file .*shoal\.toml"):
         load_settings()
+
+
+def test_a_given_file_stands_over_that_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("typed", "exported"):
+        (tmp_path / f"{name}.toml").write_text(f'cluster = "{name}"\n')
+    monkeypatch.setenv("SHOAL_CONFIG", str(tmp_path / "exported.toml"))
+    assert load_settings().cluster == "exported"
+    assert load_settings(config=tmp_path / "typed.toml").cluster == "typed"
+
+
+def test_a_tilde_is_the_home_folder_whatever_it_came_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SHOAL_SHARDS_DIR", "~/shards")
+    settings = load_settings(data_dir=Path("~/data"))
+    assert (settings.data_dir, settings.shards_dir) == (tmp_path / "data", tmp_path / "shards")
+    monkeypatch.delenv("SHOAL_SHARDS_DIR")
+    assert load_settings(data_dir=Path("~/data")).shards_dir == tmp_path / "data" / "shards"
+
+
+def test_variables_that_are_no_setting_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_RPC_PORT", "1")
+    monkeypatch.setenv("SHOAL_RCP_PORT", "1")
+    monkeypatch.setenv("SHOAL_CONFIG", "")
+    assert unknown_variables() == ["SHOAL_RCP_PORT"]
 
 
 def test_insecure_listen_allows_it() -> None:
