@@ -78,6 +78,7 @@ async def start_pipeline(
             split_gguf(source, home / "split" / str(n_stages), shards=n_stages, name="model")
             shutil.copytree(home / "split" / str(n_stages), folder / "shards" / "model")
         arguments = ["--threads", "1", "--ctx-size", str(CTX_SIZE), "--max-sessions", "1"]
+        arguments += ["--own-cores"] if cores else []
         arguments += [f"--bootstrap=127.0.0.1:{nodes[0].dht_port}"] if nodes else []
         before = os.sched_getaffinity(0)
         if cores:

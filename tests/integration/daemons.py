@@ -88,6 +88,12 @@ def daemon(home: Path, *arguments: str, bootstrap: Daemon | None = None, **envir
         process.stdout.close()
 
 
+def shoal(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Type a command line."""
+    command = [sys.executable, "-m", "node", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
 def wait_until(condition: Callable[[], bool], *, timeout_s: float = 20.0) -> None:
     """Poll until it holds; fail where it does not in time."""
     deadline = time.monotonic() + timeout_s

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from daemons import Daemon, daemon, wait_until
+from daemons import Daemon, daemon, shoal, wait_until
 
 from protocol.errors import (
     CancelledRequestError,
     ContextOverflowError,
     InvalidParamsError,
     ShardInUseError,
+    ShardNotFoundError,
     ShardNotLoadedError,
     ShoalError,
     UnknownNameError,
 )
+from protocol.sync_client import SyncClient
 
-CHAT = {"task_type": "ai_inference", "messages": [{"role": "user", "content": "Name three fish."}], "max_tokens": 24}
+CHAT = {
+    "task_type": "ai_inference",
+    "model": "smol",
+    "messages": [{"role": "user", "content": "Name three fish."}],
+    "max_tokens": 24,
+}
+LONG = {"task_type": "ai_inference", "model": "smol", "prompt": "1 2 3 4", "max_tokens": 400, "stream": True}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +53,12 @@ def cluster(smollm2_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         assert [one["source"] for one in sources] == ["local", "peers", "peers"]
         assert sources[1]["bytes_by_source"] == {"peers": sources[1]["bytes"]}
         yield nodes
+
+
+def no_sessions(cluster: list[Daemon]) -> None:
+    """Wait until no stage of any node has a session open."""
+    for node in cluster:
+        wait_until(lambda node=node: not any(one["sessions"] for one in node.call("STATUS")["stages"]))  # type: ignore[misc]
 
 
 def test_a_fetched_shard_is_the_same_file_and_is_seeded_on(cluster: list[Daemon], smollm2_shards: Path) -> None:
@@ -80,6 +99,82 @@ def test_streamed_pieces_are_the_text(cluster: list[Daemon]) -> None:
     assert len(pieces) > 3
     assert "".join(piece["text"] for piece in pieces) == result["text"]
     assert [token for piece in pieces for token in piece["tokens"]] == result["tokens"]
+
+
+def test_text_that_ends_inside_a_character(cluster: list[Daemon]) -> None:
+    """An emoji takes several tokens; the answer is cut after the first of them."""
+    pieces: list[str] = []
+    task = {
+        "task_type": "ai_inference",
+        "prompt": "\U0001f600\U0001f603\U0001f604\U0001f601\U0001f606" * 2,
+        "max_tokens": 1,
+        "stream": True,
+    }
+    result = cluster[0].call("EXECUTE_TASK", task, on_notification=lambda _, params: pieces.append(params["text"]))
+    assert result["text"].endswith("\ufffd"), "the model drew another token: choose another prompt"
+    assert "".join(pieces) == result["text"]
+
+
+def test_figures_are_sane(cluster: list[Daemon]) -> None:
+    began = time.monotonic()
+    timings = cluster[0].call("EXECUTE_TASK", CHAT)["timings"]
+    took = time.monotonic() - began
+    assert 0 <= timings["load_s"] < 0.5, "everything is loaded"
+    assert 0 < timings["time_to_first_token_s"] < timings["total_s"] < took
+    decode_s = timings["total_s"] - timings["time_to_first_token_s"]
+    assert timings["tokens_per_s"] == pytest.approx(23 / decode_s, rel=0.1)
+
+
+def test_the_command_line_against_real_nodes(cluster: list[Daemon]) -> None:
+    target = f"127.0.0.1:{cluster[1].ports['rpc']}"
+    text = cluster[0].call("EXECUTE_TASK", CHAT | {"max_tokens": 6})["text"]
+    said = shoal("generate", target, "--prompt", "Name three fish.", "--max-tokens", "6")
+    assert (said.returncode, said.stdout) == (0, text + "\n")
+    assert "3 stages" in said.stderr
+    listed = shoal("nodes", target)
+    assert all(node.node_id[:12] in listed.stdout for node in cluster)
+    assert "stage    smol shards 1" in shoal("status", target).stdout
+    envelope = json.loads(shoal("call", target, "LOAD_SHARD", '{"model": "smol", "shard_id": 7}').stdout)
+    assert envelope["error"]["code"] == "shard_not_found"
+
+
+def test_ctrl_c_ends_a_generation(cluster: list[Daemon]) -> None:
+    command = [sys.executable, "-m", "node", "generate", f"127.0.0.1:{cluster[0].ports['rpc']}", "--raw"]
+    with subprocess.Popen(
+        [*command, "--prompt", "1 2 3 4", "--max-tokens", "400"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert b"Traceback" not in said
+    no_sessions(cluster)
+
+
+def test_a_client_that_leaves_frees_its_session(cluster: list[Daemon]) -> None:
+    class LeavingError(Exception):
+        pass
+
+    def leave(*_: object) -> None:
+        client.close()
+        raise LeavingError
+
+    with SyncClient("127.0.0.1", cluster[2].ports["rpc"]) as client, pytest.raises(LeavingError):
+        client.call("EXECUTE_TASK", LONG, on_notification=leave)
+    began = time.monotonic()
+    no_sessions(cluster)
+    assert time.monotonic() - began < 3
+
+
+def test_a_coordinator_that_runs_no_stage(cluster: list[Daemon], tmp_path: Path) -> None:
+    expected = cluster[0].call("EXECUTE_TASK", CHAT)["tokens"]
+    with daemon(tmp_path / "d", bootstrap=cluster[0]) as node:
+        result = node.call("EXECUTE_TASK", CHAT | {"auto_load": False})
+        assert result["tokens"] == expected
+        assert node.node_id not in {stage["node"] for stage in result["stages"]}
+        assert node.call("STATUS")["stages"] == []
+        assert node.files() == {}
 
 
 def test_a_stop_string_ends_it_and_is_not_shown(cluster: list[Daemon]) -> None:
@@ -143,10 +238,8 @@ def test_cancel_ends_a_generation(cluster: list[Daemon]) -> None:
     failure: list[Exception] = []
 
     def run() -> None:
-        task = CHAT | {"prompt": "1 2 3 4", "max_tokens": 400, "stream": True}
-        del task["messages"]
         try:
-            cluster[0].call("EXECUTE_TASK", task, request_id="long", on_notification=lambda *_: begun.set())
+            cluster[0].call("EXECUTE_TASK", LONG, request_id="long", on_notification=lambda *_: begun.set())
         except ShoalError as error:
             failure.append(error)
 
@@ -157,8 +250,7 @@ def test_cancel_ends_a_generation(cluster: list[Daemon]) -> None:
     thread.join(10)
     assert [type(error) for error in failure] == [CancelledRequestError]
     assert cluster[0].call("CANCEL", {"request_id": "long"})["cancelled"] is False
-    for node in cluster:
-        wait_until(lambda node=node: all(s["sessions"] == 0 for s in node.call("STATUS")["stages"]))  # type: ignore[misc]
+    no_sessions(cluster)
 
 
 def test_a_loaded_shard_is_not_evicted(cluster: list[Daemon]) -> None:
@@ -178,7 +270,7 @@ def test_without_auto_load_a_missing_shard_is_an_error_that_says_what_to_do(clus
 
 def test_a_killed_engine_is_not_the_end_of_the_node(cluster: list[Daemon]) -> None:
     before = cluster[0].call("EXECUTE_TASK", CHAT)["tokens"]
-    (stage, *_) = cluster[1].call("STATUS")["stages"]
+    (stage,) = cluster[1].call("STATUS")["stages"]
     psutil.Process(stage["pid"]).kill()
     wait_until(lambda: cluster[1].call("STATUS")["stages"] == [])
     assert "loaded" not in {file["state"] for file in cluster[1].files().values()}
@@ -197,3 +289,39 @@ def test_assigned_shards_are_fetched_and_loaded_at_start(cluster: list[Daemon], 
     with daemon(tmp_path / "d", "--assign", "smol:1", bootstrap=cluster[0]) as node:
         wait_until(lambda: [stage["shards"] for stage in node.call("STATUS")["stages"]] == [[1]], timeout_s=30)
         assert node.end() < 5
+
+
+def test_published_files_and_a_second_model_while_the_nodes_run(
+    cluster: list[Daemon], smollm2: Path, tmp_path: Path
+) -> None:
+    """The second model is the first, cut otherwise: so its tokens are known."""
+    cut = ["split", str(smollm2), "--out", str(tmp_path / "cut"), "--shards", "2", "--model", "two"]
+    assert shoal(*cut).returncode == 0
+    (tmp_path / "notes.txt").write_text("a loose file")
+    for path in ("cut", "notes.txt"):
+        assert shoal("publish", str(tmp_path / path), "--data-dir", str(cluster[1].home)).returncode == 0
+
+    def fetched() -> bool:
+        try:
+            path = cluster[2].call("FETCH_SHARD", {"filename": "notes.txt"})["path"]
+        except ShardNotFoundError:  # not announced yet
+            return False
+        return Path(path).read_text() == "a loose file"
+
+    wait_until(fetched, timeout_s=5)
+
+    alone = cluster[0].call("EXECUTE_TASK", CHAT)["tokens"]
+    together: dict[str, Any] = {}
+
+    def run(name: str) -> None:
+        together[name] = cluster[0].call("EXECUTE_TASK", CHAT | {"model": name})["tokens"]
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in ("smol", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert together == {"smol": alone, "two": alone}
+    stages = [stage for node in cluster for stage in node.call("STATUS")["stages"]]
+    assert {stage["model"] for stage in stages} == {"smol", "two"}
+    assert len({stage["pid"] for stage in stages}) == len(stages), "a model has an engine process of its own"
