@@ -37,7 +37,6 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--engine", required=True)
-    parser.add_argument("--keep-awake", action="store_true", help="the engine has its cores alone")
     args = parser.parse_args()
     _die_with(args.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the daemon ends us in order
@@ -46,7 +45,7 @@ def main() -> None:
     code = 1
     try:
         with socket.socket(fileno=args.fd) as sock:
-            asyncio.run(_serve(sock, args.engine, keep_awake=args.keep_awake))
+            asyncio.run(_serve(sock, args.engine))
         code = 0
     except Exception:
         logging.exception("the engine process cannot go on")
@@ -55,12 +54,11 @@ def main() -> None:
         os._exit(code)  # past the destructors of native libraries, whose threads may still run
 
 
-async def _serve(sock: socket.socket, engine_settings: str, *, keep_awake: bool) -> None:
+async def _serve(sock: socket.socket, engine_settings: str) -> None:
     # Imported here: the process is tied to its parent, and its stdout out of the way, before libraries load.
     from node.pipeline.batching import INLINE_S, EngineThread
     from node.pipeline.channels import Channels
     from node.pipeline.engine import Engine, EngineSettings
-    from node.pipeline.keep_awake import KeepAwake
     from node.pipeline.pipe import Pipe, Ready, Request
     from node.pipeline.worker import Worker, WorkerSettings
     from node.transport import IrohEndpoint, TransportSettings
@@ -70,26 +68,25 @@ async def _serve(sock: socket.socket, engine_settings: str, *, keep_awake: bool)
     engine = Engine(settings)
     inline = settings.threads == 1 or os.environ.get("OMP_WAIT_POLICY") == "PASSIVE"
     gc.freeze()  # what is here stays: the collector need not look at it again
-    with KeepAwake(settings.threads if keep_awake else 0) as cores:
-        async with (
-            IrohEndpoint.open(TransportSettings()) as endpoint,
-            EngineThread(engine, inline_s=INLINE_S if inline else 0.0, on_busy=cores.busy) as thread,
-        ):
-            pipe: Pipe[Request]
-            worker = Worker(
-                thread,
-                Channels(endpoint),
-                WorkerSettings(ctx_size=settings.ctx_size, max_sessions=settings.max_sessions),
-                lambda message: pipe.send(message),
-                transport_stats=lambda: _figures(endpoint.stats()),
-            )
-            async with worker:
-                pipe = await Pipe.over(sock, Request, worker.handle, lambda _: worker.stopped.set())
-                pipe.send(Ready(endpoint.ticket))
-                await worker.stopped.wait()
-                end = threading.Timer(_LAST_MOMENTS_S, os._exit, (1,))
-                end.daemon = True
-                end.start()
+    async with (
+        IrohEndpoint.open(TransportSettings()) as endpoint,
+        EngineThread(engine, inline_s=INLINE_S if inline else 0.0) as thread,
+    ):
+        pipe: Pipe[Request]
+        worker = Worker(
+            thread,
+            Channels(endpoint),
+            WorkerSettings(ctx_size=settings.ctx_size, max_sessions=settings.max_sessions),
+            lambda message: pipe.send(message),
+            transport_stats=lambda: _figures(endpoint.stats()),
+        )
+        async with worker:
+            pipe = await Pipe.over(sock, Request, worker.handle, lambda _: worker.stopped.set())
+            pipe.send(Ready(endpoint.ticket))
+            await worker.stopped.wait()
+            end = threading.Timer(_LAST_MOMENTS_S, os._exit, (1,))
+            end.daemon = True
+            end.start()
 
 
 class Thinner:

@@ -10,7 +10,6 @@ worker           the same from inside: sessions, frames in and out
 stage_session    one session on one stage
 admission        whether a stage can take a session
 batching         sessions that wait for the engine, run together
-keep_awake       cores that do not sleep between two tokens
 channels, parts  frames between stages; what is asked of engine and transport
 engine           llama.cpp over a run of shards; the only rooms that know of its library follow
 shard, batch     one loaded shard; a batch for it

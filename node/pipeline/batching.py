@@ -82,13 +82,9 @@ class EngineThread:
     An async context manager: leaving it ends the thread after the call in progress.
     """
 
-    def __init__(
-        self, engine: EngineLike, *, inline_s: float = INLINE_S, on_busy: Callable[[bool], None] = lambda _: None
-    ) -> None:
-        """`on_busy` is told when the first session opens and when the last one closes.
-
-        `inline_s` is 0 where the engine must only be called from the thread: OpenMP keeps a team of threads for each
-        thread that calls it, and one team that spins while it waits takes the other's cores.
+    def __init__(self, engine: EngineLike, *, inline_s: float = INLINE_S) -> None:
+        """`inline_s` is 0 where the engine must only be called from the thread: OpenMP keeps a team of threads for
+        each thread that calls it, and one team that spins while it waits takes the other's cores.
         """
         self._engine = engine
         self._inline_s = inline_s
@@ -101,8 +97,8 @@ class EngineThread:
         self._running = False
         self._fresh_turn = True
         self._loop = asyncio.get_running_loop()
-        self._sessions = 0
-        self._on_busy = on_busy
+        self.sessions = 0
+        """Open ones; where there is one, its steps wait for no others."""
         self.forwards = 0
         self.forward_s = 0.0
         """Seconds in forwards, drawing of tokens included."""
@@ -116,17 +112,6 @@ class EngineThread:
     ) -> None:
         self._calls.put(None)
         await asyncio.to_thread(self._thread.join)
-
-    @property
-    def sessions(self) -> int:
-        """Open ones; where there is one, its steps wait for no others."""
-        return self._sessions
-
-    @sessions.setter
-    def sessions(self, count: int) -> None:
-        if bool(count) != bool(self._sessions):
-            self._on_busy(bool(count))
-        self._sessions = count
 
     async def call(self, function: Callable[[EngineLike], T]) -> T:
         """Run one call; it is not interrupted where the caller is cancelled."""

@@ -52,8 +52,7 @@ class StageSettings:
     engine: EngineSettings = field(default_factory=EngineSettings)
     share_cores: bool = True
     """Whether other processes compute on the same cores: OpenMP's threads then sleep while they wait. Spinning is
-    faster for a process that has its cores alone, and ruins everyone where it has not (a quarter of the speed). Cores
-    that it has alone are kept awake while a session is open (`keep_awake`)."""
+    faster for a process that has its cores alone, and ruins everyone where it has not (a quarter of the speed)."""
     start_timeout_s: float = 60.0
     stop_timeout_s: float = 2.0
     """Of a clean end; then it is killed."""
@@ -203,7 +202,6 @@ async def _spawn(settings: StageSettings, fd: int) -> asyncio.subprocess.Process
         "OMP_WAIT_POLICY": "PASSIVE" if settings.share_cores else "ACTIVE",
     }
     command = [sys.executable, "-P", "-m", "node.stage_process", "--fd", str(fd), "--parent", str(os.getpid())]
-    command += [] if settings.share_cores else ["--keep-awake"]
     engine = msgspec.json.encode(settings.engine).decode()
     try:
         return await asyncio.create_subprocess_exec(
