@@ -139,7 +139,9 @@ def _take_over_stdout() -> None:
 def _figures(stats: TransportStats) -> dict[str, int]:
     """As STATUS names them."""
     counters = stats.counters
-    dropped = counters.dropped_malformed + counters.dropped_unauthentic + counters.dropped_late
+    dropped = (
+        counters.dropped_malformed + counters.dropped_unknown + counters.dropped_unauthentic + counters.dropped_late
+    )
     return {
         "sent_frames": counters.frames_sent,
         "sent_bytes": counters.bytes_sent,

@@ -114,8 +114,3 @@ def cuttable(gguf: GgufFile) -> Cuttable:
     rule = rule_of(gguf, n_layers)
     legal = tuple(range(rule.period, n_layers, rule.period)) if rule.period else ()
     return Cuttable(n_layers, tuple(layer_bytes[:n_layers]), legal, rule.reason, rule)
-
-
-def legal_cuts(gguf: GgufFile) -> tuple[int, ...]:
-    """The layers that may begin a shard, 0 left out."""
-    return cuttable(gguf).legal

@@ -23,12 +23,13 @@ def kind_of(path: Path) -> ShardKind:
             return "file"
 
 
-def check_shard(path: Path) -> None:
+def check_shard(path: Path, kind: ShardKind | None = None) -> None:
     """Raise InvalidShardError, naming the file and what is wrong, unless it is whole as its kind asks.
 
-    Reads headers and footers alone. OSError as opening and reading do.
+    `kind` is what a manifest says, the file name's claim without it. Reads headers and footers alone. OSError as
+    opening and reading do.
     """
-    match kind_of(path):
+    match kind or kind_of(path):
         case "gguf":
             slice_info(read_gguf(path))
         case "parquet":

@@ -8,7 +8,6 @@ file with the same version get the same content ids, and so share one swarm.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from node.formats.gguf_writer import GgufPlan, write_gguf
 from node.formats.slices import SHARD_INDEX, plan_slice
 from node.formats.target import Target
 from protocol.content import hash_file
-from protocol.errors import IllegalCutError, InvalidManifestError, InvalidParamsError, InvalidShardError
+from protocol.errors import IllegalCutError, InvalidParamsError, InvalidShardError
 from protocol.manifest import MANIFEST_FILENAME, Manifest, ModelInfo, ShardEntry, check_manifest
 
 Progress = Callable[[int, int], None]
@@ -195,17 +194,4 @@ def _write(
         with target.create(MANIFEST_FILENAME) as out:
             out.write(msgspec.json.format(msgspec.json.encode({"manifest": manifest}), indent=2) + b"\n")
         target.commit([entry.filename for entry in entries], MANIFEST_FILENAME)
-    return manifest
-
-
-def read_manifest_file(path: Path) -> Manifest:
-    """Read the manifest that `split_gguf` wrote; InvalidManifestError where it is none."""
-    if os.path.getsize(path) > 64 << 20:
-        raise InvalidManifestError(f"{path.name} is too large for a manifest")
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=dict[str, msgspec.Raw])
-        manifest = msgspec.json.decode(found["manifest"], type=Manifest)
-    except (msgspec.MsgspecError, KeyError, UnicodeDecodeError, RecursionError) as err:
-        raise InvalidManifestError(f"{path.name} is not a manifest: {err}") from None
-    check_manifest(manifest)
     return manifest

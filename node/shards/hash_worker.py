@@ -16,9 +16,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from node.formats.gguf import read_gguf
-from node.formats.parquet import check_parquet
-from node.formats.slices import slice_info
+from node.formats.kinds import check_shard
 from protocol.content import hash_file
 from protocol.errors import InvalidShardError
 from protocol.manifest import ShardKind
@@ -85,7 +83,7 @@ def do(job: Job, answers: BinaryIO) -> Answer:
     try:
         before = path.stat()
         if job.check:
-            _check(path, job.kind)
+            check_shard(path, job.kind)
         content = hash_file(path, advance) if job.hash else None
         after = path.stat()
     except InvalidShardError as err:
@@ -101,17 +99,6 @@ def do(job: Job, answers: BinaryIO) -> Answer:
     if content is None:
         return Done(after.st_size, after.st_mtime_ns, None, b"")
     return Changed() if content.size != after.st_size else Done(after.st_size, after.st_mtime_ns, *content[1:])
-
-
-def _check(path: Path, kind: ShardKind) -> None:
-    match kind:
-        case "gguf":
-            slice_info(read_gguf(path))
-        case "parquet":
-            check_parquet(path)
-        case "file":
-            if path.stat().st_size == 0:
-                raise InvalidShardError(f"{path.name} is empty: there is nothing to share")
 
 
 def write_frame(stream: BinaryIO, data: bytes) -> None:
