@@ -24,7 +24,9 @@ _MAX_ITEMS = 4 << 20
 def check_parquet(path: Path) -> None:
     """Raise InvalidShardError unless `path` is a whole parquet file; OSError as opening and reading do.
 
-    Reads the footer alone: pages are covered by the content id, and by whoever reads them.
+    Reads the footer alone: pages are covered by the content id, and by whoever reads them. A damaged footer may end
+    the process: for some (of size statistics) pyarrow 26 lets a C++ exception through. So a node calls this in the
+    process that hashes.
     """
     size = regular_size(path)
     footer_start = _check_layout(path, size)

@@ -26,6 +26,7 @@ from protocol.errors import (
     ShardNotLoadedError,
     ShoalError,
     UnknownNameError,
+    UnreachableError,
 )
 from protocol.sync_client import SyncClient
 
@@ -167,7 +168,7 @@ def test_a_client_that_leaves_frees_its_session(cluster: list[Daemon]) -> None:
     assert time.monotonic() - began < 3
 
 
-def test_a_coordinator_that_runs_no_stage(cluster: list[Daemon], tmp_path: Path) -> None:
+def test_a_coordinator_that_runs_no_stage_and_dies(cluster: list[Daemon], tmp_path: Path) -> None:
     expected = cluster[0].call("EXECUTE_TASK", CHAT)["tokens"]
     with daemon(tmp_path / "d", bootstrap=cluster[0]) as node:
         result = node.call("EXECUTE_TASK", CHAT | {"auto_load": False})
@@ -175,6 +176,14 @@ def test_a_coordinator_that_runs_no_stage(cluster: list[Daemon], tmp_path: Path)
         assert node.node_id not in {stage["node"] for stage in result["stages"]}
         assert node.call("STATUS")["stages"] == []
         assert node.files() == {}
+
+        def kill(*_: object) -> None:
+            if node.process.poll() is None:
+                node.process.kill()
+
+        with pytest.raises(UnreachableError):
+            node.call("EXECUTE_TASK", LONG, on_notification=kill)
+        no_sessions(cluster)
 
 
 def test_a_stop_string_ends_it_and_is_not_shown(cluster: list[Daemon]) -> None:

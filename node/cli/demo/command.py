@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import json
-import os
 import signal
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from node.cli.console import bytes_progress, examples, fail, human_bytes, out
 from node.cli.demo import view
 from node.cli.demo.nodes import NodeStartError, RunningNode, running_node
 from node.formats.split import split_gguf
+from node.machine import usable_cores
 from protocol.client import Client
 from protocol.commands.shards import ListFilesResult, Progress, ShardResult
 from protocol.commands.tasks import InferenceResult
@@ -88,7 +88,7 @@ async def _until_signal(work: Coroutine[Any, Any, bool]) -> bool:
 
 
 async def _demo(source: Path, prompt: str, max_tokens: int) -> bool:
-    threads = max(1, len(os.sched_getaffinity(0)) // len(NODES))
+    threads = max(1, usable_cores() // len(NODES))
     async with AsyncExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-demo-")))
         view.step(1, f"Cut {source.name} ({human_bytes(source.stat().st_size)}) into {len(NODES)} shards")
@@ -106,7 +106,7 @@ async def _demo(source: Path, prompt: str, max_tokens: int) -> bool:
         view.step(3, "LIST_FILES on alpha")
         view.show_files(await _files_when_seeding(clients[0]))
 
-        view.step(4, "LOAD_SHARD on each node; what is missing is found in the DHT and comes over BitTorrent")
+        view.step(4, "LOAD_SHARD on each node; what it lacks comes over BitTorrent")
         loads = await _load(nodes, clients)
 
         view.step(5, "EXECUTE_TASK: a chat through a three-stage pipeline")

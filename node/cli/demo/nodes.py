@@ -76,9 +76,8 @@ async def _ready_line(process: asyncio.subprocess.Process, log_path: Path) -> di
         return ready
     except json.JSONDecodeError:
         tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-15:])
-        raise NodeStartError(
-            f"a node did not get ready within {READY_TIMEOUT_S:.0f} s; its log ends:\n{tail}"
-        ) from None
+        what = "ended" if process.stdout.at_eof() else f"was not ready within {READY_TIMEOUT_S:.0f} s"
+        raise NodeStartError(f"a node {what}; its log ends:\n{tail}") from None
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:

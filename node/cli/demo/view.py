@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.table import Table
 
@@ -36,7 +37,7 @@ def show_files(found: ListFilesResult) -> None:
     """The answer of LIST_FILES."""
     table = Table("file", "size", "state", "content id", box=None, padding=(0, 2))
     for file in found.files:
-        add_row(table, file.filename, human_bytes(file.size), file.state, (file.content_id or "")[:16])
+        add_row(table, Path(file.filename).name, human_bytes(file.size), file.state, (file.content_id or "")[:16])
     out.print(table)
 
 
