@@ -83,7 +83,7 @@ for line in sys.stdin:
 def test_damaged_footers_are_refused_or_read_or_end_the_process_that_reads_them(tmp_path: Path) -> None:
     """pyarrow lets C++ exceptions through for some: this is why a node reads shards in a process of their own."""
     paths = []
-    for seed in range(600):
+    for seed in range(1000, 1600):
         rng, raw = random.Random(seed), bytearray(WHOLE)
         for _ in range(rng.randint(1, 5)):
             raw[rng.randint(len(raw) - 8 - FOOTER, len(raw) - 1)] = rng.randint(0, 255)
