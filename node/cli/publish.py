@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
+from rich.progress import Progress, TaskID
 
 from node.cli.console import bytes_progress, err, examples, fail, show_manifest
 from node.config import load_settings
-from node.formats.kinds import check_shard, kind_of
+from node.formats.kinds import kind_of
+from node.shards.hasher import FileChangedError, Hasher
 from node.shards.holding import Holding, folder_names, read_manifest, shard_path
 from node.shards.scan import LOOSE_KINDS
 from protocol.content import hash_file
-from protocol.errors import InvalidShardError
-from protocol.manifest import MANIFEST_FILENAME, Manifest, ShardEntry, check_manifest
+from protocol.errors import InvalidManifestError, InvalidShardError
+from protocol.manifest import (
+    MANIFEST_FILENAME,
+    Manifest,
+    ManifestName,
+    ShardEntry,
+    check_manifest,
+    safe_filename,
+)
 from protocol.signing import SigningKey
 
 EXAMPLES = examples(
@@ -109,33 +120,45 @@ def _listed(path: Path) -> Iterator[Path]:
 
 
 def _manifest(kind: str, name: str, files: Mapping[str, Path]) -> Manifest:
-    entries = []
-    before = 0
-    with bytes_progress() as progress:
-        bar = progress.add_task("", total=sum(file.stat().st_size for file in files.values()))
-        for shard_id, (filename, file) in enumerate(files.items()):
-            check_shard(file)
-            progress.update(bar, description=f"hashing {shard_id + 1}/{len(files)}")
-            try:
-                found = hash_file(file, lambda done, before=before: progress.update(bar, completed=before + done))  # type: ignore[misc]
-            except ValueError as error:
-                raise InvalidShardError(f"cannot publish {file}: {error}") from None
-            before += found.size
-            entry = ShardEntry(
-                shard_id=shard_id,
-                filename=filename,
-                size=found.size,
-                content_id=found.content_id,
-                kind=kind_of(file),
-            )
-            shard_path(file.parent, entry)
-            entries.append(entry)
     try:
-        manifest = msgspec.convert({"name": name, "kind": kind, "shards": msgspec.to_builtins(entries)}, Manifest)
-    except msgspec.ValidationError:
+        msgspec.convert(name, ManifestName)
+        for component in name.split("/"):
+            safe_filename(component)
+    except (msgspec.ValidationError, InvalidManifestError):
         fail(f"{name!r} is no name: give --name NAME, or OWNER/NAME, of at most 200 characters", code=2)
+    entries = asyncio.run(_entries(files))
+    manifest = msgspec.convert({"name": name, "kind": kind, "shards": msgspec.to_builtins(entries)}, Manifest)
     check_manifest(manifest)
     return manifest
+
+
+async def _entries(files: Mapping[str, Path]) -> list[ShardEntry]:
+    """Check and hash the files, in a process of its own: some damaged files end the one that reads them."""
+    entries: list[ShardEntry] = []
+    hasher, before = Hasher(), 0
+    with bytes_progress() as progress:
+        bar = progress.add_task("", total=sum(file.stat().st_size for file in files.values()))
+        try:
+            for shard_id, (filename, file) in enumerate(files.items()):
+                progress.update(bar, description=f"hashing {shard_id + 1}/{len(files)}")
+                kind = kind_of(file)
+                content = (await hasher.hash(file, kind, progress=partial(_show, progress, bar, before))).content
+                entry = ShardEntry(
+                    shard_id=shard_id, filename=filename, size=content.size, content_id=content.content_id, kind=kind
+                )
+                shard_path(file.parent, entry)
+                entries.append(entry)
+                before += content.size
+                progress.update(bar, completed=before)
+        except FileChangedError:
+            fail(f"{file} is being written to; publish it when it is whole")
+        finally:
+            await hasher.close()
+    return entries
+
+
+def _show(progress: Progress, bar: TaskID, before: int, done: int) -> None:
+    progress.update(bar, completed=before + done)
 
 
 def _place_all(manifest: Manifest, files: Mapping[str, Path], target: Path, *, loose: bool = False) -> None:

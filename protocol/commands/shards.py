@@ -18,13 +18,15 @@ class LoadShardParams(Params, frozen=True, kw_only=True):
     """Without it, the only model of the cluster."""
     shard_id: ShardId
     wait: bool = True
-    """False: answer at once with status "loading" and go on in the background."""
+    """False: answer at once, with status "loading" unless it is loaded already, and go on in the background; `source`
+    then says nothing yet."""
 
 
 class FetchShardParams(ShardSelector, frozen=True, kw_only=True):
     """FETCH_SHARD: have the shard on disk, checked."""
 
     wait: bool = True
+    """As for LOAD_SHARD, with status "fetching"."""
 
 
 class UnloadShardParams(ShardSelector, frozen=True, kw_only=True):
