@@ -30,12 +30,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from aiohttp import ClientSession, ClientTimeout, web  # noqa: E402
+from aiohttp import web  # noqa: E402
 
-from node.swarm import PeerAddress, Swarm, SwarmSettings, Torrent  # noqa: E402
 from protocol.content import ContentHash, hash_file  # noqa: E402
 
 HOST = "127.0.0.1"
+CHILD = str(Path(__file__).with_name("bench_swarm_child.py"))
 MIB = 1024 * 1024
 LIMIT_S = 300.0
 
@@ -50,73 +50,10 @@ class Outcome:
     """Payload that the seed sent; 0 where it is not known."""
 
 
-# What the child processes do. A child speaks JSON, a line at a time.
-
-
-def say(value: dict[str, Any]) -> None:
-    print(json.dumps(value), flush=True)
-
-
-async def hear() -> dict[str, Any]:
-    line = await asyncio.to_thread(sys.stdin.readline)
-    return json.loads(line) if line else {}
-
-
-async def be_seed(path: Path, work: Path, limit: int, hashed: ContentHash) -> None:
-    torrent = Torrent.of("shard", hashed.size, hashed.content_id)
-    async with Swarm.open(SwarmSettings(work / "state", upload_limit_bytes_s=limit)) as swarm:
-        await swarm.seed(torrent, path, hashed.piece_layer)
-        say({"port": swarm.port})
-        await hear()
-        await asyncio.sleep(1.2)  # statistics are at most a second old
-        say({"uploaded": swarm.stats().uploaded_bytes})
-
-
-async def be_downloader(work: Path, hashed: ContentHash) -> None:
-    torrent = Torrent.of("shard", hashed.size, hashed.content_id)
-    async with Swarm.open(SwarmSettings(work / "state")) as swarm:
-        say({"port": swarm.port})
-        peers = [PeerAddress(HOST, port) for port in (await hear())["ports"] if port != swarm.port]
-        download = await swarm.download(torrent, work / "shard")
-        download.add_peers(peers)
-        await download.verified()
-        say({"done": time.monotonic()})
-        await hear()  # goes on to seed until all are done
-
-
-async def be_http_server(path: Path) -> None:
-    app = web.Application()
-    app.router.add_get("/shard", lambda _: web.FileResponse(path))
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, HOST, 0)
-    await site.start()
-    say({"port": runner.addresses[0][1]})
-    await hear()
-    await runner.cleanup()
-
-
-async def be_http_client(work: Path, port: int) -> None:
-    say({"ready": True})
-    await hear()
-    async with (
-        ClientSession(timeout=ClientTimeout(total=LIMIT_S), read_bufsize=MIB) as session,
-        session.get(f"http://{HOST}:{port}/shard") as answer,
-    ):
-        with (work / "shard").open("wb") as file:
-            async for block in answer.content.iter_chunked(MIB):
-                file.write(block)
-    say({"done": time.monotonic()})
-    await hear()
-
-
-# The parent.
-
-
 @contextlib.asynccontextmanager
 async def child(*args: str) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, __file__, *args, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        sys.executable, CHILD, *args, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
     )
     try:
         yield process
@@ -313,32 +250,17 @@ def report(taken: dict[tuple[str, int], list[Outcome]], sizes: dict[str, int], a
         print(f"last node after {ratio:.2f} times the time of one (goal at most 1.5).")
 
 
-def described(value: str) -> ContentHash:
-    size, content_id, layer = json.loads(value)
-    return ContentHash(size, content_id, bytes.fromhex(layer))
-
-
 def main() -> None:
-    match sys.argv[1:]:
-        case ["seed", path, work, limit, value]:
-            asyncio.run(be_seed(Path(path), Path(work), int(limit), described(value)))
-        case ["download", work, value]:
-            asyncio.run(be_downloader(Path(work), described(value)))
-        case ["http-server", path]:
-            asyncio.run(be_http_server(Path(path)))
-        case ["http-client", work, port]:
-            asyncio.run(be_http_client(Path(work), int(port)))
-        case _:
-            parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-            parser.add_argument("--rounds", type=int, default=3)
-            parser.add_argument("--large-mib", type=int, default=1024)
-            parser.add_argument("--small-mib", type=int, default=128)
-            parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8])
-            parser.add_argument("--cap", type=int, default=8_000_000, help="bytes per second")
-            parser.add_argument("--only", choices=["single", "capped", "uncapped"])
-            args = parser.parse_args()
-            with tempfile.TemporaryDirectory(prefix="shoal-bench-") as work:
-                asyncio.run(compare(args, Path(work)))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--large-mib", type=int, default=1024)
+    parser.add_argument("--small-mib", type=int, default=128)
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--cap", type=int, default=8_000_000, help="bytes per second")
+    parser.add_argument("--only", choices=["single", "capped", "uncapped"])
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="shoal-bench-") as work:
+        asyncio.run(compare(args, Path(work)))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ handle     one torrent in the session: commands, and awaited answers
 session    the libtorrent session: opened, asked, closed
 part_file  a download on disk, and what continues it after a stop or a crash
 offers     pieces that were fetched elsewhere and wait for their check
+slots      how many peers a seed sends one file to at once
 watchdog   when a download begins anew, one peer at a time
 download   from reserved space to a checked file
 swarm      all seeds and downloads of a node

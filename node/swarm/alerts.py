@@ -116,6 +116,8 @@ class TorrentStatus:
     download_rate_bytes_s: int
     peers: int
     """Connected now."""
+    served: int
+    """Peers that may take bytes from this node now."""
     pieces: tuple[bool, ...] | None
     """Which pieces passed; None where it was not asked for."""
 
@@ -227,6 +229,7 @@ def _status(status: Any) -> TorrentStatus:
         bytes_done=status.total_done,
         download_rate_bytes_s=status.download_payload_rate,
         peers=status.num_peers,
+        served=status.num_uploads,
         pieces=tuple(pieces) if pieces else None,
     )
 

@@ -10,15 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from node.swarm.alerts import (
-    Event,
-    FileFailed,
-    Finished,
-    HashFailed,
-    PeerBanned,
-    PieceFinished,
-    TorrentStatus,
-)
+from node.swarm.alerts import Event, FileFailed, Finished, HashFailed, PeerBanned, PieceFinished, TorrentStatus
 from node.swarm.handle import Handle, file_error, translated
 from node.swarm.offers import Offers
 from node.swarm.part_file import PartFile, fits
@@ -96,12 +88,15 @@ class Download:
 
     def add_peers(self, peers: Iterable[PeerAddress]) -> None:
         """Tell it whom to ask. Known ones are dialled again; above MAX_PEERS the rest is left out."""
+        first = not self._peers
         for peer in peers:
             if peer not in self._peers and len(self._peers) >= MAX_PEERS:
                 return
             self._peers[peer] = None
             if self._handle and not self._watchdog.careful:
                 self._handle.connect(peer)
+        if first and self._peers and self._handle:
+            self._handle.hurry()
         self._wake.set()
 
     async def add_piece(self, index: int, data: bytes) -> bool:
@@ -179,6 +174,8 @@ class Download:
         if self._layer:
             await self._part.keep_layer(self._layer)
         self.add_peers(tuple(self._peers))
+        if self._peers:
+            self._handle.hurry()
         while not self._complete:
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
@@ -252,6 +249,8 @@ class Download:
         peer = self._watchdog.next_peer(time.monotonic(), self._peers)
         if peer and self._handle:
             self._handle.connect(peer)
+            if self._watchdog.alone:
+                self._handle.hurry()
 
     async def _leave(self, *, clean: bool) -> None:
         """Take the torrent out; after a clean stop what came is taken up again without a check."""

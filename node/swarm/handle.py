@@ -91,7 +91,8 @@ class Handle:
         """Resume data and, once peers gave all of it, the piece layer. `flush` writes queued bytes first."""
         flags = int(lt.save_resume_flags_t.save_info_dict)
         if flush:
-            flags |= int(lt.save_resume_flags_t.flush_disk_cache)
+            # libtorrent's own flag for this does not wait: now and then no piece counted as written.
+            await self.flush(timeout_s)
         return await self._answer(ResumeSaved, lambda: self._raw.save_resume_data(flags), timeout_s)
 
     async def status(self, timeout_s: float = 30.0) -> TorrentStatus:
@@ -108,6 +109,15 @@ class Handle:
             self._raw.connect_peer((peer.host, peer.port))
         except (RuntimeError, OverflowError) as err:
             _log.debug("cannot dial %s:%d for %s: %s", peer.host, peer.port, self.torrent.name, err)
+
+    def serve(self, slots: int) -> None:
+        """Send to at most so many peers at once."""
+        self._raw.set_max_uploads(slots)
+
+    def hurry(self) -> None:
+        """Dial the known peers now, and not at libtorrent's next full second; before any is connected."""
+        self._raw.pause()
+        self._raw.resume()
 
     def add_piece(self, index: int, data: bytes) -> None:
         """Give a piece; PieceFinished or HashFailed follows."""

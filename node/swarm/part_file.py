@@ -46,7 +46,7 @@ class PartFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                os.truncate(descriptor, self._torrent.size) if os.environ.get("NOFA") else os.posix_fallocate(descriptor, 0, self._torrent.size)
+                os.posix_fallocate(descriptor, 0, self._torrent.size)
             finally:
                 os.close(descriptor)
         except OSError as err:

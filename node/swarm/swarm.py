@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from node.swarm.alerts import Event, FileFailed, StateChanged
+from node.swarm.alerts import Event, FileFailed, StateChanged, TorrentStatus
 from node.swarm.download import Download
 from node.swarm.handle import Handle
 from node.swarm.part_file import PartFile
 from node.swarm.session import Session
 from node.swarm.settings import SwarmSettings
+from node.swarm.slots import MIN_SLOTS, UploadSlots
 from node.swarm.torrent import Torrent
 from protocol.errors import InvalidShardError
 from protocol.ids import InfoHash
@@ -22,6 +24,7 @@ from protocol.ids import InfoHash
 _log = logging.getLogger(__name__)
 
 _REFRESH_S = 0.5
+_SEED_SLOTS = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class Swarm:
         self._tasks = tasks
         self._seeds: dict[InfoHash, Handle] = {}
         self._downloads: dict[InfoHash, Download] = {}
+        self._slots: dict[InfoHash, UploadSlots] = {}
         self._seeding = asyncio.Lock()
 
     @classmethod
@@ -108,9 +112,9 @@ class Swarm:
                 lambda event: self._on_seed_event(torrent, event),
                 piece_layer=piece_layer,
                 seed=True,
-                slots=self._settings.seed_slots,
+                slots=_SEED_SLOTS,
             )
-            self._seeds[torrent.info_hash] = handle
+            self._begin_seeding(handle, _SEED_SLOTS)
 
     async def download(self, torrent: Torrent, path: Path, piece_layer: bytes = b"") -> Download:
         """Begin, or go on, to fetch a file to `path`; until it is whole it is `path` with `.part` added.
@@ -132,6 +136,7 @@ class Swarm:
         """Stop to seed or download a torrent; its file stays. Nothing happens where there is none."""
         if download := self._downloads.get(info_hash):
             await download.cancel()
+        self._slots.pop(info_hash, None)
         if handle := self._seeds.pop(info_hash, None):
             await self._session.remove(handle)
 
@@ -141,12 +146,20 @@ class Swarm:
             handle = await download.run()
             if handle:
                 handle.listener = lambda event: self._on_seed_event(torrent, event)
-                self._seeds[torrent.info_hash] = handle
+                handle.serve(MIN_SLOTS)
+                self._begin_seeding(handle, MIN_SLOTS)
         finally:
             del self._downloads[torrent.info_hash]
 
+    def _begin_seeding(self, handle: Handle, slots: int) -> None:
+        self._seeds[handle.torrent.info_hash] = handle
+        self._slots[handle.torrent.info_hash] = UploadSlots(self._settings.upload_limit_bytes_s, slots)
+
     def _on_seed_event(self, torrent: Torrent, event: Event) -> None:
         match event:
+            case TorrentStatus():
+                self._serve(event)
+                return
             case FileFailed():
                 reason = event.message
             case StateChanged(state="checking_files" | "downloading"):
@@ -154,12 +167,19 @@ class Swarm:
             case _:
                 return
         handle = self._seeds.pop(torrent.info_hash, None)
+        self._slots.pop(torrent.info_hash, None)
         if handle is None:
             return
         _log.warning("%s is not seeded any more: %s", torrent.name, reason)
         self._tasks.create_task(self._session.remove(handle))
         if self.on_invalid:
             self.on_invalid(torrent, reason)
+
+    def _serve(self, status: TorrentStatus) -> None:
+        handle, slots = self._seeds.get(status.info_hash), self._slots.get(status.info_hash)
+        uploaded = self._session.counters.uploaded_bytes
+        if handle and slots and slots.observe(time.monotonic(), uploaded, status.served):
+            handle.serve(slots.slots)
 
     async def _refresh(self) -> None:
         while True:

@@ -82,6 +82,11 @@ class Watchdog:
         self._moved = now
         self._restarts += 1
 
+    @property
+    def alone(self) -> bool:
+        """Whether no more than one peer was connected since the last restart."""
+        return len(self._trial) <= 1
+
     def next_peer(self, now: float, known: Iterable[PeerAddress]) -> PeerAddress | None:
         """The least blamed peer that has not been connected since the last restart; it counts as connected now."""
         untried = [peer for peer in known if peer not in self._trial]

@@ -272,3 +272,20 @@ async def test_a_download_that_is_cancelled_at_once_is_gone(tmp_path: Path):
         for piece in again.missing_pieces():
             assert await again.add_piece(piece.index, source.piece(piece.index))
         await again.verified()
+
+
+@pytest.mark.slow
+async def test_a_slow_node_does_not_hold_up_a_fast_one(tmp_path: Path):
+    source = source_of(tmp_path, 16 * MIB)
+    async with (
+        seeding(tmp_path, source, upload_limit=4 * MIB) as seed,
+        node(tmp_path, "slow", download_limit=100_000) as slow,
+        node(tmp_path, "fast") as fast,
+    ):
+        (await slow.download(source.torrent, tmp_path / "slow.bin")).add_peers(at(seed))
+        await asyncio.sleep(1)
+        download = await fast.download(source.torrent, tmp_path / "fast.bin")
+        download.add_peers([*at(seed), *at(slow)])
+        # At its limit the seed needs 4 s; the slow node alone would take two minutes and a half.
+        async with asyncio.timeout(30):
+            assert filecmp.cmp(source.path, await download.verified(), shallow=False)
