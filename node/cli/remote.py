@@ -9,9 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
 import typer
+from rich.markup import escape
+from rich.progress import Progress as RichProgress
+from rich.progress import TaskID
 from rich.table import Table
 
-from node.cli.console import add_row, err, examples, fail, human_bytes, out, print_json
+from node.cli.console import add_row, bytes_progress, err, examples, fail, human_bytes, out, print_json
 from node.config import Address
 from protocol.commands.nodes import NodesResult, StatusResult
 from protocol.commands.tasks import InferenceResult
@@ -162,12 +165,20 @@ def generate(
     }
     parameters |= {"prompt": text} if raw else {"messages": [{"role": "user", "content": text}]}
 
+    loads = _Loads()
+
     def show(method: str, params: Mapping[str, Any]) -> None:
         if method == "TASK_OUTPUT":
+            loads.stop()
             sys.stdout.write(str(params.get("text", "")))
             sys.stdout.flush()
+        elif method == "PROGRESS":
+            loads.show(params)
 
-    result = _call(node, "EXECUTE_TASK", parameters, InferenceResult, timeout_s=None, on_notification=show)
+    try:
+        result = _call(node, "EXECUTE_TASK", parameters, InferenceResult, timeout_s=None, on_notification=show)
+    finally:
+        loads.stop()
     if json_output:
         print_json(result)
         return
@@ -178,6 +189,31 @@ def generate(
         f"{timings.time_to_first_token_s:.2f} s, {timings.tokens_per_s:.1f} tokens/s, "
         f"{len(result.stages)} stages, ended by {result.finish_reason}[/]"
     )
+
+
+class _Loads:
+    """Bars on stderr for the shards that have to be loaded first; nothing where none has."""
+
+    def __init__(self) -> None:
+        self._bars: RichProgress | None = None
+        self._shards: dict[int, TaskID] = {}
+
+    def show(self, progress: Mapping[str, Any]) -> None:
+        if self._bars is None:
+            self._bars = bytes_progress()
+            self._bars.start()
+        shard_id = progress.get("shard_id", 0)
+        if shard_id not in self._shards:
+            self._shards[shard_id] = self._bars.add_task("")
+        label = escape(f"shard {shard_id} {progress.get('phase')}")
+        done, total = progress.get("bytes_done"), progress.get("bytes_total")
+        self._bars.update(self._shards[shard_id], description=label, completed=done, total=total)
+
+    def stop(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+            self._shards.clear()
 
 
 def _call(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import aclosing
+from typing import Any
 
 from node.pipeline.session import Generation, GenerationRequest
 from node.pipeline.text import TextStream
@@ -19,7 +20,7 @@ from protocol.commands.tasks import (
     Timings,
     Usage,
 )
-from protocol.errors import InvalidParamsError
+from protocol.errors import ContextOverflowError, InvalidParamsError
 
 
 async def run_inference(context: TaskContext, params: InferenceParams, call: Call) -> InferenceResult:
@@ -34,11 +35,22 @@ async def run_inference(context: TaskContext, params: InferenceParams, call: Cal
     model = signed.manifest.model
     if model is None:
         raise InvalidParamsError(f"{signed.manifest.name!r} is a {signed.manifest.kind}, not a model")
-    placement = Placement(context, signed, params.auto_load, context.ctx_size)
+    context_length = min(model.context_length, context.ctx_size)
+    if params.max_tokens >= context_length:
+        raise ContextOverflowError(
+            f"an answer of up to {params.max_tokens} tokens leaves no room for a prompt: a session here has "
+            f"{context_length} (the model's context, or less by --ctx-size); lower max_tokens",
+            {"context_length": context_length},
+        )
+
+    def tell(progress: dict[str, Any]) -> None:
+        call.notify("PROGRESS", progress | {"request_id": call.request_id})
+
+    placement = Placement(context, signed, params.auto_load, context.ctx_size, tell)
     generation = Generation(
         GenerationRequest(
             model=signed.digest,
-            context_length=min(model.context_length, context.ctx_size),
+            context_length=context_length,
             prompt=params.prompt,
             messages=params.messages,
             max_tokens=params.max_tokens,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from node.machine import available_memory_bytes
 from node.pipeline.plan import NodeShards, Plan, plan_pipeline
@@ -39,6 +40,8 @@ class Placement:
     signed: SignedManifest
     auto_load: bool
     context_tokens: int
+    on_progress: Callable[[dict[str, Any]], None]
+    """Gets the PROGRESS of every load that a plan needs, as the loading node sends it."""
     load_s: float = 0.0
     _addresses: dict[NodeId, tuple[str, int]] = field(default_factory=dict)
 
@@ -124,7 +127,12 @@ class Placement:
                             model=f"{self.signed.manifest.name}@{self.signed.digest}", shard_id=shard_id
                         )
                         await client.call(
-                            "LOAD_SHARD", params, result_type=ShardResult, recipient=node_id, timeout_s=MAX_LOAD_S
+                            "LOAD_SHARD",
+                            params,
+                            result_type=ShardResult,
+                            recipient=node_id,
+                            timeout_s=MAX_LOAD_S,
+                            on_notification=lambda _, progress: self.on_progress(progress),
                         )
             except ShoalError as error:
                 log.warning("node %s cannot load shards %s: %s", node_id[:16], shard_ids, error)

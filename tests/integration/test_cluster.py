@@ -273,7 +273,12 @@ def test_without_auto_load_a_missing_shard_is_an_error_that_says_what_to_do(clus
     with pytest.raises(ShardNotLoadedError, match="LOAD_SHARD") as caught:
         cluster[0].call("EXECUTE_TASK", CHAT | {"auto_load": False})
     assert caught.value.details["shards"] == [2]
-    result = cluster[0].call("EXECUTE_TASK", CHAT)
+    told: list[dict[str, Any]] = []
+    result = cluster[0].call(
+        "EXECUTE_TASK", CHAT, request_id="mine", on_notification=lambda method, found: told.append({method: found})
+    )
+    progress = [one["PROGRESS"] for one in told if "PROGRESS" in one]
+    assert {(one["request_id"], one["shard_id"]) for one in progress} == {("mine", 2)}, "what a load of it does is told"
     assert [shard for stage in result["stages"] for shard in stage["shards"]] == [0, 1, 2]
 
 

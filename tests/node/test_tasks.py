@@ -187,7 +187,7 @@ class Cluster:
 
     def placement(self, *, auto_load: bool = True) -> Placement:
         context = TaskContext(HERE, ("127.0.0.1", self.ports[HERE]), *cast(Any, (self, self, self)), ctx_size=64)
-        return Placement(context, SIGNED, auto_load, 64)
+        return Placement(context, SIGNED, auto_load, 64, lambda _: None)
 
     def command(self, node: NodeId) -> Command:
         async def load(params: LoadShardParams, call: Call) -> ShardResult:
