@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,8 +37,11 @@ class Remember:
         self._queued.set()
 
     async def write(self, file: ShardFile, content: ContentHash) -> None:
-        """Keep what is known of this file."""
+        """Keep what is known of this file, once its bytes are on the disk: after a power cut a file of the same size
+        and time may hold zeros, and what is remembered is trusted unread.
+        """
         if file.fingerprint:
+            await asyncio.to_thread(_sync, file.path)
             await asyncio.to_thread(self._index.put, file.path, file.fingerprint, content)
 
     async def run(self, on_wrong: Callable[[ShardFile, str], None]) -> None:
@@ -58,6 +62,17 @@ class Remember:
                 elif file.entry and hashed.content.content_id != file.entry.content_id:
                     on_wrong(file, f"{path.name} changed on disk after it came: it holds {hashed.content.content_id}")
                 else:
-                    await self.write(file, hashed.content)
+                    try:
+                        await self.write(file, hashed.content)
+                    except OSError as err:
+                        log.info("%s is hashed at the next start instead: %s", path, err)
             finally:
                 self._queue.pop(path, None)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -103,6 +103,9 @@ class FakeNode:
 
     async def _task(self, params: dict[str, Any], call: Call) -> InferenceResult:
         self.asked.append(params)
+        if params["model"] == "cold":
+            progress = {"request_id": call.request_id, "shard_id": 4, "bytes_done": 1 << 20, "bytes_total": 2 << 20}
+            call.notify("PROGRESS", progress | {"phase": "downloading"})
         if params["stream"]:
             for number, text in enumerate(PIECES):
                 call.notify("TASK_OUTPUT", TaskOutput(request_id=call.request_id, text=text, tokens=[number]))

@@ -339,6 +339,13 @@ def test_generate_streams_text_to_stdout_and_figures_to_stderr(shoal: Shoal, nod
     assert (asked["model"], asked["max_tokens"], asked["seed"], asked["stream"]) == ("smol", 3, 7, True)
 
 
+def test_generate_shows_what_is_loaded_for_it(shoal: Shoal, node: FakeNode) -> None:
+    said = shoal("generate", node.target, "--model", "cold", "--prompt", "hello")
+    assert said.out == "".join(PIECES) + "\n"
+    assert "shard 4 downloading" in said.err
+    assert "1.0/2.0 MiB" in said.err
+
+
 def test_generate_as_json_streams_nothing(shoal: Shoal, node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("from stdin"))
     said = shoal("generate", node.target, "--prompt", "-", "--raw", "--json")
