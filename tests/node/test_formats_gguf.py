@@ -50,7 +50,7 @@ def package_folder(name: str) -> Path:
     """Where a package lies, without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip(f"{name} is not installed")
+        pytest.fail(f"{name} is not installed")
     return Path(spec.submodule_search_locations[0])
 
 

