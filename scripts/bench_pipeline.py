@@ -187,6 +187,8 @@ async def run(args: argparse.Namespace) -> int:
         peer = await LlamaRpc.start(stack, args.rpc_server, args.llama_bench, source, cores[:2], args.tokens)
         for number in range(args.rounds + 1):  # the first round warms up and does not count
             bare = await pinned.generate(args.tokens)
+            start = await two.computed()
+            await two.generate(1)  # what the prompt alone costs the engines
             before = await two.computed()
             split = await two.generate(args.tokens)
             after = await two.computed()
@@ -201,11 +203,16 @@ async def run(args: argparse.Namespace) -> int:
             speeds["three"].append(triple.timings.tokens_per_s)
             for name, value in rpc.items():
                 speeds[name].append(value)
-            steps = max(1, after[0][1] - before[0][1])
-            stages = [1000 * (late[0] - soon[0]) / steps for late, soon in zip(after, before, strict=True)]
+            stages = [decode_ms(*times) for times in zip(start, before, after, strict=True)]
             budget.append([1000 / bare["tokens_per_s"], 1000 / split.timings.tokens_per_s, *stages])
     report(speeds, budget, identical)
     return 0 if identical else 1
+
+
+def decode_ms(start: tuple[float, int], before: tuple[float, int], after: tuple[float, int]) -> float:
+    """Of one decode step on one stage: what came after `before`, less the prompt, which alone ran before it."""
+    prompt_s, prompt_forwards = before[0] - start[0], before[1] - start[1]
+    return 1000 * (after[0] - before[0] - prompt_s) / max(1, after[1] - before[1] - prompt_forwards)
 
 
 def report(speeds: dict[str, list[float]], budget: list[list[float]], identical: bool) -> None:
