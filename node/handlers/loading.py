@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from node.machine import available_memory_bytes
-from node.pipeline.memory import estimate_memory
+from node.pipeline.memory import check_memory
 from node.pipeline.settings import EngineSettings
 from node.pipeline.stage import Stages
 from node.shards.fetching import FetchedShard, FetchProgress
@@ -61,13 +61,12 @@ class ShardLoader:
         """
         started = time.monotonic()
         if not self.is_loaded(signed, entry):
-            _refuse_above(available_memory_bytes(), entry.size, entry)
+            _refuse_above(available_memory_bytes(), entry)
         fetched = await self._fetch(signed, entry, request_id, on_progress)
         on_progress(_loading(entry, request_id))
         async with self._one_load:
             if not self.is_loaded(signed, entry):
-                needed = await asyncio.to_thread(estimate_memory, fetched.path, self._engine)
-                _refuse_above(available_memory_bytes(), needed, entry)
+                await asyncio.to_thread(check_memory, fetched.path, self._engine)
                 await self._stages.load(signed.digest, entry.shard_id, fetched.path, name=signed.manifest.name)
                 log.info("loaded shard %d of %s", entry.shard_id, signed.manifest.name)
         await self.tell_loaded(signed.digest)
@@ -118,13 +117,13 @@ class ShardLoader:
         return fetched
 
 
-def _refuse_above(available: int, needed: int, entry: ShardEntry) -> None:
-    if needed > available:
+def _refuse_above(available: int, entry: ShardEntry) -> None:
+    """Before any byte moves: the weights alone. `check_memory` counts the rest, from the file."""
+    if entry.size > available:
         raise InsufficientMemoryError(
-            f"shard {entry.shard_id} ({entry.filename}) needs about {needed / 1e6:.0f} MB of memory, "
-            f"{available / 1e6:.0f} MB are available; unload something, lower --ctx-size or --max-sessions, or use a "
-            "larger machine",
-            {"needed_bytes": needed, "available_bytes": available},
+            f"shard {entry.shard_id} ({entry.filename}) has {entry.size >> 20} MiB of weights, {available >> 20} MiB "
+            "of memory are available; unload something, or use a larger machine",
+            {"needed_bytes": entry.size, "available_bytes": available},
         )
 
 

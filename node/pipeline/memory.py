@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import psutil
-
 from node.formats.gguf import GgufFile, read_gguf
+from node.machine import available_memory_bytes
 from node.pipeline.hyperparameters import Hyperparameters
 from node.pipeline.settings import EngineSettings
 from protocol.errors import InsufficientMemoryError
@@ -32,7 +31,7 @@ def estimate_memory(path: Path, settings: EngineSettings) -> int:
 def check_memory(path: Path, settings: EngineSettings) -> int:
     """`estimate_memory`, or InsufficientMemoryError where the machine has less than that available now."""
     needed = estimate_memory(path, settings)
-    available = psutil.virtual_memory().available
+    available = available_memory_bytes()
     if needed > available:
         raise InsufficientMemoryError(
             f"loading {path.name} takes about {needed >> 20} MiB for {settings.max_sessions} sessions of "
