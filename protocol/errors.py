@@ -95,6 +95,43 @@ class NoSourceError(ShoalError):
     retryable = True
 
 
+class OriginError(ShoalError):
+    """Raised when an origin does not give or take an object; `details` has `origin`, `key`, `status` and `tried`."""
+
+    code = "origin_error"
+
+
+class OriginNotFoundError(OriginError):
+    """Raised when an origin has no such object, bucket or repository."""
+
+    code = "origin_not_found"
+
+
+class OriginExistsError(OriginError):
+    """Raised when an object was to be written only where there is none, and there is one."""
+
+    code = "origin_exists"
+
+
+class OriginDeniedError(OriginError):
+    """Raised when an origin refuses the credentials, or there are none, or a signature has expired."""
+
+    code = "origin_denied"
+
+
+class OriginUnavailableError(OriginError):
+    """Raised when an origin cannot be reached, does not answer in time, or says that it is overloaded."""
+
+    code = "origin_unavailable"
+    retryable = True
+
+
+class OriginCorruptError(OriginError):
+    """Raised when what an origin gives is not what was asked for: other bytes, fewer, or another range."""
+
+    code = "origin_corrupt"
+
+
 class InvalidShardError(ShoalError):
     """Raised when a file's bytes or structure are not what they must be; it is never seeded or loaded."""
 

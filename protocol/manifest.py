@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import msgpack
@@ -27,6 +28,11 @@ FileName = Annotated[str, msgspec.Meta(min_length=1, max_length=200, pattern=rf"
 """One path component as a peer may name it; `safe_filename` refuses the rest."""
 ManifestName = Annotated[str, msgspec.Meta(min_length=1, max_length=200, pattern=rf"^{_COMPONENT}(/{_COMPONENT})?\Z")]
 """`name` or `owner/name`."""
+MAX_ORIGINS = 8
+OriginText = Annotated[
+    str, msgspec.Meta(min_length=5, max_length=500, pattern=r"^[a-z][a-z0-9+-]*://[^\s\x00-\x1f\x7f?#@]+\Z")
+]
+"""Where objects lie, as a URL: `o3://bucket/prefix`. It names a place and carries no credentials."""
 
 
 class ShardEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -87,26 +93,30 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return self.shards[shard_id]
 
 
-class SignedManifest(msgspec.Struct, frozen=True, kw_only=True):
+class SignedManifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A manifest with the name and signature of who vouches for it."""
 
     manifest: Manifest
     publisher: NodeId
     signature: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{128}\Z")]
+    origins: Annotated[tuple[OriginText, ...], msgspec.Meta(max_length=MAX_ORIGINS)] = ()
+    """Where the publisher put the shards, best first; signed, but no part of the digest, which names content alone."""
 
     @property
     def digest(self) -> ManifestDigest:
         return self.manifest.digest
 
 
-def sign_manifest(manifest: Manifest, key: SigningKey) -> SignedManifest:
+def sign_manifest(manifest: Manifest, key: SigningKey, origins: Iterable[str] = ()) -> SignedManifest:
     """Raise InvalidManifestError for what `manifest_from_wire` would refuse: nobody else would take it."""
+    unsigned = SignedManifest(manifest=manifest, publisher=key.node_id, signature="0" * 128, origins=tuple(origins))
     try:
-        msgspec.convert(msgspec.to_builtins(manifest), Manifest)
+        msgspec.convert(msgspec.to_builtins(unsigned), SignedManifest)
     except msgspec.ValidationError as err:
         raise InvalidManifestError(f"{manifest.name!r} is no manifest: {err}") from None
     check_manifest(manifest)
-    return SignedManifest(manifest=manifest, publisher=key.node_id, signature=key.sign(_signed_bytes(manifest)).hex())
+    signature = key.sign(_signed_bytes(manifest, unsigned.origins)).hex()
+    return msgspec.structs.replace(unsigned, signature=signature)
 
 
 def manifest_from_wire(value: object, expected: ManifestDigest | None = None) -> SignedManifest:
@@ -120,7 +130,8 @@ def manifest_from_wire(value: object, expected: ManifestDigest | None = None) ->
     except msgspec.ValidationError as err:
         raise InvalidManifestError(f"not a signed manifest: {err}") from None
     check_manifest(signed.manifest)
-    if not is_signed_by(signed.publisher, _signed_bytes(signed.manifest), bytes.fromhex(signed.signature)):
+    body = _signed_bytes(signed.manifest, signed.origins)
+    if not is_signed_by(signed.publisher, body, bytes.fromhex(signed.signature)):
         raise InvalidManifestError(
             f"the signature of manifest {signed.manifest.name!r} is not that of its publisher {signed.publisher}"
         )
@@ -173,8 +184,10 @@ def safe_filename(name: str) -> str:
     return name
 
 
-def _signed_bytes(manifest: Manifest) -> bytes:
-    return b"shoal-manifest-v1\0" + manifest.canonical_body()
+def _signed_bytes(manifest: Manifest, origins: tuple[str, ...]) -> bytes:
+    if not origins:
+        return b"shoal-manifest-v1\0" + manifest.canonical_body()
+    return b"shoal-manifest-origins-v1\0" + bytes(msgpack.packb([manifest.canonical_body(), list(origins)]))
 
 
 def _sorted(value: Any) -> Any:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, NewType, TypeVar
+from typing import Annotated, Any, Literal, NewType
 
 import msgpack
 import msgspec
 
 from protocol.errors import InvalidRecordError
-from protocol.ids import ManifestDigest, NodeId, Port
+from protocol.ids import ContentId, ManifestDigest, NodeId, Port
 from protocol.manifest import ManifestName
 from protocol.signing import SIGNATURE_BYTES, SigningKey, is_signed_by
 
@@ -73,8 +73,14 @@ class NodeInfo(msgspec.Struct, frozen=True, array_like=True, tag=3):
     cores: Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)]
 
 
-Payload = Provider | Name | NodeInfo
-P = TypeVar("P", Provider, Name, NodeInfo)
+class Want(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """A node takes its part of a shard's pieces from the origin; under `wanted_key`. Short-lived: it is a lease."""
+
+    host: Host
+    bt_port: Port
+
+
+Payload = Provider | Name | NodeInfo | Want
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -113,6 +119,10 @@ def directory_key(cluster: str) -> RecordKey:
 
 def nodes_key(cluster: str) -> RecordKey:
     return _key(cluster, "nodes", "")
+
+
+def wanted_key(cluster: str, content_id: ContentId) -> RecordKey:
+    return _key(cluster, "wanted", content_id)
 
 
 def _key(cluster: str, what: str, subject: str) -> RecordKey:
@@ -161,7 +171,7 @@ def open_record(key: RecordKey, packed: bytes, *, now: float | None = None) -> R
             sequence=msgspec.convert(sequence, int),
             expires=msgspec.convert(expires, int),
             withdrawn=msgspec.convert(withdrawn, bool),
-            payload=msgspec.convert(payload, Provider | Name | NodeInfo),
+            payload=msgspec.convert(payload, Payload),
             packed=packed,
         )
     except (ValueError, TypeError, AttributeError, RecursionError, msgspec.ValidationError) as err:

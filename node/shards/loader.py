@@ -173,7 +173,7 @@ class Loader:
         if hashed.content.content_id != fetch.entry.content_id:
             raise InvalidShardError(f"{copy.path.name} was changed: it is not the shard that it was; fetch it again")
         file = self._seeding(fetch, path, hashed.fingerprint)
-        await self._seeds.start(file, hashed.content.piece_layer)
+        await self._seeds.start(file, hashed.content.piece_layer, verified=True)
         self._catalog.put(file)
         await self._remember.write(file, hashed.content)
         return path

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from node.swarm.torrent import PeerAddress, Torrent
-from protocol.ids import InfoHash, ManifestDigest, NodeId
-from protocol.manifest import SignedManifest
+from protocol.ids import ContentId, InfoHash, ManifestDigest, NodeId
+from protocol.manifest import ShardEntry, SignedManifest
 
 
 class Progress(Protocol):
@@ -50,7 +50,8 @@ class Swarm(Protocol):
     @property
     def port(self) -> int: ...
 
-    async def seed(self, torrent: Torrent, path: Path, piece_layer: bytes) -> None: ...
+    async def seed(self, torrent: Torrent, path: Path, piece_layer: bytes, *, verified: bool = False) -> None:
+        """`verified`: it was hashed a moment ago."""
 
     async def download(self, torrent: Torrent, path: Path) -> Any:
         """A `Download`."""
@@ -94,8 +95,25 @@ class FoundName(Protocol):
     def digest(self) -> ManifestDigest: ...
 
 
+class FoundWant(Protocol):
+    """A node that takes pieces of a shard from the origin at this moment."""
+
+    @property
+    def node_id(self) -> NodeId: ...
+
+    @property
+    def host(self) -> str: ...
+
+    @property
+    def bt_port(self) -> int: ...
+
+
 class Discovery(Protocol):
     """Says who has what."""
+
+    @property
+    def node_id(self) -> NodeId:
+        """Our own."""
 
     async def announce_shards(
         self,
@@ -115,6 +133,41 @@ class Discovery(Protocol):
     async def find_name(self, name: str) -> Sequence[FoundName]: ...
 
     async def list_names(self) -> Sequence[FoundName]: ...
+
+    async def announce_want(self, content_id: ContentId, bt_port: int, *, ttl_s: int) -> None:
+        """Say that we take our part of this content from the origin; refreshed until withdrawn."""
+
+    async def withdraw_want(self, content_id: ContentId) -> None: ...
+
+    async def find_wants(self, content_id: ContentId) -> Sequence[FoundWant]:
+        """Who else does, ourselves not among them."""
+
+
+class OriginPlace(Protocol):
+    """One origin that may have the shards of a manifest. Raises OriginError and its children."""
+
+    @property
+    def url(self) -> str:
+        """For messages; no credentials in it."""
+
+    async def piece_layer(self, entry: ShardEntry) -> bytes:
+        """As the origin claims it, unchecked; empty where it has none."""
+
+    def stream(self, entry: ShardEntry, start: int, end: int) -> AsyncIterator[bytes]:
+        """The shard's bytes [start, end) as they come; what was given out before a failure counts."""
+
+
+class Origin(Protocol):
+    """Where shards come from when no peer has them."""
+
+    def places(self, signed: SignedManifest) -> Sequence[OriginPlace]:
+        """The origins to ask for shards of this manifest, best first."""
+
+    async def find_manifests(self, kind: str | None, name: str) -> Sequence[SignedManifest]:
+        """What the name means at each of the node's own origins."""
+
+    async def manifest_at(self, url: str) -> SignedManifest:
+        """The manifest at a URL, checked."""
 
 
 FetchManifest = Callable[[Any, ManifestDigest], Awaitable[SignedManifest]]
