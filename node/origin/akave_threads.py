@@ -1,0 +1,83 @@
+"""Blocking calls of the akavesdk off the event loop: in threads of their own, few at once, none waited for at exit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class StalledError(Exception):
+    """Raised when a call did not come back in time, or no thread came free for one."""
+
+
+class CallThreads:
+    """At most `limit` calls at once, each in a daemon thread.
+
+    The SDK gives its gRPC calls no deadline, and a thread cannot be ended from outside: one that hangs keeps its place
+    until the call comes back, so that a node that answers nobody costs `limit` threads and no more. The pools of
+    asyncio and concurrent.futures are joined at exit, where such a thread would hang the process.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._free = asyncio.Semaphore(limit)
+
+    @property
+    def busy(self) -> bool:
+        """Whether as many calls as may be are going on."""
+        return self._free.locked()
+
+    async def run(
+        self, call: Callable[[], T], *, timeout_s: float, moved: Callable[[], int] | None = None, queue: bool = False
+    ) -> T:
+        """The call's result, or what it raised. StalledError after `timeout_s` in which `moved()` stayed as it was.
+
+        `queue`: wait for a free thread as long as it takes. When this is cancelled the call goes on unheard.
+        """
+        try:
+            async with asyncio.timeout(None if queue else timeout_s):
+                await self._free.acquire()
+        except TimeoutError:
+            raise StalledError(f"all calls before it have hung for {timeout_s:.0f} s") from None
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        try:
+            threading.Thread(target=self._work, args=(call, loop, future), name="akavesdk", daemon=True).start()
+        except BaseException:
+            self._free.release()
+            raise
+        before = moved() if moved else 0
+        try:
+            while True:
+                done, _ = await asyncio.wait((future,), timeout=timeout_s)
+                if done:
+                    return future.result()
+                now = moved() if moved else before
+                if now == before:
+                    raise StalledError(f"nothing came back for {timeout_s:.0f} s")
+                before = now
+        finally:
+            future.cancel()  # what comes later is not listened to
+
+    def _work(self, call: Callable[[], T], loop: asyncio.AbstractEventLoop, future: asyncio.Future[T]) -> None:
+        result: Any = None
+        error: BaseException | None = None
+        try:
+            result = call()
+        except BaseException as caught:
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+            loop.call_soon_threadsafe(self._end, future, result, error)
+
+    def _end(self, future: asyncio.Future[T], result: T, error: BaseException | None) -> None:
+        self._free.release()
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
