@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow check format bench clean
+.PHONY: demo test test-slow testbed check format bench clean
 
 demo: $(VENV)/.model
 	@$(BIN)/python -m node demo
@@ -16,6 +16,10 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+# Five nodes, an origin and a coordinator in containers; see docs/testbed.md.
+testbed:
+	@scripts/testbed.sh
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -32,6 +36,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python scripts/bench_transport.py
 	$(BIN)/python scripts/bench_pipeline.py
 	$(BIN)/python scripts/bench_swarm.py
+	$(BIN)/python scripts/bench_origin.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
