@@ -1,0 +1,122 @@
+"""Secrets: read from the environment or from files, shown nowhere."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from protocol.errors import InvalidParamsError, OriginDeniedError
+
+SHOWN = "***"
+MAX_FILE_BYTES = 65_536
+
+
+class Secret:
+    """A string that prints as ***, in every way of printing. A pickle of it holds nothing of it."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value: str | None = value
+
+    def reveal(self) -> str:
+        """The string. Raises OriginDeniedError where this came out of a pickle, which carries none."""
+        if self._value is None:
+            raise OriginDeniedError(
+                "credentials do not travel in pickles; read them again in this process, from the environment or files"
+            )
+        return self._value
+
+    def __repr__(self) -> str:
+        return SHOWN
+
+    __str__ = __repr__
+
+    def __format__(self, spec: str) -> str:
+        return format(SHOWN, spec)
+
+    def __bool__(self) -> bool:
+        return bool(self._value)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Secret):
+            return NotImplemented
+        if self._value is None or other._value is None:
+            return self._value is other._value
+        return hmac.compare_digest(self._value.encode(), other._value.encode())
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+    def __copy__(self) -> Secret:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Secret:
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_withheld, ())
+
+
+def _withheld() -> Secret:
+    secret = Secret("")
+    secret._value = None
+    return secret
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What the origins ask for; None where the environment has nothing."""
+
+    o3_access_key: Secret | None = None
+    o3_secret_key: Secret | None = None
+    akave_private_key: Secret | None = None
+    s3_access_key: Secret | None = None
+    s3_secret_key: Secret | None = None
+    s3_session_token: Secret | None = None
+    hf_token: Secret | None = None
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str]) -> Credentials:
+        """Read each variable, or the file that the variable with `_FILE` at its end names.
+
+        Raises InvalidParamsError where both are set, or a file cannot be read.
+        """
+        return cls(
+            o3_access_key=read_secret(env, "AKAVE_O3_ACCESS_KEY"),
+            o3_secret_key=read_secret(env, "AKAVE_O3_SECRET_KEY"),
+            akave_private_key=read_secret(env, "AKAVE_PRIVATE_KEY"),
+            s3_access_key=read_secret(env, "AWS_ACCESS_KEY_ID"),
+            s3_secret_key=read_secret(env, "AWS_SECRET_ACCESS_KEY"),
+            s3_session_token=read_secret(env, "AWS_SESSION_TOKEN"),
+            hf_token=read_secret(env, "HF_TOKEN"),
+        )
+
+
+def read_secret(env: Mapping[str, str], name: str) -> Secret | None:
+    """The secret `name`, from the variable or from the file that `name`_FILE names; None where neither is set.
+
+    An empty variable counts as none: compose files make such. Raises InvalidParamsError.
+    """
+    value, path = env.get(name, "").strip(), env.get(f"{name}_FILE", "").strip()
+    if value and path:
+        raise InvalidParamsError(f"{name} and {name}_FILE are both set; set one of them")
+    if path:
+        value = _read(name, Path(path))
+    return Secret(value) if value else None
+
+
+def _read(name: str, path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+        value = raw.decode().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise InvalidParamsError(f"{name}_FILE names {path}, which cannot be read: {reason}") from None
+    if not value or len(raw) > MAX_FILE_BYTES:
+        what = "empty" if not value else f"larger than {MAX_FILE_BYTES} bytes"
+        raise InvalidParamsError(f"{name}_FILE names {path}, which is {what}; it should hold the secret alone")
+    return value

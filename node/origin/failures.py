@@ -1,0 +1,119 @@
+"""What an origin answered, as our errors: made here, so that each names the same things and none a credential."""
+
+from __future__ import annotations
+
+import re
+
+from protocol.errors import (
+    OriginCorruptError,
+    OriginDeniedError,
+    OriginError,
+    OriginExistsError,
+    OriginNotFoundError,
+    OriginUnavailableError,
+)
+
+_DENIED_CODES = {
+    "AccessDenied",
+    "AuthorizationHeaderMalformed",
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+}
+"""S3 answers some of them with 400."""
+_RETRY_CODES = {"InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown", "TooManyRequests"}
+_CODE = re.compile(r"[A-Za-z]{3,40}")
+
+
+def failed(
+    kind: type[OriginError],
+    did: str,
+    found: str,
+    advice: str,
+    *,
+    origin: str,
+    key: str,
+    status: int | None = None,
+    retry_after_s: float | None = None,
+) -> OriginError:
+    """An error that says what was asked of whom, what was found, and what to do. `details.tried` counts the tries."""
+    what = f"{did} {key!r}" if key else did
+    details: dict[str, object] = {
+        "origin": origin,
+        "key": key,
+        "status": "" if status is None else str(status),
+        "tried": 1,
+    }
+    if retry_after_s is not None:
+        details["retry_after_s"] = retry_after_s
+    return kind(f"{origin}: {what}: {found}; {advice}", details)
+
+
+def answered(
+    status: int,
+    code: str,
+    did: str,
+    *,
+    origin: str,
+    key: str,
+    retry_after_s: float | None = None,
+    credentials: str = "",
+) -> OriginError:
+    """The error for an HTTP status that is not a success. `code` is S3's, or empty; `credentials` says where from."""
+    code = code if _CODE.fullmatch(code) else ""
+    found = f"the answer was {status}" + (f" {code}" if code else "")
+    kind, advice = _meaning(status, code, credentials)
+    return failed(kind, did, found, advice, origin=origin, key=key, status=status, retry_after_s=retry_after_s)
+
+
+def _meaning(status: int, code: str, credentials: str) -> tuple[type[OriginError], str]:
+    if status in (401, 403, 407) or code in _DENIED_CODES:
+        return OriginDeniedError, _access_advice(code, credentials)
+    if status in (404, 410):
+        return OriginNotFoundError, (
+            "check the bucket's name" if code == "NoSuchBucket" else "check the URL, or publish it there first"
+        )
+    if status in (408, 425, 429) or code in _RETRY_CODES or (status >= 500 and status != 501):
+        return OriginUnavailableError, "it is overloaded or unwell: try again later, or name another origin"
+    if status in (409, 412):
+        return OriginExistsError, "there is another object by that name, or it changed meanwhile"
+    if status == 416:
+        return OriginCorruptError, "the object there is smaller than it should be: publish it again"
+    return OriginError, "the origin cannot do this"
+
+
+def _access_advice(code: str, credentials: str) -> str:
+    if code == "RequestTimeTooSkewed":
+        return "set this machine's clock"
+    if code in ("ExpiredToken", "TokenRefreshRequired"):
+        return f"get new credentials ({credentials})" if credentials else "get new credentials"
+    return f"check the credentials ({credentials}) and what they may do" if credentials else "it is not public"
+
+
+def unreachable(did: str, found: str, *, origin: str, key: str) -> OriginError:
+    """The error for no answer at all: no connection, a broken one, or nothing in time."""
+    advice = "check the network and the endpoint, or name another origin"
+    return failed(OriginUnavailableError, did, found, advice, origin=origin, key=key)
+
+
+def corrupt(did: str, found: str, *, origin: str, key: str, broke_off: bool = False) -> OriginError:
+    """The error for bytes that are not those that were asked for.
+
+    `broke_off`, in `details` too: what came is good as far as it goes, and another try may bring the rest.
+    """
+    error = failed(OriginCorruptError, did, found, "ask again, or another origin", origin=origin, key=key)
+    if broke_off:
+        error.details["broke_off"] = True
+    return error
+
+
+def after_tries(error: OriginError, tries: int, seconds: float) -> OriginError:
+    """The same error, that also says how often it was tried."""
+    error.details["tried"] = tries
+    if tries > 1:
+        error.message = f"{error.message} (tried {tries} times in {seconds:.1f} s)"
+        error.args = (error.message,)
+    return error

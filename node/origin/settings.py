@@ -1,0 +1,79 @@
+"""What the origins of one process need to know."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from node.origin.credentials import Credentials
+from protocol.errors import InvalidParamsError
+
+O3_ENDPOINT = "https://o3-rc2.akave.xyz"
+"""Akave's community gateway (docs.akave.xyz); a credential may be of another one."""
+O3_REGION = "akave-network"
+
+Backend = Literal["auto", "gateway", "native"]
+
+
+@dataclass(frozen=True)
+class OriginSettings:
+    """Origins, endpoints, credentials and times. Raises InvalidParamsError where they make no sense."""
+
+    origins: tuple[str, ...] = ()
+    """URLs, the one to ask first in front."""
+    o3_endpoint: str = O3_ENDPOINT
+    o3_region: str = O3_REGION
+    o3_backend: Backend = "auto"
+    """How o3:// goes: by the S3 gateway, by the native SDK, or auto: native where the SDK is importable and
+    AKAVE_PRIVATE_KEY is set. akave:// is always native."""
+    s3_endpoint: str | None = None
+    """None: Amazon's of the region."""
+    s3_region: str = "us-east-1"
+    hf_endpoint: str = "https://huggingface.co"
+    akave_node: str = "connect.akave.ai:5500"
+    """HOST:PORT of an Akave node, for the native SDK."""
+    akave_ipc: str | None = None
+    """HOST:PORT of its IPC service; None: the node's."""
+    encryption_key_file: Path | None = None
+    """A file with the key that objects are encrypted with before they leave this machine; None: they are plain."""
+    credentials: Credentials = field(default_factory=Credentials)
+    connect_timeout_s: float = 10.0
+    read_timeout_s: float = 60.0
+    """Without a byte."""
+    timeout_s: float = 6 * 3600.0
+    """Of a whole request, however slowly its bytes come: a large shard may take hours, and `read_timeout_s` ends one
+    that hangs."""
+    retry_total_s: float = 30.0
+    """How long a store tries again by itself."""
+
+    def __post_init__(self) -> None:
+        if self.o3_backend not in ("auto", "gateway", "native"):
+            raise InvalidParamsError(f"the O3 backend {self.o3_backend!r} is none of auto, gateway, native")
+        for name in ("o3_endpoint", "s3_endpoint", "hf_endpoint"):
+            endpoint = getattr(self, name)
+            if endpoint is not None and not endpoint.startswith(("https://", "http://")):
+                raise InvalidParamsError(f"{name} is {endpoint!r}; it must be https://HOST[:PORT]")
+        for name in ("connect_timeout_s", "read_timeout_s", "timeout_s"):
+            if not getattr(self, name) > 0:
+                raise InvalidParamsError(f"{name} is {getattr(self, name)}; it must be above 0")
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str] = os.environ, **overrides: Any) -> OriginSettings:
+        """Credentials, and what S3 tools take from the environment beside them; `overrides` are fields of this class.
+
+        An override that is None leaves the default. Raises InvalidParamsError.
+        """
+        found: dict[str, Any] = {
+            "credentials": Credentials.from_environment(env),
+            "s3_endpoint": env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL"),
+            "s3_region": env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION"),
+            "hf_endpoint": env.get("HF_ENDPOINT"),
+        }
+        unknown = overrides.keys() - {one.name for one in fields(cls)}
+        if unknown:
+            raise InvalidParamsError(f"origins have no setting {sorted(unknown)[0]!r}")
+        found = {name: value for name, value in found.items() if value}
+        return cls(**found | {name: value for name, value in overrides.items() if value is not None})
