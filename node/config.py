@@ -26,6 +26,8 @@ from pydantic_settings import (
 from node.machine import usable_cores
 
 CONFIG_FILENAME = "config.toml"
+KEY_FILENAME = "node.key"
+"""In `data_dir`: the node's identity."""
 ENV_PREFIX = "SHOAL_"
 
 
@@ -77,10 +79,16 @@ def _addresses(value: Any) -> Any:
     return tuple(Address.parse(word) if isinstance(word, str) else word for word in words)
 
 
+def _texts(value: Any) -> Any:
+    words = _split_words(value)
+    return tuple(words) if isinstance(words, list) else words
+
+
 def _assignments(value: Any) -> Any:
     return tuple(Assignment.parse(word) if isinstance(word, str) else word for word in _split_words(value))
 
 
+Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_texts)]
 Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 PortOrFree = Annotated[int, Field(ge=0, le=65535)]
 
@@ -109,6 +117,23 @@ class Settings(BaseSettings):
     bt_port: PortOrFree = 7402
     http_port: PortOrFree = 7480
     bootstrap: Annotated[tuple[Address, ...], NoDecode, BeforeValidator(_addresses)] = ()
+    origins: Texts = ()
+    """URLs of where shards come from when no peer has them, the one to ask first in front."""
+    manifests: Texts = ()
+    """URLs of manifests that this node holds from its start on."""
+    o3_endpoint: str | None = None
+    """Of Akave's S3 gateway; the community's unless given."""
+    o3_region: str | None = None
+    o3_backend: Annotated[str, Field(pattern=r"^(auto|gateway|native)$")] = "auto"
+    """How o3:// is reached: the S3 gateway, or the SDK where it is installed and has a key."""
+    s3_endpoint: str | None = None
+    """Of s3:// origins; Amazon's unless given."""
+    akave_node: str | None = None
+    """HOST:PORT of an Akave node, for the SDK."""
+    akave_ipc: str | None = None
+    """HOST:PORT of its IPC endpoint."""
+    origin_key_file: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
+    """Holds the key that objects are encrypted with at the origins."""
     threads: Annotated[int, Field(ge=1, le=1024)] = Field(default_factory=usable_cores)
     """Of an engine process."""
     gpu_layers: Annotated[int, Field(ge=0, le=100_000)] = 0

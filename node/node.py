@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 
 from node.background import Background
-from node.config import Assignment, Settings
+from node.config import KEY_FILENAME, Assignment, Settings
 from node.discovery import Discovery, DiscoverySettings, FoundProvider
 from node.handlers.info import InfoHandlers, current_info
 from node.handlers.loading import ShardLoader
@@ -20,10 +20,13 @@ from node.handlers.shards import ShardHandlers
 from node.handlers.table import command_table
 from node.http import HttpServer, render_metrics
 from node.machine import available_memory_bytes, usable_cores
+from node.origin.configured import origin_settings
+from node.origin.origins import Origins
 from node.pipeline.process import StageSettings
 from node.pipeline.settings import EngineSettings
 from node.pipeline.stage import Stages
 from node.rpc import Command, RpcServer
+from node.shards.pinning import keep_held
 from node.shards.settings import ShardsSettings
 from node.shards.shards import Shards
 from node.swarm import Swarm, SwarmSettings
@@ -38,7 +41,6 @@ from protocol.signing import SigningKey
 
 log = logging.getLogger(__name__)
 
-KEY_FILENAME = "node.key"
 RETRY_ASSIGNMENT_S = 2.0
 LONGEST_RETRY_S = 30.0
 ANNOUNCE_NODE_S = 60.0
@@ -76,6 +78,7 @@ async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callabl
         swarm = await enter(Swarm.open(_swarm_settings(settings)))
         with _naming("the DHT", settings.listen, settings.dht_port):
             discovery = await enter(Discovery.open(_discovery_settings(settings, advertise), key))
+        origins = await enter(Origins.open(origin_settings(settings), trusted=settings.manifests))
         shards = await enter(
             Shards.open(
                 ShardsSettings(settings.shards_dir, settings.data_dir, min_free_disk=settings.min_free_disk),
@@ -84,6 +87,7 @@ async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callabl
                 fetch_manifest=fetch_manifest,
                 key=key,
                 rpc_port=rpc_port,
+                origin=origins,
             )
         )
         stages = await enter(
@@ -103,6 +107,7 @@ async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callabl
             threads=settings.threads,
             swarm=swarm,
             discovery=discovery,
+            origins=origins,
             shards=shards,
             stages=stages,
             server=server,
@@ -133,6 +138,8 @@ async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callabl
                 )
             )
         background.start(_announce_node(discovery, here), name="announcing the node")
+        for url in settings.manifests:
+            background.start(keep_held(shards, settings.shards_dir, url), name=f"manifest {url}")
         for assignment in settings.assign:
             for shard_id in assignment.shard_ids:
                 background.start(
@@ -261,4 +268,5 @@ def _own_address(listen: str) -> str:
             probe.connect(("192.0.2.1", 9))
             return str(probe.getsockname()[0])
         except OSError:
+            log.warning("this machine has no route out, so others are told 127.0.0.1: give --advertise HOST")
             return "127.0.0.1"

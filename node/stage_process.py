@@ -37,10 +37,11 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--engine", required=True)
+    parser.add_argument("--log-level", type=int, default=logging.INFO)
     args = parser.parse_args()
     _die_with(args.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the daemon ends us in order
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s engine[%(process)d]: %(message)s")
+    logging.basicConfig(level=args.log_level, format="%(asctime)s %(levelname)-7s engine[%(process)d]: %(message)s")
     _take_over_stdout()
     code = 1
     try:

@@ -3,7 +3,9 @@
 app       the commands, and `serve` as the default one
 serve     the daemon
 split     cut a model into shards
-publish   put files where the daemon shares them
+publish   put files where the daemon shares them, and at origins (placing, uploading)
+pull      have a model or data set on a node's disk
+verify    every copy against the manifest
 remote    call, nodes, status, generate: one RPC each
 demo      three nodes, one model, one generation
 console   how all of them print

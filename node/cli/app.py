@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from node.cli import demo, publish, remote, serve, split
+from node.cli import demo, publish, pull, remote, serve, split, verify
 from node.cli.console import fail
 from node.config import ConfigError
 from protocol.errors import ShoalError
@@ -21,6 +21,8 @@ app = typer.Typer(
 app.command("serve", epilog=serve.EPILOG)(serve.serve)
 app.command("split", epilog=split.EXAMPLES)(split.split)
 app.command("publish", epilog=publish.EXAMPLES)(publish.publish)
+app.command("pull", epilog=pull.EXAMPLES)(pull.pull)
+app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
 app.command("call", epilog=remote.CALL_EXAMPLES)(remote.call)
 app.command("nodes", epilog=remote.NODES_EXAMPLES)(remote.nodes)
 app.command("status", epilog=remote.STATUS_EXAMPLES)(remote.status)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -59,19 +60,23 @@ def bytes_progress(console: Console = err) -> Progress:
     )
 
 
-def show_manifest(manifest: Manifest, folder: Path, *, json_output: bool) -> None:
-    """What was split or published: a line a shard, then the name that finds it."""
+def show_manifest(
+    manifest: Manifest, folder: Path | None, *, json_output: bool, more: Mapping[str, Any] | None = None
+) -> None:
+    """What was split or published: a line a shard, then the name that finds it. `more` goes into the JSON."""
     if json_output:
-        print_json({"digest": manifest.digest, "folder": str(folder), "manifest": manifest})
+        where = {"digest": manifest.digest, "folder": str(folder) if folder else None, "manifest": manifest}
+        print_json(where | dict(more or {}))
         return
     for entry in manifest.shards[:SHOWN_SHARDS]:
         layers = "" if entry.end_layer is None else f"  layers [{entry.start_layer}, {entry.end_layer})"
         line = f"  {entry.shard_id:>4}  {entry.filename}  {human_bytes(entry.size)}{layers}"
         out.print(line, markup=False, soft_wrap=True)
-    if (more := len(manifest.shards) - SHOWN_SHARDS) > 0:
-        out.print(f"        and {more} more")
+    if (left := len(manifest.shards) - SHOWN_SHARDS) > 0:
+        out.print(f"        and {left} more")
     count = "1 file" if len(manifest.shards) == 1 else f"{len(manifest.shards)} shards"
-    line = f"{manifest.kind} {manifest.name}: {count}, {human_bytes(manifest.total_bytes)}, in {folder}"
+    line = f"{manifest.kind} {manifest.name}: {count}, {human_bytes(manifest.total_bytes)}"
+    line += f", in {folder}" if folder else ""
     out.print(line, markup=False, soft_wrap=True)
     out.print(f"{manifest.name}@{manifest.digest}", markup=False, soft_wrap=True)
 

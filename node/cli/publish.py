@@ -1,12 +1,10 @@
-"""`publish`: put files into the shards folder of a daemon, which seeds and announces them."""
+"""`publish`: put files into the shards folder of a daemon, which seeds and announces them, and at origins."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -16,20 +14,24 @@ import typer
 from rich.progress import Progress, TaskID
 
 from node.cli.console import bytes_progress, err, examples, fail, show_manifest
-from node.config import load_settings
+from node.cli.placing import held_at, place_all
+from node.cli.uploading import check_origins, named_origins, show_published, upload
+from node.config import KEY_FILENAME, Settings, load_settings
 from node.formats.kinds import kind_of
 from node.shards.hasher import FileChangedError, Hasher
 from node.shards.holding import Holding, folder_names, read_manifest, shard_path
 from node.shards.scan import LOOSE_KINDS
-from protocol.content import hash_file
 from protocol.errors import InvalidManifestError, InvalidShardError
+from protocol.ids import ContentId
 from protocol.manifest import (
     MANIFEST_FILENAME,
     Manifest,
     ManifestName,
     ShardEntry,
+    SignedManifest,
     check_manifest,
     safe_filename,
+    sign_manifest,
 )
 from protocol.signing import SigningKey
 
@@ -37,6 +39,8 @@ EXAMPLES = examples(
     "python -m node publish train/*.parquet --name fineweb-edu",
     "python -m node publish cut/my-model",
     "python -m node publish weights.gguf --shards-dir /data/shards",
+    "python -m node publish cut/my-model --origin o3://bucket/shoal",
+    "python -m node publish train/*.parquet --name fineweb-edu --origin s3://bucket --only-origin",
 )
 
 
@@ -47,40 +51,95 @@ def publish(
     config: Annotated[Path | None, typer.Option(help="The daemon's TOML file.", envvar="SHOAL_CONFIG")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="The daemon's.")] = None,
     shards_dir: Annotated[Path | None, typer.Option(help="The daemon's. Default: DATA_DIR/shards.")] = None,
+    origin: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="Also upload to this origin; repeatable.")
+    ] = None,
+    only_origin: Annotated[bool, typer.Option("--only-origin", help="Leave the daemon's shards folder alone.")] = False,
+    o3_endpoint: Annotated[str | None, typer.Option(metavar="URL", help="Of Akave's gateway.")] = None,
+    s3_endpoint: Annotated[str | None, typer.Option(metavar="URL", help="Of s3:// origins. Default: Amazon's.")] = None,
+    origin_key_file: Annotated[Path | None, typer.Option(help="The key to encrypt objects with.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print digest, folder and manifest as JSON.")] = False,
 ) -> None:
-    """Put files where a daemon seeds and announces them.
+    """Put files where a daemon seeds them, and at origins.
 
     A running daemon takes them up within seconds. One file without --name is a loose file, found by its file name;
     several files, a folder, or any with --name are a data set; a folder made by `split` is that model. Files are
     linked where the disk is the same (do not change them in place afterwards), copied otherwise.
     """
-    root = load_settings(config=config, data_dir=data_dir, shards_dir=shards_dir).shards_dir
+    if only_origin and not origin:
+        fail("--only-origin needs an --origin URL", code=2)
+    settings = load_settings(
+        config=config,
+        data_dir=data_dir,
+        shards_dir=shards_dir,
+        o3_endpoint=o3_endpoint,
+        s3_endpoint=s3_endpoint,
+        origin_key_file=origin_key_file,
+    )
+    stores = check_origins(settings, origin or [])
+    chosen = _chosen(paths, name)
+    manifest, root = chosen.manifest, settings.shards_dir
+    if manifest.kind != "file":
+        target = root / manifest.name.replace("/", "--")
+    elif manifest.shards[0].kind in LOOSE_KINDS.values() and not origin:
+        target = root
+    else:  # a daemon shares a loose file that is neither GGUF nor parquet only where a manifest names it
+        target = root / folder_names(manifest.name, manifest.digest)[0]
+    signed = _signed(chosen, target, settings, origin) if origin else None
+    if not only_origin:
+        place_all(manifest, chosen.files, target, signed, loose=target == root)
+    published = upload(signed, chosen.files, chosen.layers, stores) if signed else []
+    more = {"origins": [asdict(one) for one in published]} if origin else {}
+    show_manifest(manifest, None if only_origin else target, json_output=json_output, more=more)
+    if not json_output:
+        show_published(published)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What is to be published."""
+
+    manifest: Manifest
+    files: Mapping[str, Path]
+    """By file name."""
+    layers: Mapping[ContentId, bytes] | None
+    """Piece layers by content; None where nothing was hashed yet."""
+    origins: tuple[str, ...] = ()
+    """Where it lies already, as its manifest says."""
+
+
+def _chosen(paths: Sequence[Path], name: str | None) -> _Chosen:
     held = _manifest_of(paths[0]) if len(paths) == 1 else None
     if held is not None:
-        if name is not None and name != held.name:
-            fail(f"{paths[0]} holds a manifest, which names it {held.name!r}: leave --name out", code=2)
-        target = root / held.name.replace("/", "--")
-        _place_all(held, {entry.filename: paths[0] / entry.filename for entry in held.shards}, target)
-        show_manifest(held, target, json_output=json_output)
-        return
+        manifest = held.manifest
+        if name is not None and name != manifest.name:
+            fail(f"{paths[0]} holds a manifest, which names it {manifest.name!r}: leave --name out", code=2)
+        files = {entry.filename: paths[0] / entry.filename for entry in manifest.shards}
+        return _Chosen(manifest, files, None, held.signed.origins)
     files = _files_of(paths)
     if name is None and len(paths) == 1:
         name = None if paths[0].is_file() else paths[0].resolve().name
     elif name is None:
         fail("several paths need a --name for the data set that they become", code=2)
-    manifest = _manifest("file" if name is None else "dataset", next(iter(files)) if name is None else name, files)
-    if name is not None:
-        target = root / name.replace("/", "--")
-    elif manifest.shards[0].kind in LOOSE_KINDS.values():
-        target = root
-    else:  # a daemon shares a loose file that is neither GGUF nor parquet only where a manifest names it
-        target = root / folder_names(manifest.name, manifest.digest)[0]
-    _place_all(manifest, files, target, loose=target == root)
-    show_manifest(manifest, target, json_output=json_output)
+    manifest, layers = _hashed(
+        "file" if name is None else "dataset", next(iter(files)) if name is None else name, files
+    )
+    return _Chosen(manifest, files, layers)
 
 
-def _manifest_of(folder: Path) -> Manifest | None:
+def _signed(chosen: _Chosen, target: Path, settings: Settings, urls: Sequence[str]) -> SignedManifest:
+    """The manifest, signed by this machine's node, with these origins and those that were named before."""
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        key = SigningKey.load_or_create(settings.data_dir / KEY_FILENAME)
+    except ValueError as error:
+        fail(error)
+    held = held_at(target, chosen.manifest)
+    before = held.signed.origins if held else ()
+    return sign_manifest(chosen.manifest, key, named_origins(urls, [*before, *chosen.origins]))
+
+
+def _manifest_of(folder: Path) -> Holding | None:
     """What a folder made by `split`, or by an earlier `publish`, holds. Raises InvalidShardError where files lack."""
     path = folder / MANIFEST_FILENAME
     if not path.is_file():
@@ -94,7 +153,7 @@ def _manifest_of(folder: Path) -> Manifest | None:
         if found != entry.size:
             there = "is not there" if found is None else f"has {found} bytes"
             raise InvalidShardError(f"{file} {there}, its manifest says {entry.size} bytes; split the model again")
-    return held.manifest
+    return held
 
 
 def _files_of(paths: Sequence[Path]) -> dict[str, Path]:
@@ -119,22 +178,24 @@ def _listed(path: Path) -> Iterator[Path]:
     yield from (item for item in inside if item.is_file())
 
 
-def _manifest(kind: str, name: str, files: Mapping[str, Path]) -> Manifest:
+def _hashed(kind: str, name: str, files: Mapping[str, Path]) -> tuple[Manifest, dict[ContentId, bytes]]:
+    """The manifest of these files, and their piece layers by content."""
     try:
         msgspec.convert(name, ManifestName)
         for component in name.split("/"):
             safe_filename(component)
     except (msgspec.ValidationError, InvalidManifestError):
         fail(f"{name!r} is no name: give --name NAME, or OWNER/NAME, of at most 200 characters", code=2)
-    entries = asyncio.run(_entries(files))
+    entries, layers = asyncio.run(_entries(files))
     manifest = msgspec.convert({"name": name, "kind": kind, "shards": msgspec.to_builtins(entries)}, Manifest)
     check_manifest(manifest)
-    return manifest
+    return manifest, layers
 
 
-async def _entries(files: Mapping[str, Path]) -> list[ShardEntry]:
+async def _entries(files: Mapping[str, Path]) -> tuple[list[ShardEntry], dict[ContentId, bytes]]:
     """Check and hash the files, in a process of its own: some damaged files end the one that reads them."""
     entries: list[ShardEntry] = []
+    layers: dict[ContentId, bytes] = {}
     hasher, before = Hasher(), 0
     with bytes_progress() as progress:
         bar = progress.add_task("", total=sum(file.stat().st_size for file in files.values()))
@@ -148,79 +209,15 @@ async def _entries(files: Mapping[str, Path]) -> list[ShardEntry]:
                 )
                 shard_path(file.parent, entry)
                 entries.append(entry)
+                layers[content.content_id] = content.piece_layer
                 before += content.size
                 progress.update(bar, completed=before)
         except FileChangedError:
             fail(f"{file} is being written to; publish it when it is whole")
         finally:
             await hasher.close()
-    return entries
+    return entries, layers
 
 
 def _show(progress: Progress, bar: TaskID, before: int, done: int) -> None:
     progress.update(bar, completed=before + done)
-
-
-def _place_all(manifest: Manifest, files: Mapping[str, Path], target: Path, *, loose: bool = False) -> None:
-    """Put the files and, unless they are loose, their manifest into `target`; nothing where something is in the way.
-
-    The manifest comes first, so that a daemon which looks meanwhile knows what the files are.
-    """
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot make the folder {target}: {error.strerror}")
-    if not loose and (there := _manifest_of_another(target, manifest)):
-        fail(f"{target} holds another {there}: publish under another name, or remove that folder first")
-    missing = [entry.filename for entry in manifest.shards if not _is_there(entry, files, target)]
-    if not loose:
-        body = json.dumps({"manifest": msgspec.to_builtins(manifest)}, indent=1)
-        _write(target / MANIFEST_FILENAME, body)
-    for filename in missing:
-        _place(files[filename], target / filename)
-
-
-def _manifest_of_another(target: Path, manifest: Manifest) -> str | None:
-    path = target / MANIFEST_FILENAME
-    if not path.exists():
-        return None
-    held = read_manifest(path, SigningKey.generate())
-    if held is not None and held.digest == manifest.digest:
-        return None
-    return "manifest" if held is None else f"{held.manifest.kind} {held.manifest.name}@{held.digest[:12]}"
-
-
-def _is_there(entry: ShardEntry, files: Mapping[str, Path], target: Path) -> bool:
-    """Whether the file is in place already. Fails where another is."""
-    path = target / entry.filename
-    if not path.exists():
-        return False
-    if path.samefile(files[entry.filename]):
-        return True
-    if path.is_file() and path.stat().st_size == entry.size and hash_file(path).content_id == entry.content_id:
-        return True
-    return fail(f"{path} is there already, and is another file: evict it, or publish under another name")
-
-
-def _place(file: Path, target: Path) -> None:
-    source = file.resolve()  # a link to a link would be published as a link
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-        temporary.rename(target)
-    except OSError as error:
-        fail(f"cannot put {file} at {target}: {error.strerror}")
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)

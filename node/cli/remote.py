@@ -121,6 +121,15 @@ def status(node: Target, *, json_output: Json = False) -> None:
         f"down {human_bytes(swarm.downloaded_bytes)}",
     )
     add_row(grid, "dht", f"{found.dht.nodes} nodes, {found.dht.records} records")
+    origin = found.origin
+    for url in origin.urls:
+        add_row(grid, "origin", url)
+    if origin.urls or origin.requests:
+        add_row(
+            grid,
+            "from origins",
+            f"{human_bytes(origin.downloaded_bytes)} in {origin.requests} requests, {origin.errors} failed",
+        )
     for stage in found.stages:
         add_row(
             grid,

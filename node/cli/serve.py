@@ -45,6 +45,7 @@ EPILOG = (
         "python -m node --data-dir ~/shoal --shards-dir ~/models",
         "python -m node --listen 10.0.0.6 --insecure-listen --bootstrap 10.0.0.5:7401",
         "python -m node --config shoal.toml --assign smol:1,2",
+        "python -m node --origin o3://bucket/shoal --manifest o3://bucket/shoal/manifests/smol/",
         'SHOAL_BOOTSTRAP="10.0.0.5:7401 10.0.0.7:7401" SHOAL_UPLOAD_LIMIT=8MB python -m node',
     )
     + _TOML_EXAMPLE
@@ -78,6 +79,22 @@ def serve(
     bootstrap: Annotated[
         list[str] | None, typer.Option(metavar="HOST:DHT_PORT", help="A node of the DHT to join at; repeatable.")
     ] = None,
+    origins: Annotated[
+        list[str] | None, typer.Option("--origin", metavar="URL", help="Where shards come from if no peer has them.")
+    ] = None,
+    manifests: Annotated[
+        list[str] | None,
+        typer.Option("--manifest", metavar="URL", help="Of a model or data set known from the start."),
+    ] = None,
+    o3_endpoint: Annotated[str | None, typer.Option(metavar="URL", help="Of Akave's gateway.")] = None,
+    o3_region: Annotated[str | None, typer.Option(help="Default: akave-network.")] = None,
+    o3_backend: Annotated[str | None, typer.Option(help="auto, gateway or native.")] = None,
+    s3_endpoint: Annotated[str | None, typer.Option(metavar="URL", help="Of s3:// origins. Default: Amazon's.")] = None,
+    akave_node: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="For the Akave SDK.")] = None,
+    akave_ipc: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="For the Akave SDK.")] = None,
+    origin_key_file: Annotated[
+        Path | None, typer.Option(help="Holds the key that objects are encrypted with at the origins.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Of an engine process. Default: the cores it may use.")] = None,
     gpu_layers: Annotated[int | None, typer.Option(help="Layers put on a GPU, if the engine has one.")] = None,
     ctx_size: Annotated[int | None, typer.Option(help="Tokens a session may have. Default 2048.")] = None,
@@ -96,14 +113,16 @@ def serve(
     """Run the daemon: seed the shards here, answer RPC, run stages.
 
     One line of JSON on stdout says when it is ready, and on which ports; the log goes to stderr. SIGTERM or Ctrl-C
-    ends it.
+    ends it. Credentials of origins come from the environment alone: AKAVE_O3_ACCESS_KEY, AKAVE_O3_SECRET_KEY,
+    AKAVE_PRIVATE_KEY, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, HF_TOKEN, or files named by those with _FILE.
 
     Flags stand over environment variables, those over the TOML file, that over the defaults. The variable of
     --rpc-port is SHOAL_RPC_PORT, and so on; lists are separated by spaces. The file is --config, SHOAL_CONFIG or
     ~/.config/shoal/config.toml; its keys are the flags' names with underscores.
     """
     flags = dict(locals())
-    flags["assign"], flags["bootstrap"] = flags["assign"] or None, flags["bootstrap"] or None
+    for repeatable in ("assign", "bootstrap", "origins", "manifests"):
+        flags[repeatable] = flags[repeatable] or None
     settings = load_settings(**flags)
     check_platform()
     _log_to_stderr(settings.log_level.upper())

@@ -37,6 +37,7 @@ class _Own:
     payload: Payload
     record: Record
     """Latest, maybe not pushed yet."""
+    ttl_s: int
     pushed: int = 0
     """Sequence number of the latest that was pushed."""
     holders: dict[bytes, Address] = field(default_factory=dict)
@@ -63,20 +64,22 @@ class Announcer:
         """Begin the background work; it ends when it is cancelled."""
         return [tasks.create_task(_go_on(self._refresh)), tasks.create_task(_go_on(self._hand_over))]
 
-    async def announce(self, key: RecordKey, payload: Payload) -> Subject:
+    async def announce(self, key: RecordKey, payload: Payload, *, ttl_s: int | None = None) -> Subject:
         """Put a record into the DHT and keep it there. What other nodes fail to take is tried again later.
 
         It is found here at once, and at its closest nodes when this returns. Calls that come while an older state
-        is being pushed share one push of the latest. Raises InvalidRecordError where it is too large.
+        is being pushed share one push of the latest. It outlives this node by `ttl_s`, without one by the settings'.
+        Raises InvalidRecordError where it is too large.
         """
-        record = self._seal(key, payload)
+        ttl_s = ttl_s or self._ttl_s
+        record = self._seal(key, payload, ttl_s)
         subject = (key, *record.subject)
         own = self._own.get(subject)
-        if own is not None and own.payload == payload and own.holders:
+        if own is not None and (own.payload, own.ttl_s) == (payload, ttl_s) and own.holders:
             return subject  # nothing new, and it is being refreshed
         if own is None:
-            own = self._own[subject] = _Own(key, payload, record)
-        own.payload, own.record = payload, record
+            own = self._own[subject] = _Own(key, payload, record, ttl_s)
+        own.payload, own.record, own.ttl_s = payload, record, ttl_s
         self._overlay.storage.pin(key, record)
         await self._push(own, at_least=record.sequence)
         return subject
@@ -85,7 +88,7 @@ class Announcer:
         """Take records back: a signed withdrawal replaces each, wherever it went."""
         gone = [own for own in (self._own.pop(subject, None) for subject in subjects) if own is not None]
         for own in gone:
-            own.record = self._seal(own.key, own.payload, withdrawn=True)
+            own.record = self._seal(own.key, own.payload, own.ttl_s, withdrawn=True)
             self._overlay.storage.pin(own.key, own.record)
         await asyncio.gather(*map(self._push_withdrawal, gone))
 
@@ -100,12 +103,12 @@ class Announcer:
         with contextlib.suppress(asyncio.QueueFull):  # the next refresh reaches it
             self._newcomers.put_nowait(node)
 
-    def _seal(self, key: RecordKey, payload: Payload, *, withdrawn: bool = False) -> Record:
+    def _seal(self, key: RecordKey, payload: Payload, ttl_s: int, *, withdrawn: bool = False) -> Record:
         now_ms = int(time.time() * 1000)
         last = self._last_sequence if self._last_sequence < now_ms + _CLOCK_WENT_BACK_MS else 0
         sequence = max(now_ms, last + 1)
         # Half a millisecond more, so that no rounding takes the sequence number back.
-        record = seal(key, payload, self._key, ttl_s=self._ttl_s, now=(sequence + 0.5) / 1000, withdrawn=withdrawn)
+        record = seal(key, payload, self._key, ttl_s=ttl_s, now=(sequence + 0.5) / 1000, withdrawn=withdrawn)
         self._last_sequence = record.sequence
         return record
 
@@ -119,7 +122,7 @@ class Announcer:
             _remember(own, kept)
             own.pushed = record.sequence
             own.failures = own.failures + 1 if nodes and not kept else 0
-            own.due = asyncio.get_running_loop().time() + self._pause_s(own.failures)
+            own.due = asyncio.get_running_loop().time() + _pause_s(own.ttl_s, own.failures)
             if own.failures == 1:
                 log.warning(
                     "none of %d DHT nodes took our record %s; it is tried again. Is this machine's clock right?",
@@ -133,12 +136,6 @@ class Announcer:
             holders = {id_: Node(id_, *address) for id_, address in own.holders.items()}
             await self._overlay.store(own.key, own.record, self._overlay.not_suspect((near | holders).values()))
 
-    def _pause_s(self, failures: int) -> float:
-        pause_s = self._ttl_s / 3
-        if failures:
-            pause_s = min(pause_s, _RETRY_S * 2 ** min(failures - 1, 8))
-        return pause_s * random.uniform(0.8, 1.0)
-
     async def _refresh(self) -> None:
         await asyncio.sleep(min(1.0, self._ttl_s / 12))
         now = asyncio.get_running_loop().time()
@@ -148,7 +145,7 @@ class Announcer:
 
     async def _renew(self, subject: Subject, own: _Own) -> None:
         if self._own.get(subject) is own:
-            own.record = self._seal(own.key, own.payload)
+            own.record = self._seal(own.key, own.payload, own.ttl_s)
             self._overlay.storage.pin(own.key, own.record)
             await self._push(own, at_least=own.record.sequence)
 
@@ -162,6 +159,13 @@ class Announcer:
         near = any(neighbour.id == node.id for neighbour in self._overlay.neighbours(own.key))
         if near and self._own.get(subject) is own:
             _remember(own, await self._overlay.store(own.key, own.record, [node]))
+
+
+def _pause_s(ttl_s: int, failures: int) -> float:
+    pause_s = ttl_s / 3
+    if failures:
+        pause_s = min(pause_s, _RETRY_S * 2 ** min(failures - 1, 8))
+    return pause_s * random.uniform(0.8, 1.0)
 
 
 def _remember(own: _Own, kept: dict[bytes, Address]) -> None:

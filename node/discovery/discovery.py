@@ -14,8 +14,8 @@ from node.discovery.dht_protocol import DhtProtocol, contact_id
 from node.discovery.membership import Membership
 from node.discovery.overlay import Overlay
 from node.discovery.storage import RecordStorage
-from node.discovery.values import DhtStats, DiscoverySettings, FoundName, FoundNode, FoundProvider
-from protocol.ids import ManifestDigest, NodeId
+from node.discovery.values import DhtStats, DiscoverySettings, FoundName, FoundNode, FoundProvider, FoundWant
+from protocol.ids import ContentId, ManifestDigest, NodeId
 from protocol.manifest import SignedManifest
 from protocol.records import (
     MAX_RECORD_BYTES,
@@ -24,12 +24,14 @@ from protocol.records import (
     Provider,
     Record,
     RecordKey,
+    Want,
     bitmap_from_ids,
     directory_key,
     ids_from_bitmap,
     manifest_key,
     name_key,
     nodes_key,
+    wanted_key,
 )
 from protocol.signing import SigningKey
 
@@ -66,6 +68,7 @@ class Discovery:
         self._announcer = announcer
         self._shards: dict[ManifestDigest, set[Subject]] = {}
         self._node: set[Subject] = set()
+        self._wants: dict[ContentId, Subject] = {}
         self._cut: set[ManifestDigest] = set()
 
     @classmethod
@@ -176,6 +179,29 @@ class Discovery:
         ]
         random.shuffle(found)
         return found
+
+    async def announce_want(self, content_id: ContentId, bt_port: int, *, ttl_s: int = 12) -> None:
+        """Say that this node takes its part of a content from the origin. It is a lease: refreshed until withdrawn,
+        and over `ttl_s` after a node that died without a word.
+        """
+        want = Want(self._settings.advertise_host, bt_port)
+        key = wanted_key(self._settings.cluster, content_id)
+        self._wants[content_id] = (key, self.node_id, b"")  # before: who is cancelled meanwhile withdraws it too
+        await self._announcer.announce(key, want, ttl_s=ttl_s)
+
+    async def withdraw_want(self, content_id: ContentId) -> None:
+        """Take that back; nothing happens where it was not said."""
+        if subject := self._wants.pop(content_id, None):
+            await self._announcer.withdraw([subject])
+
+    async def find_wants(self, content_id: ContentId) -> list[FoundWant]:
+        """The other nodes that take parts of a content from the origin now; by node id."""
+        found = [
+            FoundWant(record.publisher, record.payload.host, record.payload.bt_port)
+            for record in await self._records(wanted_key(self._settings.cluster, content_id))
+            if isinstance(record.payload, Want) and record.publisher != self.node_id
+        ]
+        return sorted(found, key=lambda want: want.node_id)
 
     async def find_name(self, name: str) -> list[FoundName]:
         """What a model, data set or file name means; several where publishers differ."""

@@ -76,6 +76,15 @@ class FoundName:
 
 
 @dataclass(frozen=True, slots=True)
+class FoundWant:
+    """A node that takes its part of a shard's pieces from the origin at this moment."""
+
+    node_id: NodeId
+    host: str
+    bt_port: int
+
+
+@dataclass(frozen=True, slots=True)
 class FoundNode:
     """A node of the cluster, as it describes itself."""
 

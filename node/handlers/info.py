@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from node.background import Background
 from node.discovery import Discovery
 from node.machine import available_memory_bytes, process_memory_bytes, total_memory_bytes, usable_cores
+from node.origin.origins import Origins
 from node.pipeline.stage import Stages
 from node.rpc import Call, RpcServer
 from node.shards.shards import Shards
@@ -21,6 +22,7 @@ from protocol.commands.nodes import (
     NodeEntry,
     NodesParams,
     NodesResult,
+    OriginStatus,
     StatusParams,
     StatusResult,
     SwarmStatus,
@@ -40,6 +42,7 @@ class InfoHandlers:
     threads: int
     swarm: Swarm
     discovery: Discovery
+    origins: Origins
     shards: Shards
     stages: Stages
     server: RpcServer
@@ -50,7 +53,7 @@ class InfoHandlers:
     async def snapshot(self) -> StatusResult:
         """What STATUS answers and /metrics shows."""
         stages, transport = await self.stages.status()
-        swarm, dht = self.swarm.stats(), self.discovery.stats()
+        swarm, dht, origin = self.swarm.stats(), self.discovery.stats(), self.origins.stats()
         return StatusResult(
             node_id=self.node_id,
             cluster=self.cluster,
@@ -72,6 +75,13 @@ class InfoHandlers:
             ),
             dht=DhtStatus(nodes=dht.nodes, records=dht.records),
             transport=transport,
+            origin=OriginStatus(
+                urls=list(self.origins.urls),
+                downloaded_bytes=origin.downloaded_bytes,
+                uploaded_bytes=origin.uploaded_bytes,
+                requests=origin.requests,
+                errors=origin.errors,
+            ),
         )
 
     async def status(self, params: StatusParams, call: Call) -> StatusResult:

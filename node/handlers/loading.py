@@ -111,7 +111,7 @@ class ShardLoader:
                 entry.shard_id,
                 signed.manifest.name,
                 sum(fetched.bytes_by_source.values()) / 1e6,
-                ", ".join(fetched.bytes_by_source),
+                ", ".join(source for source, count in fetched.bytes_by_source.items() if count),
                 fetched.seconds,
             )
         return fetched

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from node.background import Background
 from node.handlers.loading import OnProgress, ShardLoader, still_local
 from node.rpc import Call
+from node.shards.names import Kind
 from node.shards.shards import Shards
 from protocol.commands.shards import (
     EvictShardParams,
@@ -78,17 +79,18 @@ class ShardHandlers:
         return ListFilesResult(files=self.shards.files())
 
     async def get_manifest(self, params: GetManifestParams, call: Call) -> GetManifestResult:
-        """GET_MANIFEST: by name from wherever it is, by digest from what is held here."""
+        """GET_MANIFEST: by name or URL from wherever it is, by digest from what is held here."""
         del call
-        given = [one for one in (params.model, params.dataset, params.digest) if one is not None]
+        given = [one for one in (params.name, params.model, params.dataset, params.digest) if one is not None]
         if len(given) > 1:
-            raise InvalidParamsError("give one of model, dataset and digest")
+            raise InvalidParamsError("give one of name, model, dataset and digest")
         if params.digest is not None:
             signed = self.shards.manifest(params.digest)
             if signed is None:
                 raise UnknownNameError(f"this node holds no manifest {params.digest}", {"digest": params.digest})
         else:
-            signed = await self.shards.resolve("dataset" if params.dataset else "model", params.dataset or params.model)
+            kind: Kind | None = None if params.name else "dataset" if params.dataset else "model"
+            signed = await self.shards.resolve(kind, params.name or params.dataset or params.model)
         return GetManifestResult(signed=signed, digest=signed.digest)
 
     def _go_on(self, work: _Work, signed: SignedManifest, entry: ShardEntry, call: Call) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import os
 import signal
 import socket
@@ -208,6 +209,8 @@ async def _spawn(settings: StageSettings, fd: int) -> asyncio.subprocess.Process
             *command,
             "--engine",
             engine,
+            "--log-level",
+            str(logging.getLogger().getEffectiveLevel()),
             pass_fds=(fd,),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=LOG_FD,

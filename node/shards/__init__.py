@@ -14,9 +14,18 @@ hash_worker  the same, seen from inside
 seeds        which files the swarm seeds from
 announcer    tells discovery what is here
 names        what a name or a selector means
+pinning      manifests that are held because someone said so
 fetching     a fetch as those who wait for it see it
-loader       brings a shard here
-transfer     who is asked for one, and when to give up
+loader       has a shard here: it is already, or a copy is, or it is brought
+intake       brings one from outside: from peers, origins, or both
+sources      which peers have it, and what is said where nobody gives it
+transfer     one download accompanied to its end
+need         whether peers give enough
+feeder       the origin's part of a download
+lease        which part of it is this node's, where several want it
+wanting      tells the others that it is wanted, and hears who else wants it
+supply       the origins of a shard: which is asked next
+whole        a shard without a torrent comes whole
 space        bytes promised to downloads
 folders      folders and files that a fetch makes and takes away
 custody      what becomes of a shard that is here: verified, found wrong, evicted

@@ -160,7 +160,11 @@ class Catalog:
         """The folder has this manifest now."""
         self.release_folder(folder)
         self._folders[folder] = held
-        self._holdings[held.holding.digest][folder] = held.holding
+        places = self._holdings[held.holding.digest]
+        places[folder] = held.holding
+        for place in places:
+            if place.parent == folder:  # the same content signed anew, with origins that it did not name before
+                places[place] = held.holding
         self.pulse()
 
     def release_folder(self, folder: Path) -> None:

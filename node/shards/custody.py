@@ -13,7 +13,7 @@ from node.shards.holding import shard_path
 from node.shards.index import Index
 from node.shards.loader import Loader
 from node.shards.seeds import Seeds
-from node.shards.space import part_of
+from node.shards.space import part_of, whole_part_of
 from node.swarm.torrent import Torrent
 from protocol.errors import InvalidShardError, ShardInUseError, ShardNotFoundError
 from protocol.ids import ContentId
@@ -61,6 +61,7 @@ class Custody:
             if folder:
                 path = shard_path(folder, entry)
                 left_over = await asyncio.to_thread(_unlink, part_of(path))
+                left_over |= await asyncio.to_thread(_unlink, whole_part_of(path))
                 gone += [path] if left_over else []
             if not gone:
                 raise ShardNotFoundError(f"{name} is not on this node; LIST_FILES shows what is")

@@ -1,4 +1,4 @@
-"""What a name, a digest, or a description of a shard means: here first, then in the cluster."""
+"""What a name, a digest, or a description of a shard means: here first, then in the cluster, then at the origins."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from node.shards.catalog import Catalog
-from node.shards.ports import Discovery, FetchManifest, FoundProvider
+from node.shards.ports import Discovery, FetchManifest, FoundProvider, Origin
 from node.shards.settings import ShardsSettings
 from protocol.commands.common import ShardSelector
 from protocol.errors import (
     AmbiguousNameError,
     InvalidParamsError,
     NoSourceError,
+    OriginNotFoundError,
     ShardNotFoundError,
     ShoalError,
     UnknownNameError,
@@ -49,39 +50,87 @@ class Candidate:
 
 
 class Names:
-    """Resolves names against the catalog and discovery."""
+    """Resolves names against the catalog, discovery and origins."""
 
     def __init__(
-        self, settings: ShardsSettings, catalog: Catalog, discovery: Discovery, fetch_manifest: FetchManifest
+        self,
+        settings: ShardsSettings,
+        catalog: Catalog,
+        discovery: Discovery,
+        fetch_manifest: FetchManifest,
+        origin: Origin | None = None,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
         self._discovery = discovery
         self._fetch_manifest = fetch_manifest
+        self._origin = origin
         self._fetched: OrderedDict[ManifestDigest, SignedManifest] = OrderedDict()
 
     async def resolve(self, kind: Kind | None, name: str | None) -> SignedManifest:
-        """The manifest of `name`, `name@digest` or a digest; without a name, of the only model of the cluster.
+        """The manifest of `name`, `name@digest`, a digest or a manifest's URL; without a name, of the only model of the
+        cluster.
 
-        Raises UnknownNameError, AmbiguousNameError, and NoSourceError where nobody gives the manifest out.
+        Raises UnknownNameError, AmbiguousNameError, NoSourceError where nobody gives the manifest out, and, of a URL,
+        what the origin raises.
         """
         if name is None:
             return await self._only(kind or "model")
+        if "://" in name:
+            return await self._at(kind, name)
         plain, digest = split_name(name)
-        local = [
-            Candidate(holding.manifest.name, holding.manifest.kind, holding.digest)
-            for holding in self._catalog.holdings()
-        ]
-        chosen = _fitting(local, kind, plain, digest)
+        local = [holding.signed for holding in self._catalog.holdings()]
+        chosen = _fitting(map(_candidate, local), kind, plain, digest)
+        if not chosen and digest:
+            chosen = _fitting(map(_candidate, self._fetched.values()), kind, plain, digest)
+        failures: list[str] = []
+        if not chosen:
+            chosen = await self._find(kind, plain, digest) or await self._find_at_origins(kind, name, failures)
         if not chosen:
             chosen = await self._insist(lambda: self._find(kind, plain, digest))
         if not chosen:
             known = ", ".join(await self._known(kind)) or "none"
+            where = "here, in the cluster or at its origins" if self._origin else "here or in the cluster"
             raise UnknownNameError(
-                f"no {kind or 'model, data set or file'} {name!r} is known here or in the cluster; known are: {known}",
+                f"no {kind or 'model, data set or file'} {name!r} is known {where}; known are: {known}"
+                + "".join(f"; {failure}" for failure in failures),
                 {"name": name},
             )
-        return await self.manifest(_the_one(chosen, f"{name!r} is the name of"))
+        digest = _the_one(chosen, f"{name!r} is the name of")
+        return await self.manifest(ManifestDigest(digest), plain)
+
+    async def _at(self, kind: Kind | None, url: str) -> SignedManifest:
+        if self._origin is None:
+            raise InvalidParamsError(f"{url!r} is the URL of a manifest, and this node has no origins")
+        signed = await self._origin.manifest_at(url)
+        found = signed.manifest.kind
+        if kind is not None and found != kind:
+            raise InvalidParamsError(f"at {url} is the {found} {signed.manifest.name}, no {kind}: ask for a {found}")
+        return self._remember(signed)
+
+    async def _find_at_origins(self, kind: Kind | None, name: str, failures: list[str]) -> set[Candidate]:
+        """What the name means at the origins; why nothing could be learnt there goes to `failures`."""
+        if self._origin is None:
+            return set()
+        try:
+            found = await self._origin.find_manifests(kind, name)
+        except OriginNotFoundError:
+            return set()
+        except ShoalError as err:
+            failures.append(err.message)
+            return set()
+        return {_candidate(self._remember(signed)) for signed in found}
+
+    def _remember(self, signed: SignedManifest) -> SignedManifest:
+        """Keep a manifest that came from elsewhere, so that its digest finds it; the one held here, where one is."""
+        holding = self._catalog.holding(signed.digest)
+        if holding:
+            return holding.signed
+        self._fetched[signed.digest] = signed
+        self._fetched.move_to_end(signed.digest)
+        while len(self._fetched) > FETCHED_MANIFESTS:
+            self._fetched.popitem(last=False)
+        return signed
 
     async def _only(self, kind: Kind) -> SignedManifest:
         chosen = await self._insist(lambda: self._all(kind))
@@ -117,25 +166,27 @@ class Names:
             found |= await self._all("dataset")
         return [str(candidate) for candidate in sorted(found)[:SHOWN_NAMES]]
 
-    async def manifest(self, digest: ManifestDigest) -> SignedManifest:
-        """The manifest with this digest, from here or from a provider. Raises NoSourceError where nobody gives it."""
+    async def manifest(self, digest: ManifestDigest, name: str | None = None) -> SignedManifest:
+        """The manifest with this digest, from here, a provider or an origin; its name, where known, helps to find it.
+
+        Raises NoSourceError where nobody gives it out.
+        """
         holding = self._catalog.holding(digest)
         if holding:
             return holding.signed
         if digest in self._fetched:
-            self._fetched.move_to_end(digest)
-            return self._fetched[digest]
+            return self._remember(self._fetched[digest])
         failures: list[str] = []
         for provider in await self._providers(digest):
             try:
-                signed = await self._fetch_manifest(provider, digest)
+                return self._remember(await self._fetch_manifest(provider, digest))
             except ShoalError as err:
                 failures.append(f"{provider.host}:{provider.rpc_port}: {err.message}")
-                continue
-            self._fetched[digest] = signed
-            while len(self._fetched) > FETCHED_MANIFESTS:
-                self._fetched.popitem(last=False)
-            return signed
+        # A record outlives its node for a while, and then the name is known and nobody there to ask.
+        wanted = digest if name in (None, digest) else f"{name}@{digest}"
+        await self._find_at_origins(None, wanted, failures)
+        if digest in self._fetched:
+            return self._fetched[digest]
         raise NoSourceError(
             f"nobody gives out manifest {digest}: {'; '.join(failures[:5]) or 'it has no provider now'}; try again",
             {"digest": digest},
@@ -166,8 +217,13 @@ class Names:
 
         what = f"content {selector.content_id}" if by_content else f"file {selector.filename!r}"
         found = _matches((holding.signed for holding in self._catalog.holdings()), fits)
+        if not found and by_content:
+            found = _matches(self._fetched.values(), fits)
         if not found:
             found = _matches(await self._cluster(selector.filename), fits)
+        if not found and selector.filename is not None and self._origin:
+            await self._find_at_origins(None, selector.filename, [])
+            found = _matches(self._fetched.values(), fits)
         if not found:
             raise ShardNotFoundError(f"no shard here or in the cluster is {what}; LIST_FILES shows what is here")
         if len({entry.content_id for _, entry in found}) > 1:
@@ -189,6 +245,10 @@ class Names:
             except ShoalError as err:
                 log.info("left out of a search: %s", err)
         return manifests
+
+
+def _candidate(signed: SignedManifest) -> Candidate:
+    return Candidate(signed.manifest.name, signed.manifest.kind, signed.digest)
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 from pathlib import Path
 from typing import Any, Protocol
 
-from node.swarm.torrent import PeerAddress, Torrent
+from node.swarm.torrent import PeerAddress, Piece, Torrent
 from protocol.ids import ContentId, InfoHash, ManifestDigest, NodeId
 from protocol.manifest import ShardEntry, SignedManifest
 
@@ -33,6 +33,24 @@ class Download(Protocol):
 
     def progress(self) -> Progress: ...
 
+    @property
+    def piece_layer(self) -> bytes:
+        """32 bytes a piece; empty while it is not known."""
+
+    async def ready(self) -> None:
+        """Wait until what is on disk was looked through."""
+
+    def missing_pieces(self) -> Sequence[Piece]:
+        """The pieces that are not here, in order."""
+
+    async def available_pieces(self) -> frozenset[int]:
+        """Those that some connected peer has."""
+
+    async def take_layer(self, layer: bytes) -> None: ...
+
+    async def add_piece(self, index: int, data: bytes) -> bool:
+        """Whether it is kept; False also where the download was begun anew meanwhile."""
+
     def add_peers(self, peers: Iterable[PeerAddress]) -> None: ...
 
     async def verified(self) -> Path:
@@ -53,7 +71,7 @@ class Swarm(Protocol):
     async def seed(self, torrent: Torrent, path: Path, piece_layer: bytes, *, verified: bool = False) -> None:
         """`verified`: it was hashed a moment ago."""
 
-    async def download(self, torrent: Torrent, path: Path) -> Any:
+    async def download(self, torrent: Torrent, path: Path, piece_layer: bytes = b"") -> Any:
         """A `Download`."""
 
     async def remove(self, info_hash: InfoHash) -> None: ...

@@ -34,6 +34,11 @@ class ShardsSettings:
     """A download that gets no byte for so long fails; what it has is kept for the next."""
     relookup_s: float = 3.0
     """Providers are looked up this often during a download: they come and go, downloaders that finished among them."""
+    origin_after_s: float = 1.0
+    """Where an origin has the shard, peers are looked for, or missed, for so long before it is asked."""
+    slow_bytes_s: float = 64 * 1024
+    """Bytes per second: the origin helps where peers give less than this for `slow_after_s`."""
+    slow_after_s: float = 5.0
     max_downloads: int = 16
     """At a time; further fetches wait."""
 
@@ -45,8 +50,12 @@ class ShardsSettings:
             self.find_timeout_s,
             self.restart_s,
             self.stall_timeout_s,
+            self.origin_after_s,
+            self.slow_after_s,
         )
         if min(times) <= 0 or self.relookup_s <= 0 or self.name_timeout_s < 0:
             raise ValueError("the times of ShardsSettings must be above 0 s")
+        if self.slow_bytes_s < 0:
+            raise ValueError("slow_bytes_s is at least 0 bytes per second")
         if self.min_free_disk < 0 or self.max_downloads < 1:
             raise ValueError("min_free_disk is at least 0 bytes and max_downloads at least 1")

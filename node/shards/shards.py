@@ -20,7 +20,7 @@ from node.shards.holding import Holding
 from node.shards.index import Index
 from node.shards.loader import Loader
 from node.shards.names import Kind, Names
-from node.shards.ports import Discovery, FetchManifest, Swarm
+from node.shards.ports import Discovery, FetchManifest, Origin, Swarm
 from node.shards.remember import Remember
 from node.shards.seeds import Seeds
 from node.shards.settings import ShardsSettings
@@ -51,6 +51,7 @@ class Shards:
         rpc_port: int,
         index: Index,
         hashers: tuple[Hasher, Hasher],
+        origin: Origin | None,
         tasks: asyncio.TaskGroup,
     ) -> None:
         self._settings = settings
@@ -63,7 +64,7 @@ class Shards:
         self._survey = Survey(settings, self._catalog, self._admission, key)
         self._remember = Remember(self._catalog, index, self._reader)
         self._announcer = Announcer(self._catalog, discovery, rpc_port, swarm.port)
-        self._names = Names(settings, self._catalog, discovery, fetch_manifest)
+        self._names = Names(settings, self._catalog, discovery, fetch_manifest, origin=origin)
         self._loader = Loader(
             settings,
             self._catalog,
@@ -73,6 +74,7 @@ class Shards:
             self._urgent,
             swarm,
             discovery,
+            origin,
             tasks,
         )
         self._custody = Custody(
@@ -97,11 +99,13 @@ class Shards:
         fetch_manifest: FetchManifest,
         key: SigningKey,
         rpc_port: int,
+        origin: Origin | None = None,
     ) -> AsyncIterator[Shards]:
         """Begin to look at the shards folder, and go on with it until the context ends.
 
         Returns at once, whatever there is to hash. `fetch_manifest(provider, digest)` asks a provider that discovery
-        found for a manifest, and checks it. `rpc_port` is what others are told of this node.
+        found for a manifest, and checks it. `rpc_port` is what others are told of this node. With an `origin`, what
+        peers do not give comes from there.
         """
         settings = await asyncio.to_thread(_with_folders, settings)
         index = await asyncio.to_thread(Index, settings.data_dir / INDEX_FILENAME)
@@ -109,7 +113,7 @@ class Shards:
         failure: Exception | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
-                shards = cls(settings, swarm, discovery, fetch_manifest, key, rpc_port, index, hashers, tasks)
+                shards = cls(settings, swarm, discovery, fetch_manifest, key, rpc_port, index, hashers, origin, tasks)
                 background = [
                     tasks.create_task(shards._survey.run(), name="survey"),
                     tasks.create_task(shards._admission.run(shards._survey.poke), name="admission"),
@@ -204,8 +208,9 @@ class Shards:
     ) -> FetchedShard:
         """Have a shard here and checked, from wherever it is.
 
-        Raises NoSourceError, InsufficientDiskError, InvalidShardError, InvalidManifestError for names that cannot be
-        written here. Cancelling the caller ends the download unless others wait for it.
+        Raises NoSourceError, OriginError where origins were asked too, InsufficientDiskError, InvalidShardError,
+        InvalidManifestError for names that cannot be written here. Cancelling the caller ends the download unless
+        others wait for it.
         """
         return await self._loader.fetch(self._holding(signed), entry, on_progress)
 

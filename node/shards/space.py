@@ -30,6 +30,11 @@ def part_of(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
+def whole_part_of(path: Path) -> Path:
+    """Where a shard that comes to `path` whole from an origin, and not by the swarm, lies until it is there."""
+    return path.with_name(path.name + ".whole.part")
+
+
 class Space:
     """Counts what downloads in progress have still to write against what the disk has free."""
 
@@ -68,4 +73,4 @@ class Space:
 
 
 def _written_bytes(path: Path) -> int:
-    return allocated_bytes(part_of(path))
+    return allocated_bytes(part_of(path)) + allocated_bytes(whole_part_of(path))

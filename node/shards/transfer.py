@@ -1,103 +1,23 @@
-"""One shard through the swarm: who is asked, how far it is, and when to give up."""
+"""One shard through the swarm, with the origin beside it: how far it is, and when to begin anew."""
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import logging
-import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+from node.shards.feeder import Feeder
 from node.shards.fetching import Fetch, FetchProgress
-from node.shards.ports import Discovery, Download, FoundProvider
+from node.shards.ports import Download
 from node.shards.settings import ShardsSettings
+from node.shards.sources import Sources
 from node.swarm.torrent import PeerAddress
-from protocol.errors import NoSourceError, ShoalError
-
-log = logging.getLogger(__name__)
 
 TICK_S = 0.25
-FIRST_RETRY_S = 0.2
-RESOLVE_TIMEOUT_S = 5.0
-
-
-class Sources:
-    """The providers of one shard, and what was tried to find them."""
-
-    def __init__(self, settings: ShardsSettings, discovery: Discovery, fetch: Fetch) -> None:
-        self._settings = settings
-        self._discovery = discovery
-        self._fetch = fetch
-        self.lookups = 0
-        self.seen: dict[str, bool] = {}
-        """host:port of every provider of the manifest that was found -> whether it has this shard."""
-        self.whole = False
-        """Whether the last look-up found one that has the whole shard."""
-
-    async def look_up(self) -> list[PeerAddress]:
-        """Ask discovery once: who has the shard, and who is fetching it too. Where that fails, nobody was found."""
-        self.lookups += 1
-        try:
-            found: Sequence[FoundProvider] = await self._discovery.find_providers(self._fetch.holding.digest)
-        except ShoalError as err:
-            log.info("looking for providers of %s failed: %s", self._fetch.entry.filename, err)
-            return []
-        peers: list[PeerAddress] = []
-        self.whole = False
-        for provider in found:
-            has = self._fetch.entry.shard_id in provider.on_disk
-            self.seen[f"{provider.host}:{provider.bt_port}"] = has
-            self.whole |= has
-            if has or self._fetch.entry.shard_id in provider.fetching:
-                peers += await _addresses(provider)
-        return peers
-
-    async def first(self) -> list[PeerAddress]:
-        """Look until there is a provider that has the shard. Raises NoSourceError after `find_timeout_s`.
-
-        Those who are only fetching it do not count: several that wait for each other would wait for long.
-        """
-        pause = FIRST_RETRY_S
-        try:
-            async with asyncio.timeout(self._settings.find_timeout_s):
-                while not (peers := await self.look_up()) or not self.whole:
-                    await asyncio.sleep(pause)
-                    pause = min(2 * pause, self._settings.relookup_s)
-        except TimeoutError:
-            raise self.none(f"nobody had it within {self._settings.find_timeout_s:g} s") from None
-        return peers
-
-    def none(self, why: str) -> NoSourceError:
-        """Say what was tried."""
-        name = f"shard {self._fetch.entry.shard_id} of {self._fetch.holding.manifest.name!r}"
-        seen = ", ".join(sorted(f"{who} ({'has it' if has else 'lacks it'})" for who, has in self.seen.items()))
-        return NoSourceError(
-            f"{name} ({self._fetch.entry.filename}): {why}; discovery was asked {self.lookups} times and named "
-            f"{seen or 'no provider of that manifest'}; start a node that has it, and try again",
-            {
-                "digest": self._fetch.holding.digest,
-                "shard_id": self._fetch.entry.shard_id,
-                "providers": dict(self.seen),
-            },
-        )
-
-
-async def _addresses(provider: FoundProvider) -> list[PeerAddress]:
-    """A provider says where it is by name or by address; the swarm wants addresses."""
-    try:
-        ipaddress.ip_address(provider.host)
-        return [PeerAddress(provider.host, provider.bt_port)]
-    except ValueError:
-        pass
-    try:
-        async with asyncio.timeout(RESOLVE_TIMEOUT_S):
-            found = await asyncio.get_running_loop().getaddrinfo(
-                provider.host, provider.bt_port, type=socket.SOCK_STREAM
-            )
-    except (OSError, TimeoutError) as err:
-        log.info("cannot resolve the provider %s: %s", provider.host, err)
-        return []
-    return [PeerAddress(str(address[0]), provider.bt_port) for *_, address in found]
+RATE_MEMORY = 0.85
+"""Of the origin's rate as told, how much is left of it a tick later."""
 
 
 class Pace:
@@ -128,12 +48,15 @@ async def carry(
     settings: ShardsSettings,
     pace: Pace,
     patience_s: float,
+    feeder: Feeder | None = None,
 ) -> bool:
-    """Accompany a download, with ever new peers, to its end: True.
+    """Accompany a download, with ever new peers and what the origin gives, to its end: True.
 
-    False where nothing came for `patience_s` at the start, or for `restart_s` later: it is time to begin anew. Raises
-    what the download raises.
+    False where nothing came for `patience_s` at the start, or for `restart_s` later: it is time to begin anew; never
+    while the origin feeds it, which has a patience of its own. Raises what the download or the feeder raises.
     """
+    end: asyncio.Future[Path] = asyncio.get_running_loop().create_future()
+    end.add_done_callback(lambda future: future.cancelled() or future.exception())
     failure: Exception | None = None
     done = False
     async with asyncio.TaskGroup() as beside:
@@ -141,11 +64,14 @@ async def carry(
             async with asyncio.timeout(patience_s) as patience:
                 download.add_peers(peers)
                 tasks = [
-                    beside.create_task(_report(download, fetch, pace, patience, settings.restart_s)),
+                    beside.create_task(_report(download, fetch, pace, patience, settings.restart_s, feeder)),
                     beside.create_task(_seek(download, sources, settings)),
+                    beside.create_task(_settle(end, download.verified)),
                 ]
+                if feeder:
+                    tasks.append(beside.create_task(_settle(end, partial(feeder.feed, download))))
                 try:
-                    await download.verified()
+                    await end
                     done = True
                 finally:
                     for task in tasks:
@@ -159,13 +85,43 @@ async def carry(
     return done
 
 
-async def _report(download: Download, fetch: Fetch, pace: Pace, patience: asyncio.Timeout, restart_s: float) -> None:
+async def _settle(end: asyncio.Future[Path], work: Callable[[], Awaitable[Any]]) -> None:
+    try:
+        result = await work()
+    except Exception as err:
+        if not end.done():
+            end.set_exception(err)
+    else:
+        if not end.done():
+            end.set_result(result)
+
+
+async def _report(
+    download: Download,
+    fetch: Fetch,
+    pace: Pace,
+    patience: asyncio.Timeout,
+    restart_s: float,
+    feeder: Feeder | None,
+) -> None:
+    loop = asyncio.get_running_loop()
+    at, fed, fed_rate = loop.time(), feeder.origin_bytes if feeder else 0, 0.0
+    told = 0
     while True:
         now = download.progress()
         if pace.saw(now.bytes_done) and not patience.expired():
-            later = asyncio.get_running_loop().time() + restart_s
+            later = loop.time() + restart_s
             patience.reschedule(max(later, patience.when() or 0))
-        fetch.tell(FetchProgress("downloading", now.bytes_done, now.bytes_total, now.rate_bytes_s, now.peers))
+        bytes_done = now.bytes_done
+        if feeder:
+            if feeder.begun and not patience.expired():
+                patience.reschedule(None)
+            passed_s = loop.time() - at
+            if passed_s > 0:
+                fed_rate += (1 - RATE_MEMORY) * ((feeder.origin_bytes - fed) / passed_s - fed_rate)
+                at, fed = loop.time(), feeder.origin_bytes
+            bytes_done = told = min(now.bytes_total, max(told, bytes_done + feeder.pending_bytes))
+        fetch.tell(FetchProgress("downloading", bytes_done, now.bytes_total, now.rate_bytes_s + fed_rate, now.peers))
         await asyncio.sleep(TICK_S)
 
 

@@ -1,19 +1,22 @@
 """Shards between nodes, by BitTorrent v2. The only room that knows libtorrent.
 
-torrent    a shard as a torrent; peers and pieces as plain values
-settings   what a node may choose, and what that means to libtorrent
-alerts     libtorrent's alerts by file descriptor, as frozen events
-handle     one torrent in the session: commands, and awaited answers
-session    the libtorrent session: opened, asked, closed
-part_file  a download on disk, and what continues it after a stop or a crash
-offers     pieces that were fetched elsewhere and wait for their check
-slots      how many peers a seed sends one file to at once
-watchdog   when a download begins anew, one peer at a time
-download   from reserved space to a checked file
-swarm      all seeds and downloads of a node
+torrent       a shard as a torrent; peers and pieces as plain values
+settings      what a node may choose, and what that means to libtorrent
+alerts        libtorrent's alerts by file descriptor, as frozen events
+handle        one torrent in the session: commands, and awaited answers
+session       the libtorrent session: opened, asked, closed
+part_file     a download on disk, and what continues it after a stop or a crash
+layer         the piece layer of a download: from peers, or handed over
+availability  which pieces connected peers have
+offers        pieces that were fetched elsewhere and wait for their check
+slots         how many peers a seed sends one file to at once
+watchdog      when a download begins anew, one peer at a time
+download      from reserved space to a checked file
+swarm         all seeds and downloads of a node
 """
 
 from node.swarm.download import Download
+from node.swarm.layer import layer_of, piece_fits
 from node.swarm.settings import SwarmSettings
 from node.swarm.swarm import Swarm, SwarmStats
 from node.swarm.torrent import DownloadProgress, PeerAddress, Piece, Torrent
@@ -27,4 +30,6 @@ __all__ = [
     "SwarmSettings",
     "SwarmStats",
     "Torrent",
+    "layer_of",
+    "piece_fits",
 ]

@@ -99,6 +99,14 @@ class ResumeSaved:
 
 
 @dataclass(frozen=True, slots=True)
+class Availability:
+    """How many connected peers have each piece; empty where that is not counted: no peer, or nothing missing."""
+
+    info_hash: InfoHash
+    peers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Removed:
     """A torrent left the session."""
 
@@ -142,6 +150,7 @@ Event = (
     | FileRenamed
     | FileFailed
     | ResumeSaved
+    | Availability
     | Removed
     | TorrentStatus
     | SessionCounters
@@ -208,6 +217,7 @@ _BY_TYPE: dict[type[Any], Callable[[InfoHash, Any], Event]] = {
     lt.file_rename_failed_alert: lambda h, a: FileRenamed(h, a.message()),
     lt.file_error_alert: lambda h, a: FileFailed(h, a.error.value(), a.message()),
     lt.save_resume_data_alert: lambda h, a: _resume(h, a.params),
+    lt.piece_availability_alert: lambda h, a: Availability(h, tuple(a.piece_availability)),
     lt.save_resume_data_failed_alert: lambda h, _: ResumeSaved(h, b"", b""),
 }
 

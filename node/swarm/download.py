@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from node.swarm.alerts import Event, FileFailed, Finished, HashFailed, PeerBanned, PieceFinished, TorrentStatus
+from node.swarm.availability import Availability
 from node.swarm.handle import Handle, file_error, translated
+from node.swarm.layer import PieceLayer
 from node.swarm.offers import Offers
-from node.swarm.part_file import PartFile, fits
+from node.swarm.part_file import PartFile
 from node.swarm.torrent import DownloadProgress, PeerAddress, Piece, Torrent
 from node.swarm.watchdog import Verdict, Watchdog
 from protocol.errors import CancelledRequestError, InvalidParamsError, ShoalError
@@ -43,12 +45,11 @@ class Download:
         self._have: set[int] = set()
         self._status: TorrentStatus | None = None
         self._peers: dict[PeerAddress, None] = {}  # in the order in which they became known
-        self._layer = piece_layer
-        self._layer_due = 0.0
+        self._layer = PieceLayer(torrent, part, piece_layer)
+        self._availability = Availability()
         self._offers = Offers()
         self._wake = asyncio.Event()
-        self._complete = False
-        self._finished = False
+        self._complete = self._finished = False
         self._error: ShoalError | None = None
         self._ready = asyncio.Event()
         self._done: asyncio.Future[Path] = asyncio.get_running_loop().create_future()
@@ -71,14 +72,16 @@ class Download:
 
     def progress(self) -> DownloadProgress:
         """How far it is."""
+        size, now = self.torrent.size, self._status
+        done, rate, peers = (now.bytes_done, now.download_rate_bytes_s, now.peers) if now else (0, 0, 0)
         if self._finished:
-            return DownloadProgress(self.torrent.size, self.torrent.size, 0, self._status.peers if self._status else 0)
+            return DownloadProgress(size, size, 0, peers)
         checked = sum(self.torrent.piece(index).size for index in self._have)
-        status = self._status
-        if status is None:
-            return DownloadProgress(checked, self.torrent.size, 0, 0)
-        done = min(max(checked, status.bytes_done), self.torrent.size)
-        return DownloadProgress(done, self.torrent.size, status.download_rate_bytes_s, status.peers)
+        return DownloadProgress(min(max(checked, done), size), size, rate, peers)
+
+    async def ready(self) -> None:
+        """Wait until the part file was looked through: from then on `missing_pieces()` is right, or it has ended."""
+        await self._ready.wait()
 
     def missing_pieces(self) -> tuple[Piece, ...]:
         """The pieces that did not pass their check yet, in order."""
@@ -99,6 +102,26 @@ class Download:
             self._handle.hurry()
         self._wake.set()
 
+    @property
+    def piece_layer(self) -> bytes:
+        """32 bytes a piece; empty while it is not known, and where there is none: a file of one piece."""
+        return self._layer.known
+
+    async def take_layer(self, layer: bytes) -> None:
+        """Give it the piece layer, had from elsewhere after the download began; needless where it is known.
+
+        Raises InvalidShardError where it is not that of the content id.
+        """
+        await self._ready.wait()
+        if not self._done.done() and self._layer.take(layer):
+            self._ready.clear()
+            self._wake.set()
+            await self._ready.wait()
+
+    async def available_pieces(self) -> frozenset[int]:
+        """The pieces that some connected peer has; as of at most a second ago."""
+        return await self._availability.pieces(self._handle)
+
     async def add_piece(self, index: int, data: bytes) -> bool:
         """Give a piece that was fetched elsewhere. True: it passed its check and is kept, or was here already.
 
@@ -106,24 +129,15 @@ class Download:
         the piece layer, and none was given to `Swarm.download`, a piece cannot be checked alone: the call returns
         when all are here, and should not be waited for one by one.
         """
-        try:
-            expected = self.torrent.piece(index)
-        except IndexError as err:
-            raise InvalidParamsError(str(err)) from None
-        if len(data) != expected.size:
-            raise InvalidParamsError(f"piece {index} has {expected.size} bytes, was given {len(data)}")
+        if not 0 <= index < self.torrent.pieces or len(data) != self.torrent.piece(index).size:
+            raise InvalidParamsError(f"{self.torrent.name!r} has no piece {index} of {len(data)} bytes")
         await self._ready.wait()
         if self._done.done():
             self._done.result()
         if self._finished or index in self._have:
             return True
         assert self._handle is not None
-        answer = self._offers.wait(index)
-        try:
-            self._handle.add_piece(index, data)
-            return await answer
-        finally:
-            self._offers.forget(index, answer)
+        return await self._offers.give(self._handle, index, data)
 
     async def verified(self) -> Path:
         """The file, under its final name: flushed and every piece checked. It is seeded from now on.
@@ -167,12 +181,11 @@ class Download:
     async def _fetch(self) -> Handle:
         resume, layer = await self._part.load()
         fresh = await self._part.reserve()
-        self._layer = self._layer or layer
-        if not resume and not self._layer and self.torrent.pieces > 1:
+        self._layer.known = self._layer.known or layer
+        if not resume and self._layer.missing:
             fresh = True  # what a crash left cannot be checked without its piece layer
-        self._handle = await self._add(resume, fresh=fresh)
-        if self._layer:
-            await self._part.keep_layer(self._layer)
+        self._handle = await self._add(resume, have=() if fresh else None)
+        await self._layer.keep()
         self.add_peers(tuple(self._peers))
         if self._peers:
             self._handle.hurry()
@@ -183,7 +196,10 @@ class Download:
                     await self._wake.wait()
             if self._error:
                 raise self._error
-            await self._keep_layer()
+            if self._layer.is_new_to_session:
+                await self._restart(self._handle)
+            elif self._have:
+                await self._layer.learn(self._handle, time.monotonic())
             if not self._complete:
                 await self._watch(self._handle)
         await self._handle.flush()
@@ -191,55 +207,49 @@ class Download:
         await self._part.forget(delete=False)
         return self._handle
 
-    async def _add(self, resume: bytes, *, fresh: bool) -> Handle:
+    async def _add(self, resume: bytes, *, have: Collection[int] | None) -> Handle:
         handle = await self._session.add(
             self.torrent,
             self._part.path,
             self._on_event,
-            piece_layer=self._layer,
+            piece_layer=self._layer.known,
             resume=resume,
-            fresh=fresh,
+            have=have,
             exchange_peers=not self._watchdog.careful,
         )
-        status = await handle.status()
+        self._status = status = await handle.status()
         self._have = {index for index, has in enumerate(status.pieces or ()) if has}
-        self._status = status
         self._handle = handle
         self._ready.set()
         return handle
-
-    async def _keep_layer(self) -> None:
-        """Keep the piece layer as soon as peers have given all of it: a crash from then on costs little."""
-        now = time.monotonic()
-        if self._layer or not self._have or self.torrent.pieces == 1 or now < self._layer_due or not self._handle:
-            return
-        self._layer_due = now + 4 * _TICK_S
-        layer = (await self._handle.save(flush=False)).piece_layer
-        if fits(self.torrent, layer):
-            self._layer = layer
-            await self._part.keep_layer(layer)
 
     async def _watch(self, handle: Handle) -> None:
         now = time.monotonic()
         if self._status:
             self._watchdog.progressed(now, self._status.bytes_done)
-        match self._watchdog.verdict(now, self._peers):
-            case Verdict.RESTART:
-                await self._restart(handle)
-            case Verdict.CONNECT_NEXT:
-                self._connect_next()
+        verdict = self._watchdog.verdict(now, self._peers)
+        if verdict is Verdict.RESTART:
+            await self._restart(handle)
+        elif verdict is Verdict.CONNECT_NEXT:
+            self._connect_next()
 
     async def _restart(self, handle: Handle) -> None:
-        _log.info("%s: begun anew after a stall, %d peers known", self.torrent.name, len(self._peers))
+        """Take the torrent out and put it back: after a stall, or to give the session a piece layer."""
+        _log.info("%s: begun anew, %d peers known", self.torrent.name, len(self._peers))
         self._ready.clear()
         self._handle = None
-        resume = b""
-        with contextlib.suppress(ShoalError):
-            resume = (await handle.save(flush=True)).data
+        resume, have = b"", None
+        if self._layer.is_new_to_session:  # resume data would go on without it
+            await self._layer.keep()
+            await handle.flush()
+            have = frozenset(self._have)
+        else:
+            resume = await handle.resume_data()
+        self._layer.is_new_to_session = False
         await self._session.remove(handle)
         self._offers.answer_all(kept=False)
         self._watchdog.restarted(time.monotonic())
-        await self._add(resume, fresh=False)
+        await self._add(resume, have=have)
         if self._watchdog.careful:
             self._connect_next()
         else:
@@ -255,16 +265,11 @@ class Download:
     async def _leave(self, *, clean: bool) -> None:
         """Take the torrent out; after a clean stop what came is taken up again without a check."""
         handle, self._handle = self._handle, None
-        if handle is None:
-            return
-        saved = None
-        if clean:
-            with contextlib.suppress(ShoalError):
-                saved = await handle.save(flush=True, timeout_s=_STOP_TIMEOUT_S)
-        await self._session.remove(handle)
-        if saved and saved.data:
+        if handle:
+            resume = await handle.resume_data(_STOP_TIMEOUT_S) if clean else b""
+            await self._session.remove(handle)
             with contextlib.suppress(OSError):
-                await self._part.keep_resume(saved.data)
+                await self._part.keep_resume(resume)
 
     def _on_event(self, event: Event) -> None:
         match event:
@@ -273,7 +278,7 @@ class Download:
             case PieceFinished():
                 self._have.add(event.piece)
                 self._offers.answer(event.piece, kept=True)
-                if not self._layer_due:  # the first piece: the piece layer is about to be whole
+                if not self._layer.asked:  # the first piece: the piece layer is about to be whole
                     self._wake.set()
             case HashFailed():
                 if event.piece not in self._offers:

@@ -12,7 +12,16 @@ from typing import Any, TypeVar
 
 import libtorrent as lt
 
-from node.swarm.alerts import CacheFlushed, Event, FileFailed, FileRenamed, Removed, ResumeSaved, TorrentStatus
+from node.swarm.alerts import (
+    Availability,
+    CacheFlushed,
+    Event,
+    FileFailed,
+    FileRenamed,
+    Removed,
+    ResumeSaved,
+    TorrentStatus,
+)
 from node.swarm.torrent import PeerAddress, Torrent
 from protocol.errors import InsufficientDiskError, InternalError, ShoalError, TimedOutError
 
@@ -95,6 +104,13 @@ class Handle:
             await self.flush(timeout_s)
         return await self._answer(ResumeSaved, lambda: self._raw.save_resume_data(flags), timeout_s)
 
+    async def resume_data(self, timeout_s: float = 10.0) -> bytes:
+        """What continues it, everything received being in the file; empty where that could not be had."""
+        try:
+            return (await self.save(flush=True, timeout_s=timeout_s)).data
+        except ShoalError:
+            return b""
+
     async def status(self, timeout_s: float = 30.0) -> TorrentStatus:
         """How far it is, with its pieces."""
         query = int(lt.status_flags_t.query_pieces)
@@ -102,6 +118,10 @@ class Handle:
             answer = await self._answer(TorrentStatus, lambda: self._raw.post_status(query), timeout_s)
             if answer.pieces is not None:  # the session's regular updates come without
                 return answer
+
+    async def availability(self, timeout_s: float = 5.0) -> tuple[int, ...]:
+        """How many connected peers have each piece; see `Availability`."""
+        return (await self._answer(Availability, self._raw.post_piece_availability, timeout_s)).peers
 
     def connect(self, peer: PeerAddress) -> None:
         """Dial a peer; what comes of it shows in events."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 
+from node.swarm.handle import Handle
+
 
 class Offers:
     """Who waits for the check of which piece."""
@@ -14,6 +16,15 @@ class Offers:
 
     def __contains__(self, index: int) -> bool:
         return index in self._waiting
+
+    async def give(self, handle: Handle, index: int, data: bytes) -> bool:
+        """Give a piece to the session. Returns whether it was kept."""
+        answer = self.wait(index)
+        try:
+            handle.add_piece(index, data)
+            return await answer
+        finally:
+            self.forget(index, answer)
 
     def wait(self, index: int) -> asyncio.Future[bool]:
         """A future that tells whether the piece was kept."""

@@ -79,7 +79,9 @@ class PartFile:
         await asyncio.to_thread(_replace, self._layer, layer)
 
     async def keep_resume(self, data: bytes) -> None:
-        """Keep the resume data of a clean stop; the part file must be flushed."""
+        """Keep the resume data of a clean stop, if there is any; the part file must be flushed."""
+        if not data:
+            return
         await asyncio.to_thread(self._keep_resume_now, data)
 
     def _keep_resume_now(self, data: bytes) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Session:
         *,
         piece_layer: bytes = b"",
         resume: bytes = b"",
-        fresh: bool = False,
+        have: Collection[int] | None = None,
         seed: bool = False,
         verified: bool = False,
         slots: int = -1,
@@ -76,15 +76,15 @@ class Session:
         """Add a torrent whose file is `path`, and return when that file, if it is there, was looked through.
 
         With `seed` the file is taken to be whole, and each piece checked at its first upload, unless it is `verified`:
-        hashed just now. Nothing is looked through with `resume`, nor with `fresh`, which says that the file holds
-        nothing yet. At most `slots` peers are sent to at once. Raises InvalidShardError where the piece layer is not
+        hashed just now. Nothing is looked through with `resume`, nor with `have`, which says which pieces the file
+        holds. At most `slots` peers are sent to at once. Raises InvalidShardError where the piece layer is not
         the content id's.
         """
         if torrent.info_hash in self._handles:
             raise BusyError(f"{torrent.name!r} is already in the swarm")
         params = _params(torrent, path, piece_layer, resume)
-        if fresh:
-            params.have_pieces = [False] * torrent.pieces
+        if have is not None:
+            params.have_pieces = [index in have for index in range(torrent.pieces)]
         if verified:
             params.have_pieces = params.verified_pieces = [True] * torrent.pieces
         flags = int(params.flags) & ~int(lt.torrent_flags.auto_managed | lt.torrent_flags.paused)

@@ -14,8 +14,9 @@ from protocol.ids import ContentId, ShardId
 from protocol.manifest import FileName
 
 RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
-NameOrDigest = Annotated[str, msgspec.Meta(min_length=1, max_length=280)]
-"""`name`, or `name@digest` with at least 8 digits of the manifest's digest, where a name alone is ambiguous."""
+NameOrDigest = Annotated[str, msgspec.Meta(min_length=1, max_length=1000)]
+"""`name`, or `name@digest` with at least 8 digits of the manifest's digest, where a name alone is ambiguous; or the URL
+of a manifest at an origin."""
 Text = Annotated[str, msgspec.Meta(max_length=1 << 20)]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from protocol.commands.common import Params, RequestId, Result
 from protocol.ids import ContentId, ManifestDigest, NodeId
 
@@ -108,6 +110,20 @@ class TransportStatus(Result, frozen=True, kw_only=True):
     peers: int = 0
 
 
+class OriginStatus(Result, frozen=True, kw_only=True):
+    """Object stores behind the swarm, since the node's start."""
+
+    urls: list[str] = msgspec.field(default_factory=list)
+    """The node's own, best first; manifests may name more. No credentials are in them."""
+    downloaded_bytes: int = 0
+    """Shards, manifests and torrent files."""
+    uploaded_bytes: int = 0
+    requests: int = 0
+    """What a store tried again by itself is not counted."""
+    errors: int = 0
+    """Requests that failed; that an object is not there is no failure."""
+
+
 class StatusResult(Result, frozen=True, kw_only=True):
     """Answer of STATUS."""
 
@@ -123,3 +139,4 @@ class StatusResult(Result, frozen=True, kw_only=True):
     swarm: SwarmStatus
     dht: DhtStatus
     transport: TransportStatus
+    origin: OriginStatus = msgspec.field(default_factory=OriginStatus)

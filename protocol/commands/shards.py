@@ -102,6 +102,8 @@ class ListFilesResult(Result, frozen=True, kw_only=True):
 class GetManifestParams(Params, frozen=True, kw_only=True):
     """GET_MANIFEST."""
 
+    name: NameOrDigest | None = None
+    """Of a model, a data set or a loose file, whichever it is; or the URL of a manifest at an origin."""
     model: NameOrDigest | None = None
     dataset: NameOrDigest | None = None
     digest: ManifestDigest | None = None

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from node.discovery import Discovery, DiscoverySettings
+from node.shards.ports import Origin
 from node.shards.settings import ShardsSettings
 from node.shards.shards import Shards
 from node.swarm import Swarm, SwarmSettings
@@ -56,6 +57,7 @@ async def open_node(
     bootstrap: tuple[Node, ...] = (),
     upload_limit: int = 0,
     download_limit: int = 0,
+    origin: Origin | None = None,
     **options: Any,
 ) -> AsyncIterator[Node]:
     """One node's rooms; opened again with the same folder it is the same node after a restart."""
@@ -100,6 +102,7 @@ async def open_node(
                 fetch_manifest=fetch_manifest,
                 key=key,
                 rpc_port=rpc_port,
+                origin=origin,
             )
         )
         network[rpc_port] = shards

@@ -18,8 +18,9 @@ from tiny_gguf import write_tiny_gguf
 
 from node.cli import main
 from protocol.content import hash_file
+from protocol.signing import SigningKey
 
-COMMANDS = ("serve", "split", "publish", "call", "nodes", "status", "generate", "demo")
+COMMANDS = ("serve", "split", "publish", "pull", "verify", "call", "nodes", "status", "generate", "demo")
 
 
 class Said(NamedTuple):
@@ -103,6 +104,12 @@ def test_help_of_serve_names_environment_and_file(shoal: Shoal) -> None:
         (["generate", "127.0.0.1:1"], ["--prompt"]),
         (["split", "/no/such.gguf", "--out", "x", "--shards", "2"], ["/no/such.gguf"]),
         (["publish", "/no/such"], ["/no/such"]),
+        (["publish", "/", "--only-origin"], ["--origin URL"]),
+        (["publish", "/", "--origin", "bucket/prefix"], ["o3://BUCKET"]),
+        (["publish", "/", "--origin", "https://files.example.org/x"], ["only read from"]),
+        (["publish", "/", "--origin", "o3://bkt", "--origin-key-file", "/no/such.key"], ["/no/such.key"]),
+        (["pull", "smol", "--node", "nowhere"], ["nowhere", "HOST:PORT"]),
+        (["verify", "smol", "--node", "nowhere"], ["nowhere", "HOST:PORT"]),
     ],
 )
 def test_what_is_typed_wrong_ends_with_2_and_says_what(shoal: Shoal, argv: list[str], words: list[str]) -> None:
@@ -231,6 +238,43 @@ def test_publish_a_folder_made_by_split(shoal: Shoal, tmp_path: Path) -> None:
     assert said.code == 1
     assert "shard-1.gguf is not there" in said.err
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_publish_at_an_origin_too_and_at_an_origin_alone(shoal: Shoal, tmp_path: Path) -> None:
+    files = parquet(tmp_path / "set" / "a.parquet", 5), parquet(tmp_path / "set" / "b.parquet", 6)
+    data, origin = tmp_path / "data", tmp_path / "origin"
+    said = shoal("publish", tmp_path / "set", "--data-dir", data, "--origin", f"file://{origin}")
+    assert said.code == 0
+    assert "uploaded; its manifest: file://" in said.out
+    stored = {path.name: path.read_bytes() for path in (origin / "shards").iterdir()}
+    assert stored == {hash_file(file).content_id: file.read_bytes() for file in files}
+    assert (data / "shards" / "set" / "a.parquet").exists()
+    loose = shoal("publish", files[0], "--data-dir", data, "--origin", f"file://{origin}", "--json")
+    assert json.loads(loose.out)["folder"].startswith(str(data / "shards" / "a.parquet@")), "its manifest is kept"
+    alone = shoal(
+        "publish", files[1], "--data-dir", tmp_path / "d", "--origin", f"file://{origin}", "--only-origin", "--json"
+    )
+    assert json.loads(alone.out)["folder"] is None
+    assert not (tmp_path / "d" / "shards").exists()
+    verified = shoal("verify", "set", "--node", "127.0.0.1:1", "--at", f"file://{origin}", "--json")
+    assert verified.code == 0
+    assert [copy["state"] for copy in json.loads(verified.out)["copies"]] == ["good", "good"]
+
+
+def test_publish_again_keeps_the_identity_that_signs(shoal: Shoal, tmp_path: Path) -> None:
+    parquet(tmp_path / "set" / "a.parquet", 5)
+    command = ("publish", tmp_path / "set", "--data-dir", tmp_path / "data", "--origin", f"file://{tmp_path}/o")
+    assert shoal(*command).code == 0
+    manifest = tmp_path / "data" / "shards" / "set" / "manifest.json"
+    signed = json.loads(manifest.read_text())
+    key = SigningKey.load_or_create(tmp_path / "data" / "node.key")
+    assert signed["publisher"] == key.node_id
+    assert shoal(*command).code == 0
+    assert json.loads(manifest.read_text()) == signed
+    (tmp_path / "data" / "node.key").write_bytes(b"short")
+    said = shoal(*command)
+    assert said.code == 1
+    assert "a node key has 32" in said.err
 
 
 def test_publish_follows_links_but_keeps_their_names(shoal: Shoal, tmp_path: Path) -> None:

@@ -58,7 +58,10 @@ def test_lists_and_sizes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("SHOAL_BOOTSTRAP", "a:1,[::1]:2")
     monkeypatch.setenv("SHOAL_ASSIGN", "org/model:0,2 other:1")
     monkeypatch.setenv("SHOAL_UPLOAD_LIMIT", "8MB")
-    settings = load_settings()
+    monkeypatch.setenv("SHOAL_ORIGINS", "o3://bucket/a s3://bucket")
+    settings = load_settings(manifests=["o3://bucket/a/manifests/smol/"])
+    assert settings.origins == ("o3://bucket/a", "s3://bucket")
+    assert settings.manifests == ("o3://bucket/a/manifests/smol/",)
     assert settings.bootstrap == (Address("a", 1), Address("::1", 2))
     assert settings.assign == (Assignment("org/model", (0, 2)), Assignment("other", (1,)))
     assert settings.upload_limit == 8_000_000
@@ -78,6 +81,8 @@ def test_lists_and_sizes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
         ({"upload_limit": "fast"}, "upload_limit = fast"),
         ({"rpc_port": 5, "http_port": 5}, "must differ"),
         ({"threads": 0}, "threads"),
+        ({"origins": 5}, "origins = 5"),
+        ({"o3_backend": "both"}, "o3_backend = both"),
     ],
 )
 def test_what_contradicts_is_refused_by_name(flags: dict[str, object], said: str) -> None:

@@ -12,17 +12,26 @@ from pydantic import ByteSize, TypeAdapter
 from node.cli.serve import serve
 from node.config import Settings
 from node.http.metrics import render_metrics
+from node.origin.settings import O3_ENDPOINT, O3_REGION, OriginSettings
 from protocol import errors
 from protocol.commands.nodes import DhtStatus, StatusResult, SwarmStatus, TransportStatus
 from protocol.commands.shards import FileInfo
 from protocol.ids import NodeId
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "operating.md").read_text()
+FLAGS = {"origins": "origin", "manifests": "manifest"}
+"""Given once for each of several."""
 IN_WORDS = {
     "data_dir": "the user's data folder",
     "shards_dir": "DATA_DIR/shards",
     "threads": "the usable cores",
     "advertise": "listen",
+    "o3_endpoint": O3_ENDPOINT,
+    "o3_region": O3_REGION,
+    "s3_endpoint": "Amazon's",
+    "akave_node": OriginSettings.akave_node,
+    "akave_ipc": "the node's",
+    "origin_key_file": "none",
 }
 
 
@@ -38,7 +47,7 @@ def test_every_setting_stands_there_with_its_flag_and_variable() -> None:
     assert names == [name for name in Settings.model_fields if name != "config"]
     assert {*names, "config"} == set(inspect.signature(serve).parameters)
     for name, row in zip(names, rows, strict=True):
-        assert row[1] == f"`--{name.replace('_', '-')}`"
+        assert row[1] == f"`--{FLAGS.get(name, name.replace('_', '-'))}`"
         assert row[2] == f"`SHOAL_{name.upper()}`"
 
 

@@ -20,8 +20,10 @@ from rich.markup import escape
 from rich.progress import Progress as RichProgress
 
 from node.cli.console import bytes_progress, examples, fail, human_bytes, out
+from node.cli.demo import origin as demo_origin
 from node.cli.demo import view
 from node.cli.demo.nodes import NodeStartError, RunningNode, running_node
+from node.cli.demo.s3_server import running_s3
 from node.formats.split import split_gguf
 from node.machine import usable_cores
 from protocol.client import Client
@@ -53,8 +55,9 @@ def demo(
     """Run three nodes here, and a model across them.
 
     They list, find, fetch, load and generate; then the tokens are compared with those of one process. The first node
-    has the shards; the others find them in the DHT and fetch them over BitTorrent. Everything lies in a temporary
-    folder that is removed at the end. Exit status 1 where anything failed or the tokens differ.
+    has the shards; the others find them in the DHT and fetch them over BitTorrent. Then the first one is stopped, a
+    shard evicted everywhere, and loaded again from an origin: a real S3 server in the part of Akave O3. Everything
+    lies in a temporary folder that is removed at the end. Exit status 1 where anything failed or the tokens differ.
     """
     source = model_gguf or packaged_model()
     try:
@@ -94,12 +97,14 @@ async def _demo(source: Path, prompt: str, max_tokens: int) -> bool:
         view.step(1, f"Cut {source.name} ({human_bytes(source.stat().st_size)}) into {len(NODES)} shards")
         await asyncio.to_thread(_split, source, home / NODES[0] / "shards" / MODEL)
 
-        view.step(2, "Start three nodes; only alpha has files")
+        view.step(2, "Start three nodes, only alpha has files; and SeaweedFS, in the part of Akave O3")
+        s3 = await stack.enter_async_context(running_s3(home / "s3"))
+        environment = demo_origin.origin_environment(s3)
         nodes: list[RunningNode] = []
         for name in NODES:
             arguments = ["--threads", str(threads), "--ctx-size", str(CTX_SIZE)]
             arguments += [f"--bootstrap=127.0.0.1:{nodes[0].dht_port}"] if nodes else []
-            nodes.append(await stack.enter_async_context(running_node(name, home / name, arguments)))
+            nodes.append(await stack.enter_async_context(running_node(name, home / name, arguments, environment)))
             view.note(f"{name:<6} node {nodes[-1].node_id[:16]}  rpc 127.0.0.1:{nodes[-1].rpc_port}")
         clients = [await stack.enter_async_context(Client.connect("127.0.0.1", node.rpc_port)) for node in nodes]
 
@@ -120,6 +125,17 @@ async def _demo(source: Path, prompt: str, max_tokens: int) -> bool:
         if not identical:
             view.note(f"pipeline    {result.tokens}")
             view.note(f"one process {reference['tokens']}")
+
+        url = demo_origin.origin_url(s3)
+        view.step(7, f"Publish the shards to the origin, {url}")
+        await demo_origin.publish(home / NODES[0] / "shards" / MODEL, home / NODES[0], environment)
+        view.step(8, "Stop alpha, the seed; evict shard 1 everywhere; LOAD_SHARD on beta")
+        await demo_origin.lose_shard(nodes[0], clients[1], MODEL, 1)
+        with bytes_progress(out) as progress:
+            again = await _load_one(nodes[1], clients[1], 1, progress)
+        view.show_source(again)
+        if again.result.source != "origin":
+            raise NodeStartError(f"shard 1 came from {again.result.source}, not from the origin")
     out.print(f"\ntokens identical to one process: {'yes' if identical else 'no'}")
     return identical
 

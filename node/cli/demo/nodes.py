@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +34,18 @@ class RunningNode:
     log_path: Path
     process: asyncio.subprocess.Process
 
+    async def stop(self) -> None:
+        """End it now, in order; nothing happens where it has ended."""
+        await _stop(self.process)
+
 
 @asynccontextmanager
-async def running_node(name: str, home: Path, arguments: Sequence[str]) -> AsyncIterator[RunningNode]:
+async def running_node(
+    name: str, home: Path, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+) -> AsyncIterator[RunningNode]:
     """Start `python -m node serve` on free loopback ports with `home` as its data directory; end it at the exit.
 
-    Raises NodeStartError with the last lines of its log.
+    `environment` stands over this process's own. Raises NodeStartError with the last lines of its log.
     """
     home.mkdir(parents=True, exist_ok=True)
     log_path = home / "node.log"
@@ -52,7 +58,7 @@ async def running_node(name: str, home: Path, arguments: Sequence[str]) -> Async
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=log_file,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(environment or {}),
             start_new_session=True,  # Ctrl-C is for the demo, which then stops its nodes in order
             preexec_fn=_die_with_parent,
         )

@@ -41,6 +41,14 @@ def show_files(found: ListFilesResult) -> None:
     out.print(table)
 
 
+def show_source(load: Load) -> None:
+    """Where one shard came from."""
+    shard = load.result
+    moved = sum(shard.bytes_by_source.values())
+    rate = f" at {moved / load.transfer_s / 1e6:.1f} MB/s" if load.transfer_s else ""
+    note(f"source: {shard.source}, {human_bytes(moved)}{rate}, ready after {shard.seconds:.2f} s")
+
+
 def show_summary(
     nodes: Sequence[RunningNode],
     loads: Sequence[Load],

@@ -1,0 +1,120 @@
+"""Which part of a shard this node takes from the origin, while other nodes want the same shard.
+
+Nobody is asked for leave: each node that wants a shard says so in the DHT, and who takes which block follows from the
+set of those nodes by rendezvous hashing (Thaler and Ravishankar 1998): of all scores of a block the highest wins. A
+node goes through the blocks in the order of its own scores, best first, so that nodes that do not know each other yet
+begin with what they would take anyway. Where views differ, two take the same block: correct, only dearer.
+
+Pure: time is an argument, in seconds of any steady clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+from node.swarm.torrent import Torrent
+from protocol.ids import ContentId, NodeId
+
+MAX_BLOCK_BYTES = 4 * 1024 * 1024
+"""Of one request to the origin, but where a single piece is longer."""
+MIN_BLOCK_BYTES = 1024 * 1024
+BLOCKS = 64
+"""As many at least, where that leaves them `MIN_BLOCK_BYTES`: fewer are shared out too unevenly."""
+MEMORY_S = 3.0
+"""A node whose wish was not found for so long wants nothing more: one look-up may miss it."""
+
+
+class Block(NamedTuple):
+    """Adjacent pieces, as they are shared out."""
+
+    first: int
+    end: int
+    """Exclusive."""
+
+    @property
+    def pieces(self) -> range:
+        return range(self.first, self.end)
+
+
+def blocks_of(torrent: Torrent) -> tuple[Block, ...]:
+    """The blocks of a shard, the same on every node."""
+    size = max(MIN_BLOCK_BYTES, min(MAX_BLOCK_BYTES, torrent.size // BLOCKS))
+    step = max(1, size // torrent.piece_length)
+    return tuple(Block(first, min(first + step, torrent.pieces)) for first in range(0, torrent.pieces, step))
+
+
+def score(node_id: NodeId, content_id: ContentId, block: int) -> bytes:
+    """32 bytes; the highest of a block wins it."""
+    return hashlib.sha256(f"{node_id}\0{content_id}\0{block}".encode()).digest()
+
+
+def owner(nodes: Iterable[NodeId], content_id: ContentId, block: int) -> NodeId:
+    """Who of these nodes takes a block. There must be one."""
+    return max(nodes, key=lambda node_id: (score(node_id, content_id, block), node_id))
+
+
+class Lease:
+    """This node's blocks of one shard."""
+
+    def __init__(self, own: NodeId, content_id: ContentId, n_blocks: int) -> None:
+        self._own = own
+        self._content_id = content_id
+        self._heard: dict[NodeId, float] = {}
+        self._owns: dict[int, bool] = {}
+        self.order: Sequence[int] = sorted(
+            range(n_blocks), key=lambda block: score(own, content_id, block), reverse=True
+        )
+        """Every block, those first that this node would win of most others."""
+
+    def heard(self, now: float, others: Iterable[NodeId]) -> None:
+        """These nodes want the shard too, as a look-up found just now."""
+        before = self.others
+        self._heard.update((node_id, now) for node_id in others if node_id != self._own)
+        self._heard = {node_id: at for node_id, at in self._heard.items() if now - at < MEMORY_S}
+        if self.others != before:
+            self._owns.clear()
+
+    @property
+    def others(self) -> frozenset[NodeId]:
+        """Who else wants the shard."""
+        return frozenset(self._heard)
+
+    def owns(self, block: int) -> bool:
+        """Whether the block is this node's, as far as the others are known."""
+        if block not in self._owns:
+            self._owns[block] = owner((self._own, *self._heard), self._content_id, block) == self._own
+        return self._owns[block]
+
+    def mine(self) -> list[int]:
+        """This node's blocks, in the order in which it takes them."""
+        return [block for block in self.order if self.owns(block)]
+
+
+def choose(
+    lease: Lease,
+    blocks: Sequence[Block],
+    *,
+    missing: Collection[int],
+    available: Collection[int],
+    busy: Collection[int],
+    peers_fail: bool,
+    stuck: bool,
+) -> int | None:
+    """The block to take from the origin next, or None.
+
+    `missing` are the pieces that are not here, `available` those that a connected peer has, `busy` the blocks that are
+    being taken. A piece that a peer has is left to it, unless `peers_fail`: they are too slow. `stuck`: nothing has
+    moved for so long that another's block may be taken too, if there is none of one's own.
+    """
+    wanted = missing if peers_fail else frozenset(missing).difference(available)
+    if not wanted:
+        return None
+    open_blocks = [
+        block for block in lease.order if block not in busy and any(piece in wanted for piece in blocks[block].pieces)
+    ]
+    own = next((block for block in open_blocks if lease.owns(block)), None)
+    if own is None and stuck:
+        return next(iter(open_blocks), None)
+    return own

@@ -1,0 +1,104 @@
+"""The piece layer of a download: with it a piece can be checked alone, and a part file after a crash.
+
+Peers give it, or it is handed over by who has it from elsewhere (a torrent file at an origin).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from typing import Any
+
+import libtorrent as lt
+
+from node.swarm.handle import Handle
+from node.swarm.part_file import PartFile, fits
+from node.swarm.torrent import Torrent
+from protocol.content import LEAF_BYTES, merkle_root
+from protocol.errors import InvalidShardError
+
+ASK_EVERY_S = 1.0
+
+
+class PieceLayer:
+    """What is known of it. Time is in seconds of any steady clock."""
+
+    def __init__(self, torrent: Torrent, part: PartFile, known: bytes = b"") -> None:
+        self.known = known
+        """32 bytes a piece; empty while it is not known, and where there is none: a file of one piece."""
+        self.is_new_to_session = False
+        """Whether it was handed over after the torrent was added without it."""
+        self._torrent = torrent
+        self._part = part
+        self._due = 0.0
+
+    @property
+    def missing(self) -> bool:
+        return not self.known and self._torrent.pieces > 1
+
+    @property
+    def asked(self) -> bool:
+        """Whether the session was asked for it once."""
+        return self._due > 0
+
+    def take(self, layer: bytes) -> bool:
+        """It came from elsewhere. True: it was not known. Raises InvalidShardError for one of other content."""
+        if not fits(self._torrent, layer):
+            raise InvalidShardError(
+                f"the piece layer of {self._torrent.name!r} does not belong to content id {self._torrent.content_id}"
+            )
+        if not self.missing:
+            return False
+        self.known = layer
+        self.is_new_to_session = True
+        return True
+
+    async def keep(self) -> None:
+        """Write it beside the part file: a crash from then on costs little."""
+        if self.known:
+            await self._part.keep_layer(self.known)
+
+    async def learn(self, handle: Handle, now: float) -> None:
+        """Ask the session, now and then, whether peers have given all of it."""
+        if not self.missing or now < self._due:
+            return
+        self._due = now + ASK_EVERY_S
+        layer = (await handle.save(flush=False)).piece_layer
+        if self.missing and fits(self._torrent, layer):
+            self.known = layer
+            await self.keep()
+
+
+def layer_of(torrent: Torrent, torrent_file: bytes) -> bytes:
+    """The piece layer in a torrent file, checked against the content id.
+
+    Empty for a file of one piece, which has none, and for a torrent file without one. Raises InvalidShardError where
+    the bytes are no torrent file, or the layer is that of other content.
+    """
+    if torrent.pieces == 1:
+        return b""
+    found: Any = None
+    with contextlib.suppress(RuntimeError):
+        found = lt.bdecode(torrent_file)
+    if not isinstance(found, dict) or b"info" not in found:
+        raise InvalidShardError(f"what was given as the torrent of {torrent.name!r} is no torrent file")
+    layers = found.get(b"piece layers")
+    layer = layers.get(bytes.fromhex(torrent.content_id), b"") if isinstance(layers, dict) else b""
+    if layer and not (isinstance(layer, bytes) and fits(torrent, layer)):
+        raise InvalidShardError(
+            f"the torrent file of {torrent.name!r} has a piece layer that is not that of content id "
+            f"{torrent.content_id}"
+        )
+    return bytes(layer)
+
+
+def piece_fits(torrent: Torrent, layer: bytes, index: int, data: bytes) -> bool:
+    """Whether these are the bytes of a piece, by the piece layer, or by the content id of a file of one piece (BEP 52).
+
+    Computes for milliseconds: call it off the event loop.
+    """
+    leaves = [hashlib.sha256(data[start : start + LEAF_BYTES]).digest() for start in range(0, len(data), LEAF_BYTES)]
+    if torrent.pieces == 1:
+        return merkle_root(leaves).hex() == torrent.content_id
+    leaves += [bytes(32)] * (torrent.piece_length // LEAF_BYTES - len(leaves))
+    return merkle_root(leaves) == layer[32 * index : 32 * index + 32]

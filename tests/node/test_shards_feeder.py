@@ -1,0 +1,188 @@
+"""What the origin's part of a fetch decides without a network: when it is needed, whom it asks, what it checks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from node.shards.need import Need
+from node.shards.supply import CORRUPT_TRIES, LONGEST_REST_S, Supply
+from node.shards.whole import ContentHasher
+from node.swarm.layer import layer_of, piece_fits
+from node.swarm.torrent import Torrent
+from protocol.content import hash_file
+from protocol.errors import (
+    InvalidShardError,
+    OriginCorruptError,
+    OriginDeniedError,
+    OriginError,
+    OriginNotFoundError,
+    OriginUnavailableError,
+)
+from protocol.manifest import ShardEntry
+
+SIZE = 700_000
+
+
+@pytest.fixture(scope="module")
+def data() -> bytes:
+    return random.Random(1).randbytes(SIZE)
+
+
+@pytest.fixture
+def entry(tmp_path: Path, data: bytes) -> ShardEntry:
+    (tmp_path / "x").write_bytes(data)
+    content = hash_file(tmp_path / "x")
+    return ShardEntry(shard_id=0, filename="x", size=content.size, content_id=content.content_id, kind="file")
+
+
+@pytest.fixture
+def torrent(entry: ShardEntry) -> Torrent:
+    return Torrent.of(entry.filename, entry.size, entry.content_id)
+
+
+class Said:
+    """A place that answers what it is told to."""
+
+    def __init__(self, url: str, layer: bytes | OriginError = b"") -> None:
+        self.url = url
+        self.layer = layer
+        self.asked = 0
+
+    async def piece_layer(self, entry: ShardEntry) -> bytes:
+        self.asked += 1
+        if isinstance(self.layer, OriginError):
+            raise self.layer
+        return self.layer
+
+    async def stream(self, entry: ShardEntry, start: int, end: int) -> AsyncIterator[bytes]:
+        yield b""
+
+
+def need(now: float = 0.0) -> Need:
+    return Need(now, gone_after_s=2.0, slow_bytes_s=1000.0, slow_after_s=5.0)
+
+
+def test_peers_are_gone_when_none_was_connected_for_a_while() -> None:
+    peers = need()
+    assert not peers.gone(1.9)
+    assert peers.gone(2.0)
+    peers.saw(2.5, 0, 1)
+    assert not peers.gone(4.0)
+    assert peers.gone(4.5)
+
+
+@given(st.lists(st.integers(0, 100), min_size=30, max_size=30))
+def test_peers_are_slow_by_what_came_in_the_last_seconds(steps: list[int]) -> None:
+    peers, total, came = need(), 0, [0]
+    for tick, step in enumerate(steps):
+        total += step * 10
+        came.append(total)
+        peers.saw(tick / 2, total, 1)
+        if tick < 10:
+            assert not peers.slow(tick / 2), "they are given time"
+        else:
+            assert peers.slow(tick / 2) == (came[tick + 1] - came[tick - 9] < 5000)
+
+
+def test_a_place_that_fails_rests_and_the_next_is_asked(entry: ShardEntry, torrent: Torrent) -> None:
+    a, b = Said("o3://a"), Said("o3://b")
+    supply = Supply([a, b], entry, torrent)
+    assert supply.next_place(0.0) is a
+    supply.failed(a, OriginUnavailableError("busy"), 0.0)
+    assert supply.next_place(0.01) is b
+    assert supply.next_place(0.6) is a
+    for again in range(1, 40):
+        supply.failed(a, OriginUnavailableError("busy"), again * 20.0)
+    assert supply.next_place(39 * 20.0 + LONGEST_REST_S / 2 - 0.1) is b
+    assert supply.next_place(39 * 20.0 + LONGEST_REST_S) is a
+    assert not supply.exhausted
+    assert supply.errors == {"o3://a": supply.errors["o3://a"]}
+
+
+def test_streams_that_break_together_count_once(entry: ShardEntry, torrent: Torrent) -> None:
+    a = Said("o3://a")
+    supply = Supply([a], entry, torrent)
+    for _ in range(8):
+        supply.failed(a, OriginUnavailableError("reset"), 1.0)
+    assert supply.next_place(1.5) is a
+
+
+@pytest.mark.parametrize("error", [OriginNotFoundError("no"), OriginDeniedError("no"), OriginError("no")])
+def test_a_place_that_will_not_give_it_is_left_out(entry: ShardEntry, torrent: Torrent, error: OriginError) -> None:
+    a = Said("o3://a")
+    supply = Supply([a], entry, torrent)
+    supply.failed(a, error, 0.0)
+    assert supply.exhausted
+    assert supply.next_place(1e9) is None
+
+
+def test_wrong_bytes_are_enough_once_and_short_answers_a_few_times(entry: ShardEntry, torrent: Torrent) -> None:
+    a, b = Said("o3://a"), Said("o3://b")
+    supply = Supply([a, b], entry, torrent)
+    supply.gave_wrong(a, "a piece 3")
+    assert supply.next_place(1e9) is b
+    error = supply.errors["o3://a"]
+    assert isinstance(error, OriginCorruptError)
+    assert error.details["origin"] == "o3://a"
+    for n in range(CORRUPT_TRIES):
+        assert not supply.exhausted
+        supply.failed(b, OriginCorruptError("cut short"), n * 100.0)
+    assert supply.exhausted
+
+
+async def test_the_piece_layer_is_checked_and_asked_for_once(
+    entry: ShardEntry, torrent: Torrent, tmp_path: Path
+) -> None:
+    layer = hash_file(tmp_path / "x").piece_layer
+    busy, wrong, right = Said("a", OriginUnavailableError("busy")), Said("b", b"x" * len(layer)), Said("c", layer)
+    supply = Supply([busy, wrong, right], entry, torrent)
+    assert await supply.piece_layer(0.0) == layer
+    assert (busy.asked, wrong.asked, right.asked) == (1, 1, 1)
+    none = Supply([Said("a", OriginDeniedError("no")), wrong], entry, torrent)
+    assert await none.piece_layer(0.0) == b""
+    assert await none.piece_layer(1.0) == b""
+    assert wrong.asked == 2
+    assert not none.exhausted, "it may have the shard all the same"
+    assert await Supply([busy], entry, torrent).piece_layer(0.0) is None
+
+
+@given(st.data())
+def test_a_content_id_follows_however_the_bytes_come(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
+    size = data.draw(st.sampled_from([1, 16384, 16385, 262_144, 262_145, 300_000, 524_288, 800_001]))
+    body = random.Random(size).randbytes(size)
+    path = tmp_path_factory.mktemp("hashed") / "x"
+    path.write_bytes(body)
+    hasher = ContentHasher(size)
+    while hasher.seen < size:
+        step = data.draw(st.sampled_from([1 << 18, 16384, 99_999, 1 << 20]))
+        hasher.update(body[hasher.seen : hasher.seen + step])
+    assert hasher.result() == hash_file(path)
+
+
+def test_a_piece_is_checked_alone(data: bytes, torrent: Torrent, tmp_path: Path, entry: ShardEntry) -> None:
+    layer = hash_file(tmp_path / "x").piece_layer
+    for index in range(torrent.pieces):
+        piece = torrent.piece(index)
+        body = data[piece.offset : piece.offset + piece.size]
+        assert piece_fits(torrent, layer, index, body)
+        assert not piece_fits(torrent, layer, index, b"\0" + body[1:])
+        assert not piece_fits(torrent, layer, (index + 1) % torrent.pieces, body)
+    (tmp_path / "small").write_bytes(data[:20_000])
+    small = Torrent.of("small", 20_000, hash_file(tmp_path / "small").content_id)
+    assert piece_fits(small, b"", 0, data[:20_000])
+    assert not piece_fits(small, b"", 0, data[1:20_001])
+
+
+def test_the_layer_in_a_torrent_file_is_checked(torrent: Torrent, tmp_path: Path, entry: ShardEntry) -> None:
+    layer = hash_file(tmp_path / "x").piece_layer
+    assert layer_of(torrent, torrent.metainfo(layer)) == layer
+    assert layer_of(torrent, torrent.metainfo()) == b""
+    for bad in (b"", b"not a torrent", b"le", torrent.metainfo(layer[32:]), torrent.metainfo(bytes(len(layer)))):
+        with pytest.raises(InvalidShardError):
+            layer_of(torrent, bad)
