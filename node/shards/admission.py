@@ -67,7 +67,7 @@ class Admission:
             return None
         content = await asyncio.to_thread(self._index.get, file.path, file.fingerprint)
         if content:
-            await self._admit(file, content, verified=False)
+            await self._admit(file, content)
         else:
             self._queue[file.path] = (file, since)
             self._queued.set()
@@ -100,7 +100,6 @@ class Admission:
 
     async def _read(self, file: FoundFile, since: float) -> None:
         content = await asyncio.to_thread(self._index.get, file.path, file.fingerprint)
-        verified = content is None
         if content is None:
             try:
                 hashed = await self._hasher.hash(file.path, file.kind)
@@ -117,9 +116,9 @@ class Admission:
                 return
             content = hashed.content
             await asyncio.to_thread(self._index.put, file.path, file.fingerprint, content)
-        await self._admit(file, content, verified=verified)
+        await self._admit(file, content)
 
-    async def _admit(self, file: FoundFile, content: ContentHash, *, verified: bool) -> None:
+    async def _admit(self, file: FoundFile, content: ContentHash) -> None:
         if not self._is_current(file):
             return
         try:
@@ -129,7 +128,7 @@ class Admission:
             return
         seeding = ShardFile(file.path, "seeding", file.kind, file.fingerprint, holding, entry)
         try:
-            await self._seeds.start(seeding, content.piece_layer, verified=verified)
+            await self._seeds.start(seeding, content.piece_layer)
         except (ShoalError, OSError) as err:
             self._refuse(file, f"{file.path.name} cannot be seeded: {err}")
             return

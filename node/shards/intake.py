@@ -191,7 +191,7 @@ class Intake:
         await asyncio.to_thread(whole.part.replace, path)
         await asyncio.to_thread(part_of(path).unlink, missing_ok=True)
         file = await self._in_order(fetch, path)
-        await self._seeds.start(file, content.piece_layer, verified=True)
+        await self._seeds.start(file, content.piece_layer)
         self._catalog.put(file)
         await self._remember.write(file, content)
 

@@ -166,7 +166,7 @@ class Loader:
         if hashed.content.content_id != fetch.entry.content_id:
             raise InvalidShardError(f"{copy.path.name} was changed: it is not the shard that it was; fetch it again")
         file = ShardFile(path, "seeding", fetch.entry.kind, hashed.fingerprint, fetch.holding, fetch.entry)
-        await self._seeds.start(file, hashed.content.piece_layer, verified=True)
+        await self._seeds.start(file, hashed.content.piece_layer)
         self._catalog.put(file)
         await self._remember.write(file, hashed.content)
         return path

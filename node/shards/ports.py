@@ -68,8 +68,7 @@ class Swarm(Protocol):
     @property
     def port(self) -> int: ...
 
-    async def seed(self, torrent: Torrent, path: Path, piece_layer: bytes, *, verified: bool = False) -> None:
-        """`verified`: it was hashed a moment ago."""
+    async def seed(self, torrent: Torrent, path: Path, piece_layer: bytes) -> None: ...
 
     async def download(self, torrent: Torrent, path: Path, piece_layer: bytes = b"") -> Any:
         """A `Download`."""

@@ -21,13 +21,13 @@ class Seeds:
         self._copies: dict[InfoHash, dict[Path, ShardFile]] = {}
         self._turn = asyncio.Lock()
 
-    async def start(self, file: ShardFile, piece_layer: bytes, *, verified: bool = False) -> None:
-        """Seed a good file; `verified`: hashed a moment ago. Raises ShoalError where the swarm refuses it."""
+    async def start(self, file: ShardFile, piece_layer: bytes) -> None:
+        """Seed a good file. Raises ShoalError where the swarm refuses it."""
         torrent = _torrent(file)
         async with self._turn:
             copies = self._copies.setdefault(torrent.info_hash, {})
             if not copies:
-                await self._swarm.seed(torrent, file.path, piece_layer, verified=verified)
+                await self._swarm.seed(torrent, file.path, piece_layer)
             copies[file.path] = file
 
     def adopt(self, file: ShardFile) -> None:

@@ -69,24 +69,20 @@ class Session:
         resume: bytes = b"",
         have: Collection[int] | None = None,
         seed: bool = False,
-        verified: bool = False,
         slots: int = -1,
         exchange_peers: bool = True,
     ) -> Handle:
         """Add a torrent whose file is `path`, and return when that file, if it is there, was looked through.
 
-        With `seed` the file is taken to be whole, and each piece checked at its first upload, unless it is `verified`:
-        hashed just now. Nothing is looked through with `resume`, nor with `have`, which says which pieces the file
-        holds. At most `slots` peers are sent to at once. Raises InvalidShardError where the piece layer is not
-        the content id's.
+        With `seed` the file is taken to be whole, and each piece checked at its first upload. Nothing is looked
+        through with `resume`, nor with `have`, which says which pieces the file holds. At most `slots` peers are sent
+        to at once. Raises InvalidShardError where the piece layer is not the content id's.
         """
         if torrent.info_hash in self._handles:
             raise BusyError(f"{torrent.name!r} is already in the swarm")
         params = _params(torrent, path, piece_layer, resume)
         if have is not None:
             params.have_pieces = [index in have for index in range(torrent.pieces)]
-        if verified:
-            params.have_pieces = params.verified_pieces = [True] * torrent.pieces
         flags = int(params.flags) & ~int(lt.torrent_flags.auto_managed | lt.torrent_flags.paused)
         flags &= ~int(lt.torrent_flags.seed_mode | lt.torrent_flags.disable_pex)
         flags |= int(lt.torrent_flags.disable_dht | lt.torrent_flags.disable_lsd | lt.torrent_flags.duplicate_is_error)

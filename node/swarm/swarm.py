@@ -93,10 +93,8 @@ class Swarm:
             len(self._seeds) + len(self._downloads),
         )
 
-    async def seed(self, torrent: Torrent, path: Path, piece_layer: bytes, *, verified: bool = False) -> None:
+    async def seed(self, torrent: Torrent, path: Path, piece_layer: bytes) -> None:
         """Serve a file that was hashed before; it is not read again but piece by piece, as peers first ask.
-
-        With `verified` not even then: it was hashed a moment ago. Hashing is a third of what a seed computes.
 
         Raises InvalidShardError where the file is missing or has another size, or where the piece layer is not
         the content id's. A torrent that is seeded already goes on as it is.
@@ -114,7 +112,6 @@ class Swarm:
                 lambda event: self._on_seed_event(torrent, event),
                 piece_layer=piece_layer,
                 seed=True,
-                verified=verified,
                 slots=_SEED_SLOTS,
             )
             self._begin_seeding(handle, _SEED_SLOTS)

@@ -99,7 +99,7 @@ class MemorySwarm:
     def seeded(self) -> set[str]:
         return {path.name for _, path, _ in self.seeds.values()}
 
-    async def seed(self, torrent: Torrent, path: Path, piece_layer: bytes, *, verified: bool = False) -> None:
+    async def seed(self, torrent: Torrent, path: Path, piece_layer: bytes) -> None:
         assert hash_file(path)[:2] == (torrent.size, torrent.content_id), f"{path} is not what it is seeded as"
         self.seeds[torrent.info_hash] = (torrent, path, piece_layer)
 
