@@ -184,6 +184,14 @@ def safe_filename(name: str) -> str:
     return name
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """Split `name@digest` into both; the digest is empty where there is none. A bare digest is both."""
+    plain, at, digest = name.rpartition("@")
+    if at and plain and re.fullmatch(r"[0-9a-f]{8,64}", digest):
+        return plain, digest
+    return name, name if re.fullmatch(r"[0-9a-f]{64}", name) else ""
+
+
 def _signed_bytes(manifest: Manifest, origins: tuple[str, ...]) -> bytes:
     if not origins:
         return b"shoal-manifest-v1\0" + manifest.canonical_body()

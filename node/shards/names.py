@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,13 +17,12 @@ from protocol.errors import (
     AmbiguousNameError,
     InvalidParamsError,
     NoSourceError,
-    OriginNotFoundError,
     ShardNotFoundError,
     ShoalError,
     UnknownNameError,
 )
 from protocol.ids import ManifestDigest
-from protocol.manifest import ShardEntry, SignedManifest
+from protocol.manifest import ShardEntry, SignedManifest, split_name
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +32,6 @@ FETCHED_MANIFESTS = 64
 SEARCHED_MANIFESTS = 100
 """Of the cluster, at most, for a shard of which only the file name or the content is known."""
 SHOWN_NAMES = 20
-_DIGEST = re.compile(r"[0-9a-f]{8,64}")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -80,9 +77,9 @@ class Names:
             return await self._at(kind, name)
         plain, digest = split_name(name)
         local = [holding.signed for holding in self._catalog.holdings()]
-        chosen = _fitting(map(_candidate, local), kind, plain, digest)
+        chosen = _fitting([_candidate(signed) for signed in local], kind, plain, digest)
         if not chosen and digest:
-            chosen = _fitting(map(_candidate, self._fetched.values()), kind, plain, digest)
+            chosen = _fitting([_candidate(signed) for signed in self._fetched.values()], kind, plain, digest)
         failures: list[str] = []
         if not chosen:
             chosen = await self._find(kind, plain, digest) or await self._find_at_origins(kind, name, failures)
@@ -114,8 +111,6 @@ class Names:
             return set()
         try:
             found = await self._origin.find_manifests(kind, name)
-        except OriginNotFoundError:
-            return set()
         except ShoalError as err:
             failures.append(err.message)
             return set()
@@ -145,8 +140,10 @@ class Names:
         return {candidate for candidate in found if candidate.kind == kind}
 
     async def _find(self, kind: Kind | None, plain: str, digest: str) -> set[Candidate]:
-        found = [Candidate(item.name, item.kind, item.digest) for item in await self._discovery.find_name(plain)]
-        chosen = _fitting(found, kind, plain, digest)
+        named = [*await self._discovery.find_name(plain)]
+        if digest and digest != plain:  # or the name itself ends like this
+            named += await self._discovery.find_name(f"{plain}@{digest}")
+        chosen = _fitting([Candidate(item.name, item.kind, item.digest) for item in named], kind, plain, digest)
         if not chosen and len(digest) == 64 and await self._discovery.find_providers(ManifestDigest(digest)):
             return {Candidate(plain, kind or "manifest", ManifestDigest(digest))}
         return chosen
@@ -166,7 +163,9 @@ class Names:
             found |= await self._all("dataset")
         return [str(candidate) for candidate in sorted(found)[:SHOWN_NAMES]]
 
-    async def manifest(self, digest: ManifestDigest, name: str | None = None) -> SignedManifest:
+    async def manifest(
+        self, digest: ManifestDigest, name: str | None = None, *, ask_origins: bool = True
+    ) -> SignedManifest:
         """The manifest with this digest, from here, a provider or an origin; its name, where known, helps to find it.
 
         Raises NoSourceError where nobody gives it out.
@@ -184,7 +183,8 @@ class Names:
                 failures.append(f"{provider.host}:{provider.rpc_port}: {err.message}")
         # A record outlives its node for a while, and then the name is known and nobody there to ask.
         wanted = digest if name in (None, digest) else f"{name}@{digest}"
-        await self._find_at_origins(None, wanted, failures)
+        if ask_origins:
+            await self._find_at_origins(None, wanted, failures)
         if digest in self._fetched:
             return self._fetched[digest]
         raise NoSourceError(
@@ -221,11 +221,15 @@ class Names:
             found = _matches(self._fetched.values(), fits)
         if not found:
             found = _matches(await self._cluster(selector.filename), fits)
+        failures: list[str] = []
         if not found and selector.filename is not None and self._origin:
-            await self._find_at_origins(None, selector.filename, [])
+            await self._find_at_origins(None, selector.filename, failures)
             found = _matches(self._fetched.values(), fits)
         if not found:
-            raise ShardNotFoundError(f"no shard here or in the cluster is {what}; LIST_FILES shows what is here")
+            where = "here, in the cluster or at its origins" if self._origin else "here or in the cluster"
+            raise ShardNotFoundError(
+                "; ".join([f"no shard {where} is {what}", *failures, "LIST_FILES shows what is here"])
+            )
         if len({entry.content_id for _, entry in found}) > 1:
             raise AmbiguousNameError(
                 f"{what} is a shard of several manifests: name one of them and its shard_id",
@@ -235,14 +239,17 @@ class Names:
 
     async def _cluster(self, filename: str | None) -> list[SignedManifest]:
         """Manifests of the cluster that may have a shard of that file name, or any."""
-        found = {item.digest for item in await self._discovery.list_names()}
+        found = {item.digest: item.name for item in await self._discovery.list_names()}
         if filename is not None:
-            found |= {item.digest for item in await self._discovery.find_name(filename)}
+            found |= {item.digest: item.name for item in await self._discovery.find_name(filename)}
         manifests: list[SignedManifest] = []
-        for digest in sorted(found)[:SEARCHED_MANIFESTS]:
+        ask_origins = True
+        for digest, name in sorted(found.items())[:SEARCHED_MANIFESTS]:
             try:
-                manifests.append(await self.manifest(digest))
+                manifests.append(await self.manifest(digest, name, ask_origins=ask_origins))
             except ShoalError as err:
+                # Where origins cannot say it of one name, a hundred more questions would take very long.
+                ask_origins = False
                 log.info("left out of a search: %s", err)
         return manifests
 
@@ -251,15 +258,7 @@ def _candidate(signed: SignedManifest) -> Candidate:
     return Candidate(signed.manifest.name, signed.manifest.kind, signed.digest)
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """Split `name@digest` into both; the digest is empty where there is none. A bare digest is both."""
-    plain, at, digest = name.rpartition("@")
-    if at and plain and _DIGEST.fullmatch(digest):
-        return plain, digest
-    return name, name if re.fullmatch(r"[0-9a-f]{64}", name) else ""
-
-
-def _fitting(candidates: Iterable[Candidate], kind: Kind | None, plain: str, digest: str) -> set[Candidate]:
+def _fitting(candidates: Collection[Candidate], kind: Kind | None, plain: str, digest: str) -> set[Candidate]:
     return {
         candidate
         for candidate in candidates

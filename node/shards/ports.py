@@ -167,6 +167,9 @@ class OriginPlace(Protocol):
     def url(self) -> str:
         """For messages; no credentials in it."""
 
+    def key_of(self, entry: ShardEntry) -> str:
+        """The object that is read for this shard, for messages."""
+
     async def piece_layer(self, entry: ShardEntry) -> bytes:
         """As the origin claims it, unchecked; empty where it has none."""
 

@@ -84,13 +84,13 @@ class Supply:
         standing.error = OriginCorruptError(
             f"{place.url} gave {what} of {self.entry.filename} (content {self.entry.content_id}) that is not what its "
             "content id says; nothing of it was kept: publish the shard there again",
-            {"origin": place.url, "key": self._key(place), "status": "", "tried": 1},
+            _details(place, self.entry),
         )
         log.warning("%s", standing.error)
 
     async def next_chunk(self, place: OriginPlace, stream: AsyncIterator[bytes], silence_s: float) -> bytes:
         """What comes next of a stream that is not at its end. Raises OriginError where nothing does."""
-        details = {"origin": place.url, "key": self.entry.filename, "status": "", "tried": 1}
+        details = _details(place, self.entry)
         try:
             async with asyncio.timeout(silence_s):
                 chunk = await anext(stream, None)
@@ -135,11 +135,6 @@ class Supply:
     def _of(self, place: OriginPlace) -> _Standing:
         return next(standing for standing in self._standings if standing.place is place)
 
-    def _key(self, place: OriginPlace) -> str:
-        """The object's name, if the origin told it at a time."""
-        error = self._of(place).error
-        return str(error.details.get("key") or self.entry.filename) if error else self.entry.filename
-
 
 async def _piece_layer(place: OriginPlace, entry: ShardEntry) -> bytes:
     try:
@@ -148,5 +143,10 @@ async def _piece_layer(place: OriginPlace, entry: ShardEntry) -> bytes:
     except TimeoutError:
         raise OriginUnavailableError(
             f"{place.url} did not give the torrent of {entry.filename} within {LAYER_TIMEOUT_S:g} s",
-            {"origin": place.url, "key": entry.filename, "status": "", "tried": 1},
+            _details(place, entry),
         ) from None
+
+
+def _details(place: OriginPlace, entry: ShardEntry) -> dict[str, object]:
+    """Of an error that is found here rather than told by the origin."""
+    return {"origin": place.url, "key": place.key_of(entry), "status": "", "tried": 1}

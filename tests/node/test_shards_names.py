@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from shards_parts import MemoryDiscovery, Room, age, manifest_of, open_room, write_shard, write_unsigned
 
-from node.shards.names import split_name
 from protocol.commands.common import ShardSelector
 from protocol.errors import (
     AmbiguousNameError,
@@ -17,7 +16,7 @@ from protocol.errors import (
     ShardNotFoundError,
     UnknownNameError,
 )
-from protocol.manifest import Manifest
+from protocol.manifest import Manifest, split_name
 
 
 @pytest.fixture
