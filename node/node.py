@@ -75,7 +75,7 @@ async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callabl
         enter = stack.enter_async_context
         rpc_socket = stack.enter_context(bound_socket(settings.listen, settings.rpc_port))
         rpc_port = rpc_socket.getsockname()[1]
-        swarm = await enter(Swarm.open(_swarm_settings(settings)))
+        swarm = await enter(Swarm.open(swarm_settings(settings)))
         with _naming("the DHT", settings.listen, settings.dht_port):
             discovery = await enter(Discovery.open(_discovery_settings(settings, advertise), key))
         origins = await enter(Origins.open(origin_settings(settings), trusted=settings.manifests))
@@ -206,14 +206,26 @@ def _engine_died(
         background.start(loader.tell_loaded(model), name="telling that an engine died")
 
 
-def _swarm_settings(settings: Settings) -> SwarmSettings:
+def swarm_settings(settings: Settings) -> SwarmSettings:
+    """What a node's settings say of the swarm."""
     return SwarmSettings(
         state_dir=settings.data_dir / "swarm",
         listen_host=settings.listen,
-        port=settings.bt_port,
+        port=settings.bt_port or _free_port(settings.listen),
         upload_limit_bytes_s=int(settings.upload_limit),
         download_limit_bytes_s=int(settings.download_limit),
     )
+
+
+def _free_port(listen: str) -> int:
+    """A TCP port that is free on all addresses, or 0 where there is only one: asked for any port, libtorrent takes
+    another one for each address, and others are told a single one.
+    """
+    if listen != "0.0.0.0":
+        return 0
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind((listen, 0))
+        return int(probe.getsockname()[1])
 
 
 def _discovery_settings(settings: Settings, advertise: str) -> DiscoverySettings:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from node.config import Address, Assignment, ConfigError, is_loopback, load_settings, unknown_variables
+from node.node import swarm_settings
 
 
 @pytest.fixture(autouse=True)
@@ -135,3 +136,11 @@ def test_variables_that_are_no_setting_are_told(monkeypatch: pytest.MonkeyPatch)
 
 def test_insecure_listen_allows_it() -> None:
     assert load_settings(listen="0.0.0.0", insecure_listen=True).listen == "0.0.0.0"
+
+
+def test_on_all_addresses_bittorrent_has_one_port(tmp_path: Path) -> None:
+    """libtorrent would take another free port for each address; others are told one."""
+    everywhere = load_settings(data_dir=tmp_path, listen="0.0.0.0", insecure_listen=True, bt_port=0)
+    assert swarm_settings(everywhere).port > 0
+    assert swarm_settings(load_settings(data_dir=tmp_path, bt_port=0)).port == 0
+    assert swarm_settings(load_settings(data_dir=tmp_path, bt_port=7402)).port == 7402
