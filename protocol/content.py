@@ -58,12 +58,43 @@ def merkle_root(hashes: Sequence[bytes], pad: bytes = bytes(32)) -> bytes:
     return row[0]
 
 
-def _zero_subtree(leaves: int) -> bytes:
-    pad = bytes(32)
-    while leaves > 1:
-        pad = hashlib.sha256(pad + pad).digest()
-        leaves //= 2
-    return pad
+class ContentHasher:
+    """Hashes a file of `size` bytes, at least 1, as its bytes come."""
+
+    def __init__(self, size: int) -> None:
+        self.seen = 0
+        """Bytes so far."""
+        self._size = size
+        self._leaves_a_piece = piece_length(size) // LEAF_BYTES
+        self._begun = b""
+        self._leaves: list[bytes] = []
+        self._pieces: list[bytes] = []
+
+    def update(self, data: bytes | bytearray) -> None:
+        self.seen += len(data)
+        view = memoryview(self._begun + data if self._begun else data)
+        end = len(view) if self.seen == self._size else len(view) // LEAF_BYTES * LEAF_BYTES
+        for start in range(0, end, LEAF_BYTES):
+            self._leaves.append(hashlib.sha256(view[start : min(start + LEAF_BYTES, end)]).digest())
+            if len(self._leaves) == self._leaves_a_piece:
+                self._pieces.append(merkle_root(self._leaves))
+                self._leaves = []
+        self._begun = bytes(view[end:])
+
+    def result(self) -> ContentHash:
+        """What the bytes hash to. Raises ValueError unless all of them have come."""
+        if self.seen != self._size:
+            raise ValueError(f"{self.seen} of {self._size} bytes were hashed")
+        if not self._pieces:
+            return ContentHash(self._size, ContentId(merkle_root(self._leaves).hex()), b"")
+        if self._leaves:
+            padding = [bytes(32)] * (self._leaves_a_piece - len(self._leaves))
+            self._pieces.append(merkle_root(self._leaves + padding))
+            self._leaves = []
+        if len(self._pieces) == 1:
+            return ContentHash(self._size, ContentId(self._pieces[0].hex()), b"")
+        pad = merkle_root([bytes(32)] * self._leaves_a_piece)
+        return ContentHash(self._size, ContentId(merkle_root(self._pieces, pad=pad).hex()), b"".join(self._pieces))
 
 
 def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> ContentHash:
@@ -72,32 +103,15 @@ def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> Cont
     What is appended while it is read is left out. Raises OSError as reading does, and where the file is shortened
     meanwhile; ValueError for an empty file (BEP 52 gives it no root).
     """
-    pieces: list[bytes] = []
-    leaves: list[bytes] = []
-    seen = 0
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        leaves_per_piece = piece_length(size) // LEAF_BYTES
-        while block := file.read(min(1 << 20, size - seen)):
-            view = memoryview(block)
-            for start in range(0, len(block), LEAF_BYTES):
-                leaves.append(hashlib.sha256(view[start : start + LEAF_BYTES]).digest())
-                if len(leaves) == leaves_per_piece:
-                    pieces.append(merkle_root(leaves))
-                    leaves = []
-            seen += len(block)
+        if size == 0:
+            raise ValueError(f"{path.name} is empty: there is nothing to share")
+        hasher = ContentHasher(size)
+        while block := file.read(min(1 << 20, size - hasher.seen)):
+            hasher.update(block)
             if progress:
-                progress(seen)
-    if seen < size:
-        raise OSError(errno.EIO, f"it was shortened from {size} bytes to {seen} while it was read", str(path))
-    if seen == 0:
-        raise ValueError(f"{path.name} is empty: there is nothing to share")
-    if not pieces:
-        return ContentHash(seen, ContentId(merkle_root(leaves).hex()), b"")
-    if leaves:
-        leaves += [bytes(32)] * (leaves_per_piece - len(leaves))
-        pieces.append(merkle_root(leaves))
-    if len(pieces) == 1:
-        return ContentHash(seen, ContentId(pieces[0].hex()), b"")
-    root = merkle_root(pieces, pad=_zero_subtree(leaves_per_piece))
-    return ContentHash(seen, ContentId(root.hex()), b"".join(pieces))
+                progress(hasher.seen)
+    if hasher.seen < size:
+        raise OSError(errno.EIO, f"it was shortened from {size} bytes to {hasher.seen} while it was read", str(path))
+    return hasher.result()

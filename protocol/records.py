@@ -78,6 +78,8 @@ class Want(msgspec.Struct, frozen=True, array_like=True, tag=4):
 
     host: Host
     bt_port: Port
+    block_pieces: Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)] = 0
+    """How many adjacent pieces are shared out together: only nodes with the same number share a content out."""
 
 
 Payload = Provider | Name | NodeInfo | Want

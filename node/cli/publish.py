@@ -18,7 +18,7 @@ from node.cli.placing import held_at, place_all
 from node.cli.uploading import check_origins, named_origins, show_published, upload
 from node.config import KEY_FILENAME, Settings, load_settings
 from node.formats.kinds import kind_of
-from node.shards.hasher import FileChangedError, Hasher
+from node.shards.hasher import FileChangedError, Hashed, Hasher
 from node.shards.holding import Holding, folder_names, read_manifest, shard_path
 from node.shards.scan import LOOSE_KINDS
 from protocol.errors import InvalidManifestError, InvalidShardError
@@ -32,6 +32,7 @@ from protocol.manifest import (
     check_manifest,
     safe_filename,
     sign_manifest,
+    split_name,
 )
 from protocol.signing import SigningKey
 
@@ -85,10 +86,10 @@ def publish(
         target = root
     else:  # a daemon shares a loose file that is neither GGUF nor parquet only where a manifest names it
         target = root / folder_names(manifest.name, manifest.digest)[0]
-    signed = _signed(chosen, target, settings, origin) if origin else None
+    signed = _signed(chosen, None if only_origin else target, settings, origin) if origin else None
     if not only_origin:
         place_all(manifest, chosen.files, target, signed, loose=target == root)
-    published = upload(signed, chosen.files, chosen.layers, stores) if signed else []
+    published = upload(signed, chosen.files, chosen.hashed, stores) if signed else []
     more = {"origins": [asdict(one) for one in published]} if origin else {}
     show_manifest(manifest, None if only_origin else target, json_output=json_output, more=more)
     if not json_output:
@@ -102,8 +103,8 @@ class _Chosen:
     manifest: Manifest
     files: Mapping[str, Path]
     """By file name."""
-    layers: Mapping[ContentId, bytes] | None
-    """Piece layers by content; None where nothing was hashed yet."""
+    hashed: Mapping[ContentId, Hashed] | None
+    """The files as they were when they were hashed, by content; None where nothing was hashed yet."""
     origins: tuple[str, ...] = ()
     """Where it lies already, as its manifest says."""
 
@@ -114,6 +115,7 @@ def _chosen(paths: Sequence[Path], name: str | None) -> _Chosen:
         manifest = held.manifest
         if name is not None and name != manifest.name:
             fail(f"{paths[0]} holds a manifest, which names it {manifest.name!r}: leave --name out", code=2)
+        _check_findable(manifest.name)
         files = {entry.filename: paths[0] / entry.filename for entry in manifest.shards}
         return _Chosen(manifest, files, None, held.signed.origins)
     files = _files_of(paths)
@@ -121,20 +123,31 @@ def _chosen(paths: Sequence[Path], name: str | None) -> _Chosen:
         name = None if paths[0].is_file() else paths[0].resolve().name
     elif name is None:
         fail("several paths need a --name for the data set that they become", code=2)
-    manifest, layers = _hashed(
+    manifest, hashed = _hashed(
         "file" if name is None else "dataset", next(iter(files)) if name is None else name, files
     )
-    return _Chosen(manifest, files, layers)
+    return _Chosen(manifest, files, hashed)
 
 
-def _signed(chosen: _Chosen, target: Path, settings: Settings, urls: Sequence[str]) -> SignedManifest:
-    """The manifest, signed by this machine's node, with these origins and those that were named before."""
+def _check_findable(name: str) -> None:
+    if split_name(name)[1]:
+        fail(
+            f"{name!r} would be read as a digest, or a name with one behind its @, and never be found: give another "
+            "--name",
+            code=2,
+        )
+
+
+def _signed(chosen: _Chosen, target: Path | None, settings: Settings, urls: Sequence[str]) -> SignedManifest:
+    """The manifest, signed by this machine's node, with these origins and those that were named before, also by what
+    lies at `target`.
+    """
     try:
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         key = SigningKey.load_or_create(settings.data_dir / KEY_FILENAME)
     except ValueError as error:
         fail(error)
-    held = held_at(target, chosen.manifest)
+    held = held_at(target, chosen.manifest) if target else None
     before = held.signed.origins if held else ()
     return sign_manifest(chosen.manifest, key, named_origins(urls, [*before, *chosen.origins]))
 
@@ -178,24 +191,25 @@ def _listed(path: Path) -> Iterator[Path]:
     yield from (item for item in inside if item.is_file())
 
 
-def _hashed(kind: str, name: str, files: Mapping[str, Path]) -> tuple[Manifest, dict[ContentId, bytes]]:
-    """The manifest of these files, and their piece layers by content."""
+def _hashed(kind: str, name: str, files: Mapping[str, Path]) -> tuple[Manifest, dict[ContentId, Hashed]]:
+    """The manifest of these files, and what came of hashing them."""
     try:
         msgspec.convert(name, ManifestName)
         for component in name.split("/"):
             safe_filename(component)
     except (msgspec.ValidationError, InvalidManifestError):
         fail(f"{name!r} is no name: give --name NAME, or OWNER/NAME, of at most 200 characters", code=2)
-    entries, layers = asyncio.run(_entries(files))
+    _check_findable(name)
+    entries, hashed = asyncio.run(_entries(files))
     manifest = msgspec.convert({"name": name, "kind": kind, "shards": msgspec.to_builtins(entries)}, Manifest)
     check_manifest(manifest)
-    return manifest, layers
+    return manifest, hashed
 
 
-async def _entries(files: Mapping[str, Path]) -> tuple[list[ShardEntry], dict[ContentId, bytes]]:
+async def _entries(files: Mapping[str, Path]) -> tuple[list[ShardEntry], dict[ContentId, Hashed]]:
     """Check and hash the files, in a process of its own: some damaged files end the one that reads them."""
     entries: list[ShardEntry] = []
-    layers: dict[ContentId, bytes] = {}
+    by_content: dict[ContentId, Hashed] = {}
     hasher, before = Hasher(), 0
     with bytes_progress() as progress:
         bar = progress.add_task("", total=sum(file.stat().st_size for file in files.values()))
@@ -203,20 +217,21 @@ async def _entries(files: Mapping[str, Path]) -> tuple[list[ShardEntry], dict[Co
             for shard_id, (filename, file) in enumerate(files.items()):
                 progress.update(bar, description=f"hashing {shard_id + 1}/{len(files)}")
                 kind = kind_of(file)
-                content = (await hasher.hash(file, kind, progress=partial(_show, progress, bar, before))).content
+                hashed = await hasher.hash(file, kind, progress=partial(_show, progress, bar, before))
+                content = hashed.content
                 entry = ShardEntry(
                     shard_id=shard_id, filename=filename, size=content.size, content_id=content.content_id, kind=kind
                 )
                 shard_path(file.parent, entry)
                 entries.append(entry)
-                layers[content.content_id] = content.piece_layer
+                by_content[content.content_id] = hashed
                 before += content.size
                 progress.update(bar, completed=before)
         except FileChangedError:
             fail(f"{file} is being written to; publish it when it is whole")
         finally:
             await hasher.close()
-    return entries, layers
+    return entries, by_content
 
 
 def _show(progress: Progress, bar: TaskID, before: int, done: int) -> None:

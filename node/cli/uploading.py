@@ -13,9 +13,9 @@ from node.origin.configured import origin_settings
 from node.origin.interface import ObjectStore
 from node.origin.opening import open_store
 from node.origin.policy import refusal
-from node.origin.publishing import Missing, Published, missing_at, publish
+from node.origin.publishing import Missing, Published, Source, missing_at, publish
 from node.origin.url import OriginUrl
-from node.shards.hasher import FileChangedError, Hasher
+from node.shards.hasher import FileChangedError, Hashed, Hasher
 from node.swarm.torrent import Torrent
 from protocol.errors import InvalidParamsError, InvalidShardError
 from protocol.ids import ContentId
@@ -57,22 +57,22 @@ def named_origins(urls: Sequence[str], before: Sequence[str]) -> list[str]:
 def upload(
     signed: SignedManifest,
     files: Mapping[str, Path],
-    layers: Mapping[ContentId, bytes] | None,
+    hashed: Mapping[ContentId, Hashed] | None,
     stores: Sequence[Opener],
 ) -> list[Published]:
     """Bring shards, torrent files and the manifest to each origin; what is there already is skipped.
 
-    `files` are by file name. `layers` are the piece layers of files that were hashed just now; without them the files
-    that go are hashed first, and must be what their manifest says. Raises OriginError, InvalidShardError.
+    `files` are by file name. `hashed` is what came of hashing them just now; without it the files that go are hashed
+    first, and must be what their manifest says. Raises OriginError, InvalidShardError.
     """
     try:
-        return asyncio.run(_upload(signed, files, dict(layers or {}), stores))
+        return asyncio.run(_upload(signed, files, dict(hashed or {}), stores))
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on from there", code=130)
 
 
 async def _upload(
-    signed: SignedManifest, files: Mapping[str, Path], layers: dict[ContentId, bytes], stores: Sequence[Opener]
+    signed: SignedManifest, files: Mapping[str, Path], hashed: dict[ContentId, Hashed], stores: Sequence[Opener]
 ) -> list[Published]:
     published = []
     hasher = Hasher()
@@ -82,9 +82,9 @@ async def _upload(
             try:
                 missing = await missing_at(store, signed.manifest)
                 for one in missing:
-                    if one.entry.content_id not in layers:
-                        layers[one.entry.content_id] = await _layer(hasher, files[one.entry.filename], one.entry)
-                published.append(await _send(store, signed, missing, files, layers))
+                    if one.entry.content_id not in hashed:
+                        hashed[one.entry.content_id] = await _hashed(hasher, files[one.entry.filename], one.entry)
+                published.append(await _send(store, signed, missing, files, hashed))
             finally:
                 await store.close()
     finally:
@@ -97,20 +97,22 @@ async def _send(
     signed: SignedManifest,
     missing: list[Missing],
     files: Mapping[str, Path],
-    layers: Mapping[ContentId, bytes],
+    hashed: Mapping[ContentId, Hashed],
 ) -> Published:
-    paths = {one.entry.content_id: files[one.entry.filename] for one in missing}
-    torrents = {one.entry.content_id: _torrent(one.entry, layers) for one in missing if one.torrent}
+    sources, torrents = {}, {}
+    for one in missing:
+        entry = one.entry
+        content, seen = hashed[entry.content_id].content, hashed[entry.content_id].fingerprint
+        sources[entry.content_id] = Source(files[entry.filename], seen.size, seen.mtime_ns)
+        if one.torrent:
+            torrent = Torrent.of(entry.filename, entry.size, entry.content_id)
+            torrents[entry.content_id] = torrent.metainfo(content.piece_layer)
     with bytes_progress() as progress:
         bar = progress.add_task("uploading", total=sum(one.bytes for one in missing), visible=bool(missing))
-        return await publish(store, signed, missing, paths, torrents, lambda count: progress.advance(bar, count))
+        return await publish(store, signed, missing, sources, torrents, lambda count: progress.advance(bar, count))
 
 
-def _torrent(entry: ShardEntry, layers: Mapping[ContentId, bytes]) -> bytes:
-    return Torrent.of(entry.filename, entry.size, entry.content_id).metainfo(layers[entry.content_id])
-
-
-async def _layer(hasher: Hasher, file: Path, entry: ShardEntry) -> bytes:
+async def _hashed(hasher: Hasher, file: Path, entry: ShardEntry) -> Hashed:
     with bytes_progress() as progress:
         bar = progress.add_task(f"hashing {entry.filename}", total=entry.size)
         try:
@@ -122,7 +124,7 @@ async def _layer(hasher: Hasher, file: Path, entry: ShardEntry) -> bytes:
             f"{file} holds content {hashed.content.content_id}, its manifest says {entry.content_id}: split the model "
             "again, or remove the manifest and publish the files as they are"
         )
-    return hashed.content.piece_layer
+    return hashed
 
 
 def show_published(published: Sequence[Published]) -> None:

@@ -16,14 +16,21 @@ from node.cli.pull import DEFAULT_NODE, Node, address_of, selector
 from node.config import Address, Settings, load_settings
 from node.origin.checking import content_at, is_piece_layer, network_state_at
 from node.origin.configured import origin_settings
-from node.origin.layout import is_address
+from node.origin.layout import is_address, layer_bytes, layer_in_torrent
 from node.origin.origins import Origins
 from node.origin.places import Place
 from protocol.client import Client
 from protocol.commands.nodes import NodeEntry, NodesResult
 from protocol.commands.shards import FileInfo, GetManifestResult, ListFilesResult
 from protocol.commands.tasks import VerifyShardResult
-from protocol.errors import OriginError, OriginNotFoundError, ShoalError, UnknownNameError, UnreachableError
+from protocol.errors import (
+    OriginCorruptError,
+    OriginError,
+    OriginNotFoundError,
+    ShoalError,
+    UnknownNameError,
+    UnreachableError,
+)
 from protocol.manifest import Manifest, ShardEntry, SignedManifest
 
 EXAMPLES = examples(
@@ -211,16 +218,31 @@ async def _at_origin(place: Place, manifest: Manifest) -> AsyncIterator[Copy]:
             yield Copy(place.url, entry.shard_id, entry.filename, state, detail)
 
 
+async def _torrent_fault(place: Place, entry: ShardEntry) -> tuple[State, str] | None:
+    """What is wrong with the shard's torrent file. That there is none is no fault: shards lie as plain files too."""
+    try:
+        layer = layer_in_torrent(await place.torrent(entry), entry.content_id)
+    except OriginNotFoundError:
+        return None
+    except OriginCorruptError as error:
+        return "damaged", error.message
+    except OriginError as error:
+        return "unchecked", error.message
+    if is_piece_layer(layer, entry):
+        return None
+    found = "has other hashes" if layer else "cannot be read"
+    return "damaged", f"its torrent file {found}: delete that object, and publish again"
+
+
 async def _object_at(place: Place, entry: ShardEntry, on_bytes: Callable[[int], None]) -> tuple[State, str]:
     try:
         found = await content_at(place, entry, on_bytes)
         if found != entry.content_id:
             return "damaged", f"it holds content {found}: delete the object, and publish again"
-        layer = await place.piece_layer(entry)
     except OriginNotFoundError as error:
         return "missing", error.message
     except OriginError as error:
         return "unchecked", error.message
-    if layer and not is_piece_layer(layer, entry):
-        return "damaged", "its torrent file has other hashes: delete that object, and publish again"
+    if layer_bytes(entry.size) and (wrong := await _torrent_fault(place, entry)):
+        return wrong
     return "good", await network_state_at(place, entry)

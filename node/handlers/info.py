@@ -78,7 +78,6 @@ class InfoHandlers:
             origin=OriginStatus(
                 urls=list(self.origins.urls),
                 downloaded_bytes=origin.downloaded_bytes,
-                uploaded_bytes=origin.uploaded_bytes,
                 requests=origin.requests,
                 errors=origin.errors,
             ),

@@ -52,7 +52,6 @@ class _Snapshot(Collector):
         yield GaugeMetricFamily("shoal_dht_records", "Valid records kept.", value=status.dht.records)
         origin = status.origin
         yield CounterMetricFamily("shoal_origin_downloaded_bytes", "From origins.", value=origin.downloaded_bytes)
-        yield CounterMetricFamily("shoal_origin_uploaded_bytes", "To origins.", value=origin.uploaded_bytes)
         yield CounterMetricFamily("shoal_origin_requests", "Asked of origins.", value=origin.requests)
         yield CounterMetricFamily("shoal_origin_errors", "Requests to origins that failed.", value=origin.errors)
         yield GaugeMetricFamily("shoal_stages", "Engine processes.", value=len(status.stages))

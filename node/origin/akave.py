@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from node.origin.akave_chunks import ChunkCache, Spool
-from node.origin.akave_cid import CHUNK_BYTES, root_cid_of_file, same_cid
+from node.origin.akave_cid import CHUNK_BYTES, same_cid
 from node.origin.akave_errors import translate
 from node.origin.akave_sdk import INSTALL, LIST_LIMIT, MIN_OBJECT_BYTES, AkaveConnection, AkaveFile, sdk_is_importable
 from node.origin.akave_threads import CallThreads, StalledError
@@ -196,15 +196,6 @@ class AkaveStore:
         if not has:
             create = lambda: self._sdk.create_bucket(bucket)  # noqa: E731
             await self._call("create the bucket", "", create, self._writes, self._large_s, queue=True)
-
-    async def has_root_cid_of(self, key: str, path: Path) -> bool:
-        """Whether the root CID on Akave is the one of this file's bytes, so that a whole read can be checked.
-
-        True says that they are the same bytes, as far as the node that reports the CID is believed. False says that
-        they differ, or that another SDK wrote the object, which builds another DAG.
-        """
-        info = await self.head(key)
-        return same_cid(info.root_cid or "", await asyncio.to_thread(root_cid_of_file, path))
 
     async def close(self) -> None:
         self._chunks.forget()

@@ -16,7 +16,6 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterable
-from pathlib import Path
 
 BLOCK_BYTES = 1_000_000
 BLOCKS_PER_CHUNK = 32
@@ -25,7 +24,6 @@ CHUNK_BYTES = BLOCK_BYTES * BLOCKS_PER_CHUNK
 _CID_PREFIX = b"\x01\x70\x12\x20"
 """Version 1, dag-pb, sha2-256, 32 bytes (multiformats)."""
 _FILE = b"\x08\x02"
-_READ_BYTES = 1 << 20
 _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 """Bitcoin's alphabet."""
 
@@ -84,15 +82,6 @@ def root_cid_of(parts: Iterable[bytes | bytearray | memoryview]) -> str:
     root = RootCid()
     for part in parts:
         root.update(part)
-    return root.text()
-
-
-def root_cid_of_file(path: Path) -> str:
-    """The root CID that the SDK would give this file. Reads all of it: off the event loop."""
-    root = RootCid()
-    with path.open("rb") as file:
-        while data := file.read(_READ_BYTES):
-            root.update(data)
     return root.text()
 
 

@@ -39,6 +39,7 @@ INSTALL = "docs/akave.md says how to install it; without it there is o3:// with 
 
 _BLOCK_PART_BYTES = 128 * 1024
 _BLOCKS_AT_ONCE = 8
+_CLOSE_S = 1.0
 _NONCE_TRIES = 6
 _NONCE_WAIT_S = 0.5
 _PRIVATE_KEY = re.compile(r"(0x)?[0-9a-fA-F]{64}")
@@ -142,9 +143,16 @@ class AkaveConnection:
             _transact(lambda: ipc.file_delete(None, bucket, name), lambda: True)
 
     def close(self) -> None:
-        """Ends the calls that wait at the node itself. The next call opens a new connection."""
-        with self._opening:
+        """Ends the calls that wait at the node itself. The next call opens a new connection.
+
+        One that is being opened, and may hang, is not waited for: nothing waits behind it but itself.
+        """
+        if not self._opening.acquire(timeout=_CLOSE_S):
+            return
+        try:
             sdk, self._sdk, self._ipc = self._sdk, None, None
+        finally:
+            self._opening.release()
         if sdk is not None:
             sdk.close()
 

@@ -51,6 +51,7 @@ class EncryptedStore:
         self._known: OrderedDict[str, ObjectCipher] = OrderedDict()
         self.url = inner.url
         self.writes_once = inner.writes_once
+        self.range_unit_bytes = inner.range_unit_bytes
         self.min_object_bytes = max(0, inner.min_object_bytes - stored_size(0))
 
     async def head(self, key: str) -> ObjectInfo:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from node.origin.interface import MAX_LISTED
 from protocol.errors import (
     OriginCorruptError,
     OriginDeniedError,
@@ -91,6 +92,12 @@ def _access_advice(code: str, credentials: str) -> str:
     if code in ("ExpiredToken", "TokenRefreshRequired"):
         return f"get new credentials ({credentials})" if credentials else "get new credentials"
     return f"check the credentials ({credentials}) and what they may do" if credentials else "it is not public"
+
+
+def listed_too_many(prefix: str, *, origin: str) -> OriginError:
+    """The error for a listing that has no end, or one too far away."""
+    found, advice = f"it has more than {MAX_LISTED} objects there", "name one object, or keep fewer in one place"
+    return failed(OriginError, "list", found, advice, origin=origin, key=prefix)
 
 
 def unreachable(did: str, found: str, *, origin: str, key: str) -> OriginError:

@@ -11,8 +11,8 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import BinaryIO, TypeVar
 
-from node.origin.failures import corrupt, failed
-from node.origin.interface import ObjectInfo, OnBytes
+from node.origin.failures import corrupt, failed, listed_too_many
+from node.origin.interface import MAX_LISTED, ObjectInfo, OnBytes
 from node.origin.url import OriginUrl, checked_key
 from protocol.errors import OriginDeniedError, OriginError, OriginExistsError, OriginNotFoundError
 
@@ -28,6 +28,7 @@ class FileStore:
 
     min_object_bytes = 0
     writes_once = False
+    range_unit_bytes = 1
 
     def __init__(self, url: OriginUrl) -> None:
         self.url = str(url)
@@ -96,9 +97,12 @@ class FileStore:
         """See ObjectStore."""
 
         def walk() -> list[ObjectInfo]:
-            found = []
+            found, seen = [], 0
             start = self._root / checked_key(folder) if (folder := prefix.rpartition("/")[0]) else self._root
             for parent, _, names in os.walk(start):
+                seen += len(names)
+                if seen > MAX_LISTED:
+                    raise listed_too_many(prefix, origin=self.url)
                 for name in names:
                     key = (Path(parent) / name).relative_to(self._root).as_posix()
                     if key.startswith(prefix) and not name.startswith(_UNFINISHED):

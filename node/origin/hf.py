@@ -1,26 +1,28 @@
 """hf://: a repository of the Hugging Face Hub, or of a server that speaks its protocol; read alone.
 
 huggingface_hub says which files there are and where; their bytes come in ranges as from any web server. A branch is
-looked up once, so that all reads are of one commit.
+looked up once a minute, so that reads that belong together are of one commit.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from node.origin.failures import answered, failed, unreachable
+from node.origin.failures import answered, failed, listed_too_many, unreachable
 from node.origin.forked import expect_own_process
 from node.origin.http_ranges import HttpRanges
-from node.origin.interface import ObjectInfo
+from node.origin.interface import MAX_LISTED, ObjectInfo
 from node.origin.retry import Retries, retry_after_s
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl
 from node.origin.web import ReadOnlyStore
-from protocol.errors import OriginDeniedError, OriginError, OriginNotFoundError
+from protocol.errors import OriginDeniedError, OriginError, OriginNotFoundError, OriginUnavailableError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -28,10 +30,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CREDENTIALS = "HF_TOKEN"
+PINNED_S = 60.0
+"""For so long a branch means the commit that it meant; what was pushed since is seen after that."""
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class HubStore(ReadOnlyStore):
-    """The files of one repository at one commit, below a prefix. The repository is the one that the URL names."""
+    """The files of one repository, below a prefix. The repository is the one that the URL names."""
 
     def __init__(self, url: OriginUrl, settings: OriginSettings) -> None:
         self.url = str(url)
@@ -44,6 +49,7 @@ class HubStore(ReadOnlyStore):
         self._timeout_s = settings.read_timeout_s
         self._process = os.getpid()
         self._commit: str | None = None
+        self._pinned_until = 0.0
         self._looking = asyncio.Lock()
 
     async def head(self, key: str) -> ObjectInfo:
@@ -89,7 +95,12 @@ class HubStore(ReadOnlyStore):
                 revision=commit,
                 repo_type=self._where.repo_type,
             )
-            files = [entry for entry in entries if isinstance(entry, RepoFile)]
+            files = []
+            for seen, entry in enumerate(entries):
+                if seen == MAX_LISTED:
+                    raise listed_too_many(prefix, origin=self.url)
+                if isinstance(entry, RepoFile):
+                    files.append(entry)
             infos = (ObjectInfo(one.path.removeprefix(inside), one.size, _hash(one)) for one in files)
             return sorted((info for info in infos if info.key.startswith(prefix)), key=lambda info: info.key.encode())
 
@@ -116,7 +127,8 @@ class HubStore(ReadOnlyStore):
 
     async def _pinned(self) -> str:
         async with self._looking:
-            if self._commit is None:
+            loop = asyncio.get_running_loop()
+            if self._commit is None or loop.time() >= self._pinned_until:
 
                 def ask(api: HfApi) -> str | None:
                     where = self._where
@@ -125,8 +137,15 @@ class HubStore(ReadOnlyStore):
                     )
                     return str(found.sha) if found.sha else None
 
-                found = await self._ask("look up the commit of", self._where.revision or "", ask)
-                self._commit = found or self._where.revision or "main"
+                try:
+                    found = await self._ask("look up the commit of", self._where.revision or "", ask)
+                except OriginUnavailableError:
+                    if self._commit is None:
+                        raise
+                else:
+                    self._commit = found or self._where.revision or "main"
+                named = _COMMIT.fullmatch(self._where.revision or "")
+                self._pinned_until = math.inf if named else loop.time() + PINNED_S
             return self._commit
 
     async def _ask(self, did: str, key: str, ask: Callable[[HfApi], T]) -> T:

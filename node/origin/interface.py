@@ -28,6 +28,9 @@ class ObjectInfo:
     """Akave's `Network-State`: "done" once the object is on its network."""
 
 
+MAX_LISTED = 100_000
+"""Objects that one listing looks at."""
+
 OnBytes = Callable[[int], None]
 """Told how many bytes more have gone."""
 
@@ -46,6 +49,8 @@ class ObjectStore(Protocol):
     """Smaller objects are refused (Akave: 127); 0 for none. Whoever writes pads."""
     writes_once: bool
     """Whether a name that was written can never be written again."""
+    range_unit_bytes: int
+    """A range costs whole units of this, counted from the object's first byte: 1, or 32,000,000 at Akave's SDK."""
 
     async def head(self, key: str) -> ObjectInfo:
         """What is known of an object."""
@@ -74,7 +79,9 @@ class ObjectStore(Protocol):
         """
 
     def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
-        """Every object whose key begins with `prefix`, in the order of keys."""
+        """Every object whose key begins with `prefix`, in the order of keys. OriginError where it would have to look at
+        more than MAX_LISTED.
+        """
 
     async def delete(self, key: str) -> None:
         """Delete an object; nothing happens where there is none."""

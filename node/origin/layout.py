@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import msgspec
 
@@ -79,15 +80,19 @@ def is_address(name: str) -> bool:
 
 
 def split_address(url: str) -> tuple[str, str]:
-    """The URL of a manifest, or of a folder of them, as (the origin's URL, the key under it).
+    """The URL of a manifest, or of a folder of them, as (the origin's URL, the key under it, percent signs decoded).
 
-    Of `.../manifests/...` the origin is what stands before; of any other address, the folder of the object.
+    Of `.../manifests/NAME/...`, where the name may be `OWNER/NAME`, the origin is what stands before; of any other
+    address, the folder of the object. Where either could be meant, the origin is the longer one.
     """
-    head, found, tail = url.rpartition("/" + MANIFESTS)
-    if found:
-        return head, MANIFESTS + tail
-    head, _, tail = url.rpartition("/")
-    return head, tail
+    scheme, _, path = url.partition("://")
+    steps = path.split("/")
+    last = len(steps) - 1
+    starts = [at for at, step in enumerate(steps) if step == MANIFESTS[:-1] and 0 < at < last]
+    objects = int(steps[last].endswith(".json"))
+    named = [at for at in starts if 1 <= sum(map(bool, steps[at + 1 :])) - objects <= 2]
+    begin = max(named or starts or [last])
+    return f"{scheme}://{'/'.join(steps[:begin])}", unquote("/".join(steps[begin:]))
 
 
 def encode_manifest(signed: SignedManifest, min_bytes: int) -> bytes:

@@ -37,16 +37,14 @@ from protocol.errors import (
     ShoalError,
 )
 from protocol.ids import ManifestDigest
-from protocol.manifest import SignedManifest
+from protocol.manifest import SignedManifest, split_name
 
 log = logging.getLogger(__name__)
 
 FIND_TIMEOUT_S = 30.0
-"""For one origin to say what a name means."""
+"""For one origin to say what a name or the URL of a manifest means."""
 NEWEST_TRIED = 8
 """Manifests of one name that are read, newest first, until one is valid."""
-MAX_LISTED = 100_000
-"""Objects of one listing that are looked at."""
 MAX_REMEMBERED = 256
 """Manifests whose address is kept."""
 MAX_GUESTS = 64
@@ -60,7 +58,6 @@ class OriginStats:
     """Traffic with all origins since the start."""
 
     downloaded_bytes: int
-    uploaded_bytes: int
     requests: int
     errors: int
 
@@ -96,11 +93,12 @@ class Origins:
             yield origins
         finally:
             for place in (*origins._own.values(), *origins._guests.values(), *origins._retired):
+                place.retire()
                 await place.close()
 
     def stats(self) -> OriginStats:
         seen = self._traffic
-        return OriginStats(seen.downloaded_bytes, seen.uploaded_bytes, seen.requests, seen.errors)
+        return OriginStats(seen.downloaded_bytes, seen.requests, seen.errors)
 
     def places(self, signed: SignedManifest) -> tuple[Place, ...]:
         """Where shards of a manifest may lie: the configured origins, where it was read from, and those it names.
@@ -128,9 +126,10 @@ class Origins:
         """The newest valid manifest of a name at each configured origin that has one; each digest once.
 
         `name` may be `name@digest`, with at least 8 digits, or a whole digest. Raises OriginError or
-        InvalidManifestError where every origin failed; where one of several does, it is logged.
+        InvalidManifestError where an origin failed and no other has it; where another has, that is logged.
         """
-        plain, digest = _name_and_digest(name)
+        await self._tidy()
+        plain, digest = split_name(name)
         answers = await asyncio.gather(
             *(self._find(place, kind, plain, digest) for place in self._own.values()), return_exceptions=True
         )
@@ -145,7 +144,7 @@ class Origins:
                     raise answer
                 case SignedManifest():
                     found.setdefault(answer.digest, answer)
-        if failures and len(failures) == len(answers):
+        if failures and not found:
             raise failures[0]
         return list(found.values())
 
@@ -162,6 +161,10 @@ class Origins:
             )
         base, key = split_address(url)
         base = str(OriginUrl.parse(base))
+        if not key.endswith(".json") and not key.startswith(MANIFESTS):
+            raise InvalidParamsError(
+                f"{url} is neither a .json object nor a folder of manifests: o3://bucket/prefix/manifests/NAME/"
+            )
         if (why := refusal(base)) and not self._is_own(base):
             raise OriginDeniedError(
                 f"the manifest at {url} is not read: {why}; if you trust it, start the node with --manifest {url}",
@@ -169,17 +172,8 @@ class Origins:
             )
         await self._tidy()
         place = self._place_of(base)
-        if key.endswith(".json"):
-            signed = await self._read(place, key)
-        else:
-            folder = f"{key.rstrip('/')}/" if key.rstrip("/") else ""
-            found = await self._newest(place, None, None, "", await self._listed(place, folder))
-            if found is None:
-                raise OriginNotFoundError(
-                    f"there is no valid manifest in {url}; name one .json object, or publish there with --origin",
-                    place.details(folder),
-                )
-            signed = found
+        async with _in_time(place, key, "what manifest is there"):
+            signed = await self._at(place, key)
         self._found_at[signed.digest] = base
         while len(self._found_at) > MAX_REMEMBERED:
             self._found_at.popitem(last=False)
@@ -196,7 +190,9 @@ class Origins:
         if url not in self._guests:
             self._guests[url] = self._place(url, guarded=not self._is_own(url))
             while len(self._guests) > MAX_GUESTS:
-                self._retired.append(self._guests.popitem(last=False)[1])
+                _, oldest = self._guests.popitem(last=False)
+                oldest.retire()
+                self._retired.append(oldest)
         self._guests.move_to_end(url)
         return self._guests[url]
 
@@ -209,8 +205,9 @@ class Origins:
 
     async def _tidy(self) -> None:
         """Close what was crowded out and is not read from any more."""
-        for place in [place for place in self._retired if place.idle]:
-            self._retired.remove(place)
+        idle = [place for place in self._retired if place.idle]
+        self._retired = [place for place in self._retired if not place.idle]
+        for place in idle:
             await place.close()
 
     # How manifests are found
@@ -218,37 +215,37 @@ class Origins:
     async def _find(self, place: Place, kind: str | None, plain: str, digest: str) -> SignedManifest | None:
         if place.url.startswith(_UNLISTED):
             return None
-        try:
-            async with asyncio.timeout(FIND_TIMEOUT_S):
-                folder = MANIFESTS if digest and plain == digest else manifest_folder(plain)
-                listed = await self._listed(place, folder, digest)
-                return await self._newest(place, kind, None if plain == digest else plain, digest, listed)
-        except TimeoutError:
-            raise OriginUnavailableError(
-                f"origin {place.url} did not say within {FIND_TIMEOUT_S:g} s what {plain!r} is",
-                place.details(manifest_folder(plain)),
-            ) from None
+        async with _in_time(place, manifest_folder(plain), f"what {plain!r} is"):
+            folder = MANIFESTS if digest and plain == digest else manifest_folder(plain)
+            listed = await self._listed(place, folder, digest)
+            return await self._newest(place, kind, None if plain == digest else plain, digest, listed)
+
+    async def _at(self, place: Place, key: str) -> SignedManifest:
+        if key.endswith(".json"):
+            return await self._read(place, key)
+        folder = f"{key.rstrip('/')}/"
+        signed = await self._newest(place, None, None, "", await self._listed(place, folder))
+        if signed is None:
+            raise OriginNotFoundError(
+                f"there is no valid manifest in {place.url}/{folder}; name one .json object, or publish there with "
+                "--origin",
+                place.details(folder),
+            )
+        return signed
 
     async def _listed(self, place: Place, folder: str, digest: str = "") -> list[ManifestKey]:
         """The newest manifests directly in a folder; with a digest that of any folder below it."""
         self._traffic.requests += 1
         keys: list[ManifestKey] = []
-        seen = 0
         try:
-            store = await place.store()
-            async for item in store.list(folder):
-                seen += 1
-                stamped = parse_manifest_key(item.key)
-                direct = "/" not in item.key[len(folder) :]
-                if stamped and stamped.digest.startswith(digest) and (direct or folder == MANIFESTS):
-                    keys.append(stamped)
-                if len(keys) > 4 * NEWEST_TRIED:
-                    keys = heapq.nlargest(NEWEST_TRIED, keys)
-                if seen >= MAX_LISTED:
-                    log.warning("origin %s has more than %d objects in %s", place.url, MAX_LISTED, folder)
-                    break
-        except OriginNotFoundError:
-            return []
+            async with place.in_use() as store:
+                async for item in store.list(folder):
+                    stamped = parse_manifest_key(item.key)
+                    direct = "/" not in item.key[len(folder) :]
+                    if stamped and stamped.digest.startswith(digest) and (direct or folder == MANIFESTS):
+                        keys.append(stamped)
+                    if len(keys) > 4 * NEWEST_TRIED:
+                        keys = heapq.nlargest(NEWEST_TRIED, keys)
         except OriginError:
             self._traffic.errors += 1
             raise
@@ -284,10 +281,12 @@ class Origins:
         return signed
 
 
-def _name_and_digest(name: str) -> tuple[str, str]:
-    """Split `name@digest`; a whole digest is both, and a plain name has none."""
-    plain, at, digest = name.rpartition("@")
-    if at and plain and 8 <= len(digest) <= 64 and not digest.strip("0123456789abcdef"):
-        return plain, digest
-    whole = len(name) == 64 and not name.strip("0123456789abcdef")
-    return name, name if whole else ""
+@asynccontextmanager
+async def _in_time(place: Place, key: str, what: str) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(FIND_TIMEOUT_S):
+            yield
+    except TimeoutError:
+        raise OriginUnavailableError(
+            f"origin {place.url} did not say within {FIND_TIMEOUT_S:g} s {what}", place.details(key)
+        ) from None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 from node.origin.interface import ObjectStore
@@ -14,10 +14,9 @@ from protocol.manifest import ShardEntry
 
 @dataclass
 class Traffic:
-    """What went to and from origins since the start."""
+    """What came from origins since the start."""
 
     downloaded_bytes: int = 0
-    uploaded_bytes: int = 0
     requests: int = 0
     """Of this room to a store, whose own retries are not counted."""
     errors: int = 0
@@ -26,7 +25,7 @@ class Traffic:
 class Place:
     """Shards under one URL: as `publish --origin` lays them out, or as files of their names, as others put them there.
 
-    Which of the two is found out at the first shard and remembered. Raises OriginError and its children.
+    Which of the two is asked first is what the last shard was found as. Raises OriginError and its children.
     """
 
     def __init__(
@@ -43,11 +42,23 @@ class Place:
         self._guard = guard
         self._store: ObjectStore | None = None
         self._readers = 0
-        self._plain: bool | None = None
-        """Whether shards lie here under their file names; None until one was found."""
+        self._retired = False
+        self._plain = False
+        """Whether the last shard was found under its file name."""
+
+    @asynccontextmanager
+    async def in_use(self) -> AsyncIterator[ObjectStore]:
+        """The store behind it, opened at the first use, for what reads from it."""
+        self._readers += 1
+        try:
+            yield await self.store()
+        finally:
+            self._readers -= 1
+            if self._retired and self.idle:
+                await self.close()
 
     async def store(self) -> ObjectStore:
-        """The store behind it, opened at the first use."""
+        """The store behind it, for a place that is kept."""
         if self._guard:
             await self._guard()
         if self._store is None:
@@ -64,29 +75,42 @@ class Place:
         """Whether nothing is being read."""
         return not self._readers
 
+    def retire(self) -> None:
+        """Nobody finds it any more: whoever still has it may read, and nothing stays open behind that."""
+        self._retired = True
+
     async def close(self) -> None:
         """Let go of connections; the next use makes new ones."""
         store, self._store = self._store, None
         if store is not None:
             await store.close()
 
+    async def range_unit_bytes(self) -> int:
+        """What ranges are best multiples of; nothing is sent for it."""
+        async with self.in_use() as store:
+            return store.range_unit_bytes
+
+    def key_of(self, entry: ShardEntry) -> str:
+        """The object that is asked first for this shard's bytes."""
+        return entry.filename if self._plain else shard_key(entry.content_id)
+
     async def piece_layer(self, entry: ShardEntry) -> bytes:
         """The shard's piece layer as the origin claims it, unchecked; empty where there is none."""
-        if self._plain:
-            return b""
-        key = torrent_key(entry.content_id)
         try:
-            torrent = await self.read(key, max_torrent_bytes(entry.size))
+            torrent = await self.torrent(entry)
         except OriginNotFoundError:
             return b""
         return layer_in_torrent(torrent, entry.content_id)
 
+    async def torrent(self, entry: ShardEntry) -> bytes:
+        """The shard's torrent file, as it lies there."""
+        return await self.read(torrent_key(entry.content_id), max_torrent_bytes(entry.size))
+
     async def stream(self, entry: ShardEntry, start: int, end: int) -> AsyncGenerator[bytes, None]:
         """The shard's bytes [start, end) as they come; what was given out before a failure counts."""
-        keys = [entry.filename] if self._plain else [shard_key(entry.content_id)]
-        if self._plain is None:
-            keys.append(entry.filename)
-        for key in keys:
+        keys = [shard_key(entry.content_id), entry.filename]
+        missing: OriginNotFoundError | None = None
+        for key in reversed(keys) if self._plain else keys:
             begun = False
             try:
                 async with aclosing(self._exactly(key, start, end)) as chunks:
@@ -94,11 +118,12 @@ class Place:
                         begun, self._plain = True, key == entry.filename
                         yield chunk
             except OriginNotFoundError as err:
-                if begun or len(keys) == 1:
+                if begun:
                     raise
                 missing = err
             else:
                 return
+        assert missing is not None
         raise OriginNotFoundError(
             f"origin {self.url} has neither {keys[0]} nor {keys[1]}; publish the shard there with --origin, or take "
             "this origin out of the settings",
@@ -141,21 +166,18 @@ class Place:
     async def _chunks(self, key: str, start: int, end: int | None) -> AsyncGenerator[bytes, None]:
         """Bytes as the store gives them, counted."""
         self._traffic.requests += 1
-        self._readers += 1
         try:
-            store = await self.store()
-            chunks = store.get_stream(key, start, end)
-            try:
-                async for chunk in chunks:
-                    self._traffic.downloaded_bytes += len(chunk)
-                    yield chunk
-            finally:
-                if isinstance(chunks, AsyncGenerator):
-                    await chunks.aclose()
+            async with self.in_use() as store:
+                chunks = store.get_stream(key, start, end)
+                try:
+                    async for chunk in chunks:
+                        self._traffic.downloaded_bytes += len(chunk)
+                        yield chunk
+                finally:
+                    if isinstance(chunks, AsyncGenerator):
+                        await chunks.aclose()
         except OriginNotFoundError:
             raise
         except OriginError:
             self._traffic.errors += 1
             raise
-        finally:
-            self._readers -= 1

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from node.origin.interface import ObjectStore
 from node.origin.layout import (
@@ -20,16 +22,28 @@ from node.origin.layout import (
     layer_bytes,
     manifest_folder,
     manifest_key,
+    max_torrent_bytes,
     parse_manifest_key,
     shard_key,
     torrent_key,
 )
-from protocol.errors import InvalidShardError, OriginExistsError, OriginNotFoundError
+from protocol.errors import InvalidShardError, OriginError, OriginExistsError, OriginNotFoundError
 from protocol.ids import ContentId
 from protocol.manifest import Manifest, ShardEntry, SignedManifest
 
+log = logging.getLogger(__name__)
+
 AT_ONCE = 4
 """Objects that are looked for or sent at a time; a large one goes in several parts at once besides."""
+
+
+class Source(NamedTuple):
+    """A shard's file as it was when its content id was computed."""
+
+    path: Path
+    size: int
+    """Bytes."""
+    mtime_ns: int
 
 
 @dataclass(frozen=True)
@@ -67,12 +81,8 @@ async def missing_at(store: ObjectStore, manifest: Manifest) -> list[Missing]:
     async def look(entry: ShardEntry) -> Missing:
         async with slots:
             size = await _size_of(store, shard_key(entry.content_id))
-            if size not in (None, entry.size, max(entry.size, store.min_object_bytes)):
-                raise InvalidShardError(
-                    f"{shard_key(entry.content_id)} at {store.url} has {size} bytes, the shard {entry.filename} has "
-                    f"{entry.size}: delete that object, and publish again",
-                    {"origin": store.url, "key": shard_key(entry.content_id)},
-                )
+            if size is not None:
+                _check_shard_size(store, entry, size)
             torrent = bool(layer_bytes(entry.size)) and await _size_of(store, torrent_key(entry.content_id)) is None
             return Missing(entry, size is None, torrent)
 
@@ -86,29 +96,30 @@ async def publish(
     store: ObjectStore,
     signed: SignedManifest,
     missing: list[Missing],
-    files: Mapping[ContentId, Path],
+    files: Mapping[ContentId, Source],
     torrents: Mapping[ContentId, bytes],
     on_bytes: Callable[[int], None] = lambda _: None,
 ) -> Published:
     """Upload what is missing, then the manifest.
 
-    `files` and `torrents` are the shards' paths and their torrent files, by content id; `on_bytes` is told how many
-    bytes of shards more have gone. Raises InvalidShardError where a file is not what it was, or changes while it is
-    sent, and OriginError.
+    `files` and `torrents` are the shards' files and their torrent files, by content id; `on_bytes` is told how many
+    bytes of shards more have gone. Raises InvalidShardError where a file is not what it was when it was hashed, changes
+    while it is sent, or where something else has a shard's name, and OriginError.
     """
     slots = asyncio.Semaphore(AT_ONCE)
+    newest = await _newest(store, signed.manifest.name)
 
     async def send(one: Missing) -> None:
         async with slots:
             if one.torrent:
-                await _put(store, torrent_key(one.entry.content_id), torrents[one.entry.content_id])
+                await _put_torrent(store, one.entry, torrents[one.entry.content_id])
             if one.shard:
                 await _put_shard(store, one.entry, files[one.entry.content_id], on_bytes)
 
     async with _one_error(), asyncio.TaskGroup() as tasks:
         for one in missing:
             tasks.create_task(send(one), name=f"upload {one.entry.filename}")
-    key = await _put_manifest(store, signed)
+    key = await _put_manifest(store, signed, newest)
     uploaded = sum(one.bytes for one in missing)
     return Published(store.url, f"{store.url.rstrip('/')}/{key}", uploaded, signed.manifest.total_bytes - uploaded)
 
@@ -120,43 +131,79 @@ async def _size_of(store: ObjectStore, key: str) -> int | None:
         return None
 
 
-async def _put_shard(store: ObjectStore, entry: ShardEntry, path: Path, on_bytes: Callable[[int], None]) -> None:
-    key = shard_key(entry.content_id)
-    before = await asyncio.to_thread(_stamp, path)
-    if before is None or before[0] != entry.size:
+def _check_shard_size(store: ObjectStore, entry: ShardEntry, size: int) -> None:
+    if size not in (entry.size, max(entry.size, store.min_object_bytes)):
+        raise _other_object(
+            store, shard_key(entry.content_id), f"has {size} bytes, the shard {entry.filename} has {entry.size}"
+        )
+
+
+def _other_object(store: ObjectStore, key: str, found: str) -> InvalidShardError:
+    advice = "delete that object, and publish again"
+    return InvalidShardError(f"{key} at {store.url} {found}: {advice}", {"origin": store.url, "key": key})
+
+
+async def _put_shard(store: ObjectStore, entry: ShardEntry, source: Source, on_bytes: Callable[[int], None]) -> None:
+    key, path, hashed = shard_key(entry.content_id), source.path, (source.size, source.mtime_ns)
+    if source.size != entry.size or await asyncio.to_thread(_stamp, path) != hashed:
         raise InvalidShardError(f"{path} is not the shard any more that it was; publish it again when it is whole")
+    padded: bytes | Path = path
     if entry.size < store.min_object_bytes:
-        body = (await asyncio.to_thread(path.read_bytes)).ljust(store.min_object_bytes, b"\0")
-        await _put(store, key, body)
-        on_bytes(entry.size)
-    else:
-        with contextlib.suppress(OriginExistsError):
-            await store.put(key, path, if_absent=store.writes_once, on_bytes=on_bytes)
-    if await asyncio.to_thread(_stamp, path) != before:
+        padded = (await asyncio.to_thread(path.read_bytes)).ljust(store.min_object_bytes, b"\0")
+    try:
+        if isinstance(padded, bytes):
+            await store.put(key, padded, if_absent=store.writes_once)
+            on_bytes(entry.size)
+        else:
+            await store.put(key, padded, if_absent=store.writes_once, on_bytes=on_bytes)
+    except OriginExistsError:  # by another publisher of the same content, a moment ago
+        size = await _size_of(store, key)
+        if size is None:
+            raise  # a name that is taken, and nothing behind it
+        _check_shard_size(store, entry, size)
+        return
+    if await asyncio.to_thread(_stamp, path) != hashed:
         # Under a content id lies that content or nothing.
         await store.delete(key)
         raise InvalidShardError(f"{path} was changed while it was sent; publish it again when it is whole")
 
 
-async def _put(store: ObjectStore, key: str, body: bytes) -> None:
-    with contextlib.suppress(OriginExistsError):  # by another publisher of the same content, a moment ago
-        await store.put(key, body, if_absent=store.writes_once)
+async def _put_torrent(store: ObjectStore, entry: ShardEntry, torrent: bytes) -> None:
+    key = torrent_key(entry.content_id)
+    try:
+        await store.put(key, torrent, if_absent=store.writes_once)
+    except OriginExistsError:
+        size = await _size_of(store, key)
+        if size is None:
+            raise
+        if not layer_bytes(entry.size) < size <= max_torrent_bytes(entry.size):  # another file name is in another one
+            raise _other_object(store, key, f"has {size} bytes, and is no torrent of {entry.filename}") from None
 
 
-async def _put_manifest(store: ObjectStore, signed: SignedManifest) -> str:
+async def _newest(store: ObjectStore, name: str) -> ManifestKey | None:
+    """The newest manifest of a name that is there; none where the origin does not list: time orders well enough."""
+    newest: ManifestKey | None = None
+    try:
+        async for item in store.list(manifest_folder(name)):
+            stamped = parse_manifest_key(item.key)
+            if stamped and item.key == manifest_key(name, stamped.digest, stamped.written_ms):
+                newest = max(newest or stamped, stamped)
+    except OriginError as err:
+        if err.retryable:
+            raise
+        log.info("%s; what is published gets the time of this machine", err)
+    return newest
+
+
+async def _put_manifest(store: ObjectStore, signed: SignedManifest, newest: ManifestKey | None) -> str:
     """Write the manifest under a new name that comes after all others of it, unless the newest is the same."""
     name, digest = signed.manifest.name, signed.digest
     body = encode_manifest(signed, store.min_object_bytes)
-    newest = ManifestKey(0, digest, "")
-    async for item in store.list(manifest_folder(name)):
-        stamped = parse_manifest_key(item.key)
-        if stamped and item.key == manifest_key(name, stamped.digest, stamped.written_ms):
-            newest = max(newest, stamped)
-    if newest.key and newest.digest == digest and (await store.head(newest.key)).size == len(body):
+    if newest and newest.digest == digest and await _size_of(store, newest.key) == len(body):
         held = await store.get_range(newest.key, 0, len(body))
         if held == body:
             return newest.key
-    key = manifest_key(name, digest, max(int(time.time() * 1000), newest.written_ms + 1))
+    key = manifest_key(name, digest, max(int(time.time() * 1000), newest.written_ms + 1 if newest else 0))
     await store.put(key, body)
     return key
 

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import obstore
 
-from node.origin.failures import corrupt, failed, unreachable
+from node.origin.failures import corrupt, failed, listed_too_many, unreachable
 from node.origin.forked import expect_obstore_works, expect_own_process
-from node.origin.interface import ObjectInfo, OnBytes
+from node.origin.interface import MAX_LISTED, ObjectInfo, OnBytes
 from node.origin.ranges import read_joined
 from node.origin.retry import Retries
 from node.origin.s3_access import S3Access
 from node.origin.s3_calls import S3Calls
 from node.origin.s3_errors import S3Failures
+from node.origin.s3_objects import object_info, plain_etag
 from node.origin.settings import OriginSettings
 from node.origin.upload import SINGLE_BYTES, PartsUpload, read_part
 from node.origin.url import OriginUrl, checked_key
@@ -50,6 +51,7 @@ class S3Store:
     """Objects of one bucket under one prefix. For the process that opened it."""
 
     writes_once = False
+    range_unit_bytes = 1
 
     def __init__(self, url: OriginUrl, settings: OriginSettings) -> None:
         self.url = str(url)
@@ -68,7 +70,7 @@ class S3Store:
 
         async def ask() -> ObjectInfo:
             found = await self._get("ask for", key, full, {"head": True})
-            return _info(key, found.meta, found.attributes)
+            return object_info(key, found.meta, found.attributes)
 
         return await self._retries.run(ask)
 
@@ -171,21 +173,30 @@ class S3Store:
         return ObjectInfo(key, size, etag, datetime.now(UTC).timestamp(), dict(metadata or {}))
 
     async def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
-        """See ObjectStore. All of it is held: SeaweedFS lists folder by folder, and not in the order of keys."""
+        """See ObjectStore. What it gives is held: SeaweedFS lists folder by folder, and not in the order of keys."""
         folder = "/".join(step for step in (self._where.prefix, prefix.rpartition("/")[0]) if step)
-        inside = f"{self._where.prefix}/" if self._where.prefix else ""
         client, start = self._open(), checked_key(folder) if folder else None
 
-        async def ask() -> Sequence[Mapping[str, Any]]:
+        async def ask() -> list[ObjectInfo]:
+            found, seen = [], 0
             try:
-                return await obstore.list(client, start, chunk_size=1000).collect_async()
+                async for page in obstore.list(client, start, chunk_size=1000):
+                    seen += len(page)
+                    if seen > MAX_LISTED:
+                        raise listed_too_many(prefix, origin=self.url)
+                    found += [info for info in map(self._listed, page) if info.key.startswith(prefix)]
+            except OriginError:
+                raise
             except Exception as error:
                 raise self._failures.of_obstore(error, "list", prefix) from None
+            return sorted(found, key=lambda info: info.key.encode())
 
-        infos = (_info(meta["path"].removeprefix(inside), meta, {}) for meta in await self._retries.run(ask))
-        for info in sorted(infos, key=lambda info: info.key.encode()):
-            if info.key.startswith(prefix):
-                yield info
+        for info in await self._retries.run(ask):
+            yield info
+
+    def _listed(self, meta: Mapping[str, Any]) -> ObjectInfo:
+        inside = f"{self._where.prefix}/" if self._where.prefix else ""
+        return object_info(meta["path"].removeprefix(inside), meta, {})
 
     async def delete(self, key: str) -> None:
         """See ObjectStore."""
@@ -258,7 +269,7 @@ class S3Store:
                     client, full, data, mode=mode, attributes=dict(metadata or {}), use_multipart=False
                 )
                 async with asyncio.timeout(self._read_timeout_s + len(data) / SLOWEST_BYTES_S):
-                    return _plain_etag((await put)["e_tag"])
+                    return plain_etag((await put)["e_tag"])
             except TimeoutError:
                 raise unreachable("write", "no answer in time", origin=self.url, key=key) from None
             except Exception as error:
@@ -278,21 +289,3 @@ class S3Store:
             return
         found, advice = "there is one by that name", "give it another name, or delete that one"
         raise failed(OriginExistsError, "write", found, advice, origin=self.url, key=key)
-
-
-def _plain_etag(etag: str | None) -> str | None:
-    return etag.strip('"') if etag else None
-
-
-def _info(key: str, meta: Mapping[str, Any], attributes: Mapping[Any, str]) -> ObjectInfo:
-    metadata = {str(name): value for name, value in attributes.items()}
-    by_name = {name.lower(): value for name, value in metadata.items()}
-    return ObjectInfo(
-        key=key,
-        size=meta["size"],
-        etag=_plain_etag(meta["e_tag"]),
-        modified_s=meta["last_modified"].timestamp(),
-        metadata=metadata,
-        root_cid=by_name.get("network-root-cid") or None,
-        network_state=by_name.get("network-state") or None,
-    )

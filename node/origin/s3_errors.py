@@ -30,6 +30,7 @@ _WRONG_RANGE = (
     ("UnexpectedRange", "it answered with another range"),
     ("NoContentRange", "it did not say which range its answer is"),
 )
+_BOTOCORE_NETWORK = ("HTTPClientError", "ConnectionError", "IncompleteReadError")
 _BROKEN_BODY = ("IncompleteBody", "UnexpectedEof")
 
 
@@ -67,7 +68,10 @@ class S3Failures(NamedTuple):
             return self.of_answer(int(meta.get("HTTPStatusCode", 0)), code, did, key, asked)
         # Its classes of the network have names that say it: EndpointConnectionError, ReadTimeoutError, ...
         found = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()
-        return unreachable(did, found, origin=self.origin, key=key)
+        if any(kind.__name__ in _BOTOCORE_NETWORK for kind in type(error).__mro__):
+            return unreachable(did, found, origin=self.origin, key=key)
+        advice = "check the URL, the endpoint and the credentials"
+        return failed(OriginError, did, f"botocore says {found}", advice, origin=self.origin, key=key)
 
     def of_answer(self, status: int, code: str, did: str, key: str, asked_s: float | None = None) -> OriginError:
         """The error for a status that is not a success."""

@@ -20,6 +20,7 @@ class ReadOnlyStore:
     url: str
     min_object_bytes = 0
     writes_once = False
+    range_unit_bytes = 1
 
     async def put(
         self,

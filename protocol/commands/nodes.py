@@ -117,7 +117,6 @@ class OriginStatus(Result, frozen=True, kw_only=True):
     """The node's own, best first; manifests may name more. No credentials are in them."""
     downloaded_bytes: int = 0
     """Shards, manifests and torrent files."""
-    uploaded_bytes: int = 0
     requests: int = 0
     """What a store tried again by itself is not counted."""
     errors: int = 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from node.origin import hf
 from node.origin.credentials import Credentials, Secret
 from node.origin.interface import ObjectStore
 from node.origin.opening import open_store
@@ -236,6 +237,24 @@ async def test_a_repository_of_the_hub_is_read_at_one_commit() -> None:
         assert all(headers["authorization"] == "Bearer hf-secret-token" for _, _, headers in hub.requests)
         assert not [headers for _, _, headers in elsewhere.requests if "authorization" in headers]
         assert len([path for _, path, _ in hub.requests if "/revision/" in path]) == 1
+        await store.close()
+
+
+async def test_a_branch_is_looked_up_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with hub_stand_in(FILES) as hub:
+        store = open_store("hf://datasets/some/data", hub_settings(hub.port))
+
+        def looks() -> int:
+            return len([path for _, path, _ in hub.requests if path.startswith("/api/") and "/tree/" not in path])
+
+        await store.head("config.json")
+        await store.head("config.json")
+        assert looks() == 1
+        monkeypatch.setattr(hf, "PINNED_S", 0.0)
+        store._pinned_until = 0.0  # type: ignore[attr-defined]
+        await store.head("config.json")
+        await store.head("config.json")
+        assert looks() == 3
         await store.close()
 
 

@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 
 from node.cli.demo.s3_server import S3Server, running_s3
+from node.origin import files, s3
 from node.origin.interface import ObjectStore
 from node.origin.opening import open_store
 from node.origin.settings import OriginSettings
@@ -181,6 +182,16 @@ async def test_no_such_bucket(weed: S3Server) -> None:
     with pytest.raises(OriginNotFoundError, match="bucket"):
         await store.get_range("a", 0, 5)
     with pytest.raises(OriginNotFoundError, match="bucket"):
+        await keys(store)
+
+
+async def test_a_listing_is_given_up_above_its_bound(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for room in (s3, files):
+        monkeypatch.setattr(room, "MAX_LISTED", 2)
+    for key in ("a/1", "a/2", "b/1"):
+        await store.put(key, b"x" * 127)
+    assert await keys(store, "a/") == ["a/1", "a/2"]
+    with pytest.raises(OriginError, match="more than"):
         await keys(store)
 
 

@@ -18,7 +18,7 @@ from origin_server import credentials, s3_server, settings, typed
 from node.cli.demo.s3_server import S3Server
 from node.origin.layout import encode_manifest, manifest_folder, shard_key, torrent_key
 from node.origin.opening import open_store
-from node.origin.publishing import missing_at, publish
+from node.origin.publishing import Source, missing_at, publish
 from node.shards.catalog import torrent_of
 from protocol.content import hash_file
 from protocol.errors import InvalidShardError, OriginNotFoundError
@@ -54,6 +54,11 @@ def files_of(folder: Path, count: int, size: int) -> Path:
     for number in range(count):
         (folder / f"part-{number}.bin").write_bytes(random.Random(f"{folder.name}{number}").randbytes(size + number))
     return folder
+
+
+def source(path: Path) -> Source:
+    found = path.stat()
+    return Source(path, found.st_size, found.st_mtime_ns)
 
 
 def objects(s3: S3Server, url: str) -> dict[str, int]:
@@ -171,7 +176,7 @@ async def test_an_interrupted_publication_leaves_no_manifest_and_goes_on(s3: S3S
                 shard_id=shard_id, filename=path.name, size=content.size, content_id=content.content_id, kind="file"
             )
         )
-        files[content.content_id] = path
+        files[content.content_id] = source(path)
         torrents[content.content_id] = torrent_of(entries[-1]).metainfo(content.piece_layer)
     manifest = Manifest(name="many", kind="dataset", shards=tuple(entries))
     signed = sign_manifest(manifest, KEY, ["s3://shards/interrupted"])
@@ -221,15 +226,17 @@ async def test_a_file_that_changes_while_it_is_sent_is_not_left_under_its_conten
                 store,
                 sign_manifest(manifest, KEY),
                 missing,
-                {content.content_id: path},
+                {content.content_id: source(path)},
                 torrents,
                 lambda _: path.write_bytes(bytes(content.size)) and None,
             )
         with pytest.raises(OriginNotFoundError):
             await store.head(shard_key(content.content_id))
-        path.write_bytes(b"short")
-        with pytest.raises(InvalidShardError, match="not the shard any more"):
-            await publish(store, sign_manifest(manifest, KEY), missing, {content.content_id: path}, torrents)
+        for body in (b"short", bytes(content.size)):
+            was = source(path)
+            path.write_bytes(body)
+            with pytest.raises(InvalidShardError, match="not the shard any more"):
+                await publish(store, sign_manifest(manifest, KEY), missing, {content.content_id: was}, torrents)
         assert [item async for item in store.list("manifests/")] == []
     finally:
         await store.close()

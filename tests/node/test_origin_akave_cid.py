@@ -1,13 +1,12 @@
 """The root CID, against what the real akavesdk (main, efc9854) gave for the same bytes."""
 
 import random
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from node.origin.akave_cid import BLOCK_BYTES, CHUNK_BYTES, RootCid, root_cid_of, root_cid_of_file, same_cid
+from node.origin.akave_cid import BLOCK_BYTES, CHUNK_BYTES, RootCid, root_cid_of, same_cid
 
 # random.Random(size).randbytes(size) -> root CID
 FROM_THE_SDK = {
@@ -34,18 +33,9 @@ def test_what_the_sdk_gave(size: int) -> None:
     assert root_cid_of([bytes_of(size)]) == FROM_THE_SDK[size]
 
 
-def test_of_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "shard"
-    path.write_bytes(bytes_of(1_000_001))
-    assert root_cid_of_file(path) == FROM_THE_SDK[1_000_001]
-
-
-def test_of_nothing(tmp_path: Path) -> None:
+def test_of_nothing() -> None:
     with pytest.raises(ValueError, match="without bytes"):
         root_cid_of([])
-    (tmp_path / "empty").touch()
-    with pytest.raises(ValueError, match="without bytes"):
-        root_cid_of_file(tmp_path / "empty")
 
 
 def test_one_chunk_is_the_chunk_and_two_are_a_root() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.origin.checking import RunningContentId, is_piece_layer
+from node.origin.checking import is_piece_layer
 from node.origin.layout import (
     decode_manifest,
     encode_manifest,
@@ -87,21 +87,6 @@ def test_no_bytes_break_the_reader_of_torrent_files(data: bytes) -> None:
         assert isinstance(layer_in_torrent(torrent, ContentId("61" * 32)), bytes)
 
 
-@given(st.lists(st.integers(0, 40_000), max_size=12))
-def test_a_content_id_comes_out_of_any_chunks(lengths: list[int]) -> None:
-    running, whole = RunningContentId(), b""
-    for number, length in enumerate(lengths):
-        chunk = bytes([number + 1]) * length
-        running.update(chunk)
-        whole += chunk
-    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"shoal-test-chunks-{os.getpid()}"
-    path.write_bytes(whole)
-    try:
-        assert running.content_id() == (hash_file(path).content_id if whole else None)
-    finally:
-        path.unlink()
-
-
 def test_a_manifest_comes_back_through_its_padding_and_an_unsigned_one_is_refused() -> None:
     entry = ShardEntry(shard_id=0, filename="a.bin", size=5, content_id=ContentId("cd" * 32), kind="file")
     manifest = Manifest(name="set", kind="dataset", shards=(entry,))
@@ -121,3 +106,13 @@ def test_an_address_is_split_into_origin_and_key() -> None:
     assert split_address("o3://b/p/manifests/smol/1-a.json") == ("o3://b/p", "manifests/smol/1-a.json")
     assert split_address("o3://b/manifests/owner/smol/") == ("o3://b", "manifests/owner/smol/")
     assert split_address("https://h.example/smol/manifest.json") == ("https://h.example/smol", "manifest.json")
+    assert split_address("o3://b/p/manifests/a%20b") == ("o3://b/p", "manifests/a b")
+
+
+@pytest.mark.parametrize("name", ["smol", "owner/smol", "owner/manifests", "manifests", "manifests/smol", "x.json"])
+def test_every_name_leads_back_to_its_origin(name: str) -> None:
+    key = manifest_key(name, DIGEST, 7)
+    if name != "manifests/smol":  # as well the name smol under the prefix manifests
+        assert split_address(f"o3://b/{key}") == ("o3://b", key)
+        assert split_address(f"o3://b/{manifest_folder(name)}") == ("o3://b", manifest_folder(name))
+    assert "/".join(split_address(f"o3://b/{key}")) == f"o3://b/{key}"
