@@ -138,10 +138,14 @@ class Announcer:
 
     async def _refresh(self) -> None:
         await asyncio.sleep(min(1.0, self._ttl_s / 12))
+        while due := self._due()[:_BATCH]:
+            await asyncio.gather(*(self._renew(subject, own) for subject, own in due))
+
+    def _due(self) -> list[tuple[Subject, _Own]]:
+        """What is to be refreshed now, the shortest-lived first: a lease does not wait behind many shards."""
         now = asyncio.get_running_loop().time()
         due = [(subject, own) for subject, own in self._own.items() if own.due <= now and not own.pushing.locked()]
-        for start in range(0, len(due), _BATCH):
-            await asyncio.gather(*(self._renew(subject, own) for subject, own in due[start : start + _BATCH]))
+        return sorted(due, key=lambda item: item[1].ttl_s)
 
     async def _renew(self, subject: Subject, own: _Own) -> None:
         if self._own.get(subject) is own:

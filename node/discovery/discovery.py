@@ -180,11 +180,13 @@ class Discovery:
         random.shuffle(found)
         return found
 
-    async def announce_want(self, content_id: ContentId, bt_port: int, *, ttl_s: int = 12) -> None:
-        """Say that this node takes its part of a content from the origin. It is a lease: refreshed until withdrawn,
-        and over `ttl_s` after a node that died without a word.
+    async def announce_want(
+        self, content_id: ContentId, bt_port: int, *, block_pieces: int = 0, ttl_s: int = 12
+    ) -> None:
+        """Say that this node takes its part of a content from the origin, in blocks of so many pieces. It is a lease:
+        refreshed until withdrawn, and over `ttl_s` after a node that died without a word.
         """
-        want = Want(self._settings.advertise_host, bt_port)
+        want = Want(self._settings.advertise_host, bt_port, block_pieces)
         key = wanted_key(self._settings.cluster, content_id)
         self._wants[content_id] = (key, self.node_id, b"")  # before: who is cancelled meanwhile withdraws it too
         await self._announcer.announce(key, want, ttl_s=ttl_s)
@@ -197,7 +199,7 @@ class Discovery:
     async def find_wants(self, content_id: ContentId) -> list[FoundWant]:
         """The other nodes that take parts of a content from the origin now; by node id."""
         found = [
-            FoundWant(record.publisher, record.payload.host, record.payload.bt_port)
+            FoundWant(record.publisher, record.payload.host, record.payload.bt_port, record.payload.block_pieces)
             for record in await self._records(wanted_key(self._settings.cluster, content_id))
             if isinstance(record.payload, Want) and record.publisher != self.node_id
         ]

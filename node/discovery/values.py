@@ -82,6 +82,8 @@ class FoundWant:
     node_id: NodeId
     host: str
     bt_port: int
+    block_pieces: int = 0
+    """How many adjacent pieces it shares out together."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 from node.shards.catalog import Catalog, ShardFile, torrent_of
@@ -15,7 +15,7 @@ from node.shards.folders import prepare_folder, set_aside
 from node.shards.hasher import FileChangedError, Hasher
 from node.shards.holding import folder_names, shard_path
 from node.shards.lease import Lease, blocks_of
-from node.shards.ports import Discovery, Download, Origin, Swarm
+from node.shards.ports import Discovery, Download, Origin, OriginPlace, Swarm
 from node.shards.remember import Remember
 from node.shards.scan import Fingerprint
 from node.shards.seeds import Seeds
@@ -27,7 +27,7 @@ from node.shards.transfer import Pace, carry
 from node.shards.wanting import Wanting
 from node.shards.whole import Whole
 from node.swarm.torrent import PeerAddress
-from protocol.errors import InvalidShardError, ShoalError
+from protocol.errors import InvalidShardError, OriginError, ShoalError
 from protocol.manifest import ShardEntry
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 CONTINUE_WAIT_S = 1.0
 """How long a part file that was left behind is given to be checked before peers are asked."""
 
+UNIT_TIMEOUT_S = 5.0
 POLL_S = 0.04
 STILL_POLLS = 5
 """What it holds is known when it was found the same so many times."""
@@ -83,7 +84,7 @@ class Intake:
         """Have the shard here, checked and seeded. Returns its file, and how many bytes came from where."""
         entry = fetch.entry
         sources = Sources(self._settings, self._discovery, fetch)
-        feeder = self._feeder(fetch, sources)
+        feeder = await self._feeder(fetch, sources)
         async with self._space.reserved(self._expected_path(fetch), entry.size):
             try:
                 peers = await sources.first(insist=feeder is None)
@@ -119,9 +120,17 @@ class Intake:
             kept = await self._carry_through(fetch, path, sources, peers, feeder, begun=begun)
         except WholeNeededError:
             assert feeder is not None, "only a feeder needs a shard whole"
-            whole = Whole(feeder.supply, fetch, path, self._settings.stall_timeout_s)
-            await self._come_whole(fetch, path, whole, sources)
-            return {"origin": whole.origin_bytes}
+            whole = Whole(feeder.supply, fetch, path, self._settings.stall_timeout_s, feeder.lull_s)
+            try:
+                await self._come_whole(fetch, path, whole, sources)
+            except OriginError:
+                if not (feeder.supply.exhausted and feeder.accompanied):
+                    raise
+                log.info("%s: no origin gives it here, others that fetch it may", fetch.entry.filename)
+            else:
+                return {"origin": whole.origin_bytes}
+            begun = await asyncio.to_thread(part_of(path).exists)
+            kept = await self._carry_through(fetch, path, sources, peers, feeder, begun=begun)
         await self._take_up(fetch, path)
         await asyncio.to_thread(whole_part_of(path).unlink, missing_ok=True)
         from_peers = fetch.entry.size - kept - (feeder.kept_bytes if feeder else 0)
@@ -129,16 +138,19 @@ class Intake:
             return {"peers": from_peers}
         return ({"peers": from_peers} if from_peers > 0 else {}) | {"origin": feeder.origin_bytes}
 
-    def _feeder(self, fetch: Fetch, sources: Sources) -> Feeder | None:
+    async def _feeder(self, fetch: Fetch, sources: Sources) -> Feeder | None:
         """None where no origin has anything of this manifest."""
         places = self._origin.places(fetch.holding.signed) if self._origin else ()
         if not places:
             return None
         torrent = torrent_of(fetch.entry)
-        lease = Lease(self._discovery.node_id, torrent.content_id, len(blocks_of(torrent)))
-        wanting = Wanting(self._discovery, torrent.content_id, lease, self._swarm.port, addresses)
+        unit_bytes = await _unit_bytes(places[0])
+        blocks = blocks_of(torrent, unit_bytes)
+        lease = Lease(self._discovery.node_id, torrent.content_id, len(blocks))
+        block_pieces = len(blocks[0].pieces)
+        wanting = Wanting(self._discovery, torrent.content_id, lease, block_pieces, self._swarm.port, addresses)
         supply = Supply(places, fetch.entry, torrent)
-        return Feeder(self._settings, torrent, sources, supply, wanting, self._tasks)
+        return Feeder(self._settings, torrent, blocks, unit_bytes, sources, supply, wanting, self._tasks)
 
     async def _carry_through(
         self,
@@ -165,10 +177,11 @@ class Intake:
                 if pace.idle_s >= self._settings.stall_timeout_s:
                     raise sources.none(f"{pace.most} of {entry.size} bytes came, then none for {pace.idle_s:.0f} s")
                 await download.cancel()
-            except BaseException:
+            except BaseException as err:
                 pace.saw(download.progress().bytes_done)
+                useless = not pace.most and (not begun or isinstance(err, WholeNeededError))
                 with suppress(ShoalError):
-                    await asyncio.shield(download.cancel(delete=not begun and not pace.most))
+                    await asyncio.shield(download.cancel(delete=useless))
                 raise
             patience_s = self._settings.restart_s
             log.info("%s: nothing came for %.0f s, beginning anew", entry.filename, pace.idle_s)
@@ -185,9 +198,12 @@ class Intake:
         """No torrent of it is to be had: take it whole from an origin, and be its first seed."""
         entry = fetch.entry
         log.info("%s has no torrent anywhere: it comes whole from an origin", entry.filename)
-        content = await whole.fetch(
-            lambda: sources.failed(f"{whole.bytes_done} of {entry.size} bytes came whole", whole.supply)
-        )
+        async with AsyncExitStack() as room:
+            if await asyncio.to_thread(part_of(path).exists):  # Something in it counts, and the room is for it.
+                await room.enter_async_context(self._space.reserved(whole.part, entry.size))
+            content = await whole.fetch(
+                lambda: sources.failed(f"{whole.bytes_done} of {entry.size} bytes came whole", whole.supply)
+            )
         await asyncio.to_thread(whole.part.replace, path)
         await asyncio.to_thread(part_of(path).unlink, missing_ok=True)
         file = await self._in_order(fetch, path)
@@ -224,6 +240,14 @@ class Intake:
             self._catalog.put(ShardFile(path, "invalid", entry.kind, seen, fetch.holding, entry, error))
             raise InvalidShardError(error) from None
         return ShardFile(path, "seeding", entry.kind, fingerprint, fetch.holding, entry)
+
+
+async def _unit_bytes(place: OriginPlace) -> int:
+    """1 also where the place cannot be used here: a node without its key takes no blocks from it."""
+    with suppress(ShoalError, TimeoutError):
+        async with asyncio.timeout(UNIT_TIMEOUT_S):
+            return max(1, await place.range_unit_bytes())
+    return 1
 
 
 async def _kept(download: Download) -> int:

@@ -5,7 +5,7 @@ set of those nodes by rendezvous hashing (Thaler and Ravishankar 1998): of all s
 node goes through the blocks in the order of its own scores, best first, so that nodes that do not know each other yet
 begin with what they would take anyway. Where views differ, two take the same block: correct, only dearer.
 
-Pure: time is an argument, in seconds of any steady clock.
+Pure.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ MAX_BLOCK_BYTES = 4 * 1024 * 1024
 MIN_BLOCK_BYTES = 1024 * 1024
 BLOCKS = 64
 """As many at least, where that leaves them `MIN_BLOCK_BYTES`: fewer are shared out too unevenly."""
-MEMORY_S = 3.0
-"""A node whose wish was not found for so long wants nothing more: one look-up may miss it."""
+UNITS_A_BLOCK = 4
+"""Where an origin gives nothing shorter than a unit: the units at both ends of a block are read twice."""
+MISSES = 3
+"""A node whose wish so many look-ups in a row did not find wants nothing more: one or two may miss it."""
 
 
 class Block(NamedTuple):
@@ -38,9 +40,12 @@ class Block(NamedTuple):
         return range(self.first, self.end)
 
 
-def blocks_of(torrent: Torrent) -> tuple[Block, ...]:
-    """The blocks of a shard, the same on every node."""
-    size = max(MIN_BLOCK_BYTES, min(MAX_BLOCK_BYTES, torrent.size // BLOCKS))
+def blocks_of(torrent: Torrent, unit_bytes: int = 1) -> tuple[Block, ...]:
+    """The blocks of a shard, the same on every node whose origin reads in the same units."""
+    if unit_bytes > 1:
+        size = UNITS_A_BLOCK * unit_bytes
+    else:
+        size = max(MIN_BLOCK_BYTES, min(MAX_BLOCK_BYTES, torrent.size // BLOCKS))
     step = max(1, size // torrent.piece_length)
     return tuple(Block(first, min(first + step, torrent.pieces)) for first in range(0, torrent.pieces, step))
 
@@ -61,20 +66,26 @@ class Lease:
     def __init__(self, own: NodeId, content_id: ContentId, n_blocks: int) -> None:
         self._own = own
         self._content_id = content_id
-        self._heard: dict[NodeId, float] = {}
+        self._heard: dict[NodeId, int] = {}
+        """Who else wants the shard -> look-ups since then that did not find it."""
         self._owns: dict[int, bool] = {}
         self.order: Sequence[int] = sorted(
             range(n_blocks), key=lambda block: score(own, content_id, block), reverse=True
         )
         """Every block, those first that this node would win of most others."""
 
-    def heard(self, now: float, others: Iterable[NodeId]) -> None:
+    def heard(self, others: Iterable[NodeId]) -> None:
         """These nodes want the shard too, as a look-up found just now."""
         before = self.others
-        self._heard.update((node_id, now) for node_id in others if node_id != self._own)
-        self._heard = {node_id: at for node_id, at in self._heard.items() if now - at < MEMORY_S}
+        missed = {node_id: misses + 1 for node_id, misses in self._heard.items() if misses + 1 < MISSES}
+        self._heard = missed | {node_id: 0 for node_id in others if node_id != self._own}
         if self.others != before:
             self._owns.clear()
+
+    def forget(self) -> None:
+        """The others can be heard no more: every block is this node's."""
+        self._heard.clear()
+        self._owns.clear()
 
     @property
     def others(self) -> frozenset[NodeId]:

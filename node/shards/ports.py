@@ -124,6 +124,10 @@ class FoundWant(Protocol):
     @property
     def bt_port(self) -> int: ...
 
+    @property
+    def block_pieces(self) -> int:
+        """How many adjacent pieces it shares out together."""
+
 
 class Discovery(Protocol):
     """Says who has what."""
@@ -151,8 +155,8 @@ class Discovery(Protocol):
 
     async def list_names(self) -> Sequence[FoundName]: ...
 
-    async def announce_want(self, content_id: ContentId, bt_port: int, *, ttl_s: int) -> None:
-        """Say that we take our part of this content from the origin; refreshed until withdrawn."""
+    async def announce_want(self, content_id: ContentId, bt_port: int, *, block_pieces: int, ttl_s: int) -> None:
+        """Say that we take our part of this content, in such blocks, from the origin; refreshed until withdrawn."""
 
     async def withdraw_want(self, content_id: ContentId) -> None: ...
 
@@ -169,6 +173,9 @@ class OriginPlace(Protocol):
 
     def key_of(self, entry: ShardEntry) -> str:
         """The object that is read for this shard, for messages."""
+
+    async def range_unit_bytes(self) -> int:
+        """What ranges are best multiples of: it gives nothing shorter, and nothing before all of it came."""
 
     async def piece_layer(self, entry: ShardEntry) -> bytes:
         """As the origin claims it, unchecked; empty where it has none."""

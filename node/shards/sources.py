@@ -38,13 +38,13 @@ class Sources:
     async def look_up(self) -> list[PeerAddress]:
         """Ask discovery once: who has the shard, and who is fetching it too. Where that fails, nobody was found."""
         self.lookups += 1
+        self.whole = False
         try:
             found: Sequence[FoundProvider] = await self._discovery.find_providers(self._fetch.holding.digest)
         except ShoalError as err:
             log.info("looking for providers of %s failed: %s", self._fetch.entry.filename, err)
             return []
         peers: list[PeerAddress] = []
-        self.whole = False
         for provider in found:
             has = self._fetch.entry.shard_id in provider.on_disk
             self.seen[f"{provider.host}:{provider.bt_port}"] = has
@@ -82,11 +82,11 @@ class Sources:
         errors = supply.errors
         if not errors:
             return self.none(why)
-        worst = next((error for error in errors.values() if error.retryable), next(iter(errors.values())))
+        told = next((error for error in errors.values() if error.retryable), next(iter(errors.values())))
         said = "; ".join(error.message for error in errors.values())
-        return type(worst)(
+        return type(told)(
             f"{self._name}: {why}; {said}; {self._asked}; what came is kept for the next try",
-            {**worst.details, **self._details},
+            {**told.details, **self._details},
         )
 
     @property
@@ -120,7 +120,7 @@ async def addresses(provider: FoundProvider | FoundWant) -> list[PeerAddress]:
             found = await asyncio.get_running_loop().getaddrinfo(
                 provider.host, provider.bt_port, type=socket.SOCK_STREAM
             )
-    except (OSError, TimeoutError) as err:
+    except (OSError, TimeoutError, UnicodeError) as err:  # the last for labels that no name can have
         log.info("cannot resolve the provider %s: %s", provider.host, err)
         return []
     return [PeerAddress(str(address[0]), provider.bt_port) for *_, address in found]

@@ -47,7 +47,7 @@ class Space:
 
     @asynccontextmanager
     async def reserved(self, path: Path, size: int) -> AsyncIterator[None]:
-        """Hold room for a download of `size` bytes to `path` for the length of the block.
+        """Hold room for `size` bytes, to come to `path` or its part files, for the length of the block.
 
         What an earlier try left on the disk is not counted again. Raises InsufficientDiskError where the rest does not
         fit beside what other downloads were promised and what the node keeps free.
@@ -73,4 +73,4 @@ class Space:
 
 
 def _written_bytes(path: Path) -> int:
-    return allocated_bytes(part_of(path)) + allocated_bytes(whole_part_of(path))
+    return sum(map(allocated_bytes, (path, part_of(path), whole_part_of(path))))

@@ -109,8 +109,10 @@ class Supply:
         Empty where none of those that answer has it, None where none answers now. A file of one piece needs none.
         """
         answered = False
+        clock = asyncio.get_running_loop().time
+        ahead = now - clock()
         for standing in self._standings:
-            if standing.out or standing.rests_until > now:
+            if standing.out or standing.rests_until > clock() + ahead:
                 continue
             if standing.layer_asked:
                 answered = True
@@ -118,7 +120,7 @@ class Supply:
             try:
                 layer = await _piece_layer(standing.place, self.entry)
             except OriginUnavailableError as err:
-                self.failed(standing.place, err, now)
+                self.failed(standing.place, err, clock() + ahead)  # it may have taken long
                 continue
             except OriginError as err:
                 # No layer is no reason to leave the origin out: it may have the bytes all the same.

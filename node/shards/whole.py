@@ -7,7 +7,6 @@ space at the start and knows by a piece layer what it has. Here the length of th
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, ParamSpec
@@ -16,9 +15,8 @@ from node.shards.fetching import Fetch, FetchProgress
 from node.shards.ports import OriginPlace
 from node.shards.space import whole_part_of
 from node.shards.supply import Supply
-from protocol.content import LEAF_BYTES, ContentHash, merkle_root, piece_length
+from protocol.content import ContentHash, ContentHasher
 from protocol.errors import OriginError
-from protocol.ids import ContentId
 
 P = ParamSpec("P")
 
@@ -27,56 +25,18 @@ RETRY_S = 0.25
 TELL_S = 0.25
 
 
-class ContentHasher:
-    """Hashes a shard as its bytes come; see `protocol.content` for what a content id is."""
-
-    def __init__(self, size: int) -> None:
-        self.seen = 0
-        """Bytes so far."""
-        self._size = size
-        self._leaves_a_piece = piece_length(size) // LEAF_BYTES
-        self._begun = bytearray()
-        self._leaves: list[bytes] = []
-        self._pieces: list[bytes] = []
-
-    def update(self, data: bytes) -> None:
-        self.seen += len(data)
-        self._begun += data
-        end = len(self._begun) if self.seen == self._size else len(self._begun) // LEAF_BYTES * LEAF_BYTES
-        for start in range(0, end, LEAF_BYTES):
-            self._leaves.append(hashlib.sha256(self._begun[start : min(start + LEAF_BYTES, end)]).digest())
-            if len(self._leaves) == self._leaves_a_piece:
-                self._pieces.append(merkle_root(self._leaves))
-                self._leaves = []
-        del self._begun[:end]
-
-    def result(self) -> ContentHash:
-        """What the bytes hash to; all of them must have come."""
-        if self.seen != self._size:
-            raise ValueError(f"{self.seen} of {self._size} bytes were hashed")
-        if not self._pieces:
-            return ContentHash(self._size, ContentId(merkle_root(self._leaves).hex()), b"")
-        if self._leaves:
-            padding = [bytes(32)] * (self._leaves_a_piece - len(self._leaves))
-            self._pieces.append(merkle_root(self._leaves + padding))
-            self._leaves = []
-        if len(self._pieces) == 1:
-            return ContentHash(self._size, ContentId(self._pieces[0].hex()), b"")
-        pad = merkle_root([bytes(32)] * self._leaves_a_piece)
-        return ContentHash(self._size, ContentId(merkle_root(self._pieces, pad=pad).hex()), b"".join(self._pieces))
-
-
 class Whole:
     """One shard on its way from origins, in one stream at a time."""
 
-    def __init__(self, supply: Supply, fetch: Fetch, path: Path, patience_s: float) -> None:
+    def __init__(self, supply: Supply, fetch: Fetch, path: Path, patience_s: float, lull_s: float = 0.0) -> None:
         self.supply = supply
         self.part = whole_part_of(path)
         self.origin_bytes = 0
         """That came, wrong ones with them."""
         self._fetch = fetch
         self._entry = entry = fetch.entry
-        self._patience_s = patience_s
+        self._patience_s = patience_s + lull_s
+        self._silence_s = patience_s / 2 + lull_s
         self._hasher = ContentHasher(entry.size)
         self._givers: list[OriginPlace] = []
         self._told = (0.0, 0)
@@ -137,7 +97,7 @@ class Whole:
         stream = place.stream(self._entry, self.bytes_done, self._entry.size)
         try:
             while self.bytes_done < self._entry.size:
-                chunk = await self.supply.next_chunk(place, stream, self._patience_s / 2)
+                chunk = await self.supply.next_chunk(place, stream, self._silence_s)
                 self.origin_bytes += len(chunk)
                 await to_the_end(self._write, chunk[: self._entry.size - self.bytes_done])
                 self._tell()

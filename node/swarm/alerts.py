@@ -99,7 +99,7 @@ class ResumeSaved:
 
 
 @dataclass(frozen=True, slots=True)
-class Availability:
+class PiecesAvailable:
     """How many connected peers have each piece; empty where that is not counted: no peer, or nothing missing."""
 
     info_hash: InfoHash
@@ -150,7 +150,7 @@ Event = (
     | FileRenamed
     | FileFailed
     | ResumeSaved
-    | Availability
+    | PiecesAvailable
     | Removed
     | TorrentStatus
     | SessionCounters
@@ -217,7 +217,7 @@ _BY_TYPE: dict[type[Any], Callable[[InfoHash, Any], Event]] = {
     lt.file_rename_failed_alert: lambda h, a: FileRenamed(h, a.message()),
     lt.file_error_alert: lambda h, a: FileFailed(h, a.error.value(), a.message()),
     lt.save_resume_data_alert: lambda h, a: _resume(h, a.params),
-    lt.piece_availability_alert: lambda h, a: Availability(h, tuple(a.piece_availability)),
+    lt.piece_availability_alert: lambda h, a: PiecesAvailable(h, tuple(a.piece_availability)),
     lt.save_resume_data_failed_alert: lambda h, _: ResumeSaved(h, b"", b""),
 }
 

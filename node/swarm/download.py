@@ -125,9 +125,8 @@ class Download:
     async def add_piece(self, index: int, data: bytes) -> bool:
         """Give a piece that was fetched elsewhere. True: it passed its check and is kept, or was here already.
 
-        Raises InvalidParamsError for a piece that the file has not, or of a wrong size. While no peer has given
-        the piece layer, and none was given to `Swarm.download`, a piece cannot be checked alone: the call returns
-        when all are here, and should not be waited for one by one.
+        Raises InvalidParamsError for a piece that the file has not, or of a wrong size. While nobody has given the
+        piece layer, a piece cannot be checked alone: the call returns when all are here.
         """
         if not 0 <= index < self.torrent.pieces or len(data) != self.torrent.piece(index).size:
             raise InvalidParamsError(f"{self.torrent.name!r} has no piece {index} of {len(data)} bytes")
@@ -264,6 +263,7 @@ class Download:
 
     async def _leave(self, *, clean: bool) -> None:
         """Take the torrent out; after a clean stop what came is taken up again without a check."""
+        self._ready.clear()  # `run` sets it: who gives a piece meanwhile gets the download's own error
         handle, self._handle = self._handle, None
         if handle:
             resume = await handle.resume_data(_STOP_TIMEOUT_S) if clean else b""

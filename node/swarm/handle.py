@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import libtorrent as lt
 
 from node.swarm.alerts import (
-    Availability,
     CacheFlushed,
     Event,
     FileFailed,
     FileRenamed,
+    PiecesAvailable,
     Removed,
     ResumeSaved,
     TorrentStatus,
@@ -120,8 +120,8 @@ class Handle:
                 return answer
 
     async def availability(self, timeout_s: float = 5.0) -> tuple[int, ...]:
-        """How many connected peers have each piece; see `Availability`."""
-        return (await self._answer(Availability, self._raw.post_piece_availability, timeout_s)).peers
+        """How many connected peers have each piece; see `PiecesAvailable`."""
+        return (await self._answer(PiecesAvailable, self._raw.post_piece_availability, timeout_s)).peers
 
     def connect(self, peer: PeerAddress) -> None:
         """Dial a peer; what comes of it shows in events."""

@@ -5,11 +5,7 @@ Peers give it, or it is handed over by who has it from elsewhere (a torrent file
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from typing import Any
-
-import libtorrent as lt
 
 from node.swarm.handle import Handle
 from node.swarm.part_file import PartFile, fits
@@ -67,29 +63,6 @@ class PieceLayer:
         if self.missing and fits(self._torrent, layer):
             self.known = layer
             await self.keep()
-
-
-def layer_of(torrent: Torrent, torrent_file: bytes) -> bytes:
-    """The piece layer in a torrent file, checked against the content id.
-
-    Empty for a file of one piece, which has none, and for a torrent file without one. Raises InvalidShardError where
-    the bytes are no torrent file, or the layer is that of other content.
-    """
-    if torrent.pieces == 1:
-        return b""
-    found: Any = None
-    with contextlib.suppress(RuntimeError):
-        found = lt.bdecode(torrent_file)
-    if not isinstance(found, dict) or b"info" not in found:
-        raise InvalidShardError(f"what was given as the torrent of {torrent.name!r} is no torrent file")
-    layers = found.get(b"piece layers")
-    layer = layers.get(bytes.fromhex(torrent.content_id), b"") if isinstance(layers, dict) else b""
-    if layer and not (isinstance(layer, bytes) and fits(torrent, layer)):
-        raise InvalidShardError(
-            f"the torrent file of {torrent.name!r} has a piece layer that is not that of content id "
-            f"{torrent.content_id}"
-        )
-    return bytes(layer)
 
 
 def piece_fits(torrent: Torrent, layer: bytes, index: int, data: bytes) -> bool:

@@ -28,6 +28,8 @@ class FilePlace:
     error: OriginError | None = None
     """What every request answers."""
     gone: bool = False
+    unit_bytes: int = 1
+    """It tells this, and gives shorter ranges all the same."""
     out_bytes: int = 0
     given: list[tuple[int, int]] = field(default_factory=list)
     """Ranges that were sent, end-exclusive."""
@@ -41,6 +43,12 @@ class FilePlace:
             raise OriginUnavailableError(
                 f"{self.url} refuses connections", {"origin": self.url, "key": "k", "status": "", "tried": 1}
             )
+
+    def key_of(self, entry: ShardEntry) -> str:
+        return f"shards/{entry.content_id}"
+
+    async def range_unit_bytes(self) -> int:
+        return self.unit_bytes
 
     async def piece_layer(self, entry: ShardEntry) -> bytes:
         await asyncio.sleep(0.01)

@@ -261,6 +261,47 @@ def test_publish_at_an_origin_too_and_at_an_origin_alone(shoal: Shoal, tmp_path:
     assert [copy["state"] for copy in json.loads(verified.out)["copies"]] == ["good", "good"]
 
 
+def test_publish_at_an_origin_alone_does_not_look_at_the_daemons_folder(shoal: Shoal, tmp_path: Path) -> None:
+    data, origin = tmp_path / "data", f"file://{tmp_path}/o"
+    assert shoal("publish", parquet(tmp_path / "set" / "a.parquet", 5), "--name", "set", "--data-dir", data).code == 0
+    other = parquet(tmp_path / "other" / "b.parquet", 6)
+    command = ("publish", other, "--name", "set", "--data-dir", data, "--origin", origin)
+    assert "holds another" in shoal(*command).err
+    assert shoal(*command, "--only-origin").code == 0
+    assert hash_file(other).content_id in [path.name for path in (tmp_path / "o" / "shards").iterdir()]
+
+
+@pytest.mark.parametrize("name", ["set@0123abcd", "owner/set@" + "ab" * 32, "ab" * 32])
+def test_a_name_that_nobody_could_find_is_not_published(shoal: Shoal, tmp_path: Path, name: str) -> None:
+    file = parquet(tmp_path / "a.parquet", 5)
+    said = shoal("publish", file, "--name", name, "--data-dir", tmp_path / "data")
+    assert (said.code, said.out) == (2, "")
+    assert "another --name" in said.err
+    assert not (tmp_path / "data" / "shards").exists()
+
+
+def test_verify_tells_a_torrent_file_that_is_not_there_from_one_that_cannot_be_read(
+    shoal: Shoal, tmp_path: Path
+) -> None:
+    path = tmp_path / "set" / "a.bin"
+    path.parent.mkdir()
+    path.write_bytes(bytes(600_000))
+    origin = f"file://{tmp_path}/o"
+    assert shoal("publish", path, "--name", "set", "--data-dir", tmp_path / "d", "--origin", origin).code == 0
+    (torrent,) = (tmp_path / "o" / "torrents").iterdir()
+
+    def found() -> tuple[int, list[str]]:
+        said = shoal("verify", "set", "--node", "127.0.0.1:1", "--at", origin, "--json")
+        return said.code, [copy["state"] for copy in json.loads(said.out)["copies"]]
+
+    assert found() == (0, ["good"])
+    for garbage in (b"garbage", b"", bytes(20_000), torrent.read_bytes()[:-40]):
+        torrent.write_bytes(garbage)
+        assert found() == (1, ["damaged"])
+    torrent.unlink()
+    assert found() == (0, ["good"]), "others put plain files there"
+
+
 def test_publish_again_keeps_the_identity_that_signs(shoal: Shoal, tmp_path: Path) -> None:
     parquet(tmp_path / "set" / "a.parquet", 5)
     command = ("publish", tmp_path / "set", "--data-dir", tmp_path / "data", "--origin", f"file://{tmp_path}/o")

@@ -18,15 +18,16 @@ OTHER = ContentId("ef" * 32)
 async def test_a_wish_is_found_by_the_others_until_it_is_withdrawn():
     async with opened() as first, opened(first) as second, opened(first) as third:
         await first.announce_want(CONTENT, 7402)
-        await second.announce_want(CONTENT, 7502)
+        await second.announce_want(CONTENT, 7502, block_pieces=16)
         assert await third.find_wants(CONTENT) == sorted(
-            [FoundWant(first.node_id, HOST, 7402), FoundWant(second.node_id, HOST, 7502)], key=lambda want: want.node_id
+            [FoundWant(first.node_id, HOST, 7402), FoundWant(second.node_id, HOST, 7502, 16)],
+            key=lambda want: want.node_id,
         )
-        assert await first.find_wants(CONTENT) == [FoundWant(second.node_id, HOST, 7502)]
+        assert await first.find_wants(CONTENT) == [FoundWant(second.node_id, HOST, 7502, 16)]
         assert await third.find_wants(OTHER) == []
         await first.withdraw_want(CONTENT)
         await first.withdraw_want(OTHER)
-        assert await third.find_wants(CONTENT) == [FoundWant(second.node_id, HOST, 7502)]
+        assert await third.find_wants(CONTENT) == [FoundWant(second.node_id, HOST, 7502, 16)]
         assert await second.find_wants(CONTENT) == []
 
 

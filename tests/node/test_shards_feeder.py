@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,14 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from node.shards.flow import Flow
 from node.shards.need import Need
 from node.shards.supply import CORRUPT_TRIES, LONGEST_REST_S, Supply
-from node.shards.whole import ContentHasher
-from node.swarm.layer import layer_of, piece_fits
+from node.swarm.layer import piece_fits
 from node.swarm.torrent import Torrent
 from protocol.content import hash_file
 from protocol.errors import (
-    InvalidShardError,
     OriginCorruptError,
     OriginDeniedError,
     OriginError,
@@ -53,9 +53,17 @@ class Said:
         self.url = url
         self.layer = layer
         self.asked = 0
+        self.pause_s = 0.0
+
+    def key_of(self, entry: ShardEntry) -> str:
+        return f"shards/{entry.content_id}"
+
+    async def range_unit_bytes(self) -> int:
+        return 1
 
     async def piece_layer(self, entry: ShardEntry) -> bytes:
         self.asked += 1
+        await asyncio.sleep(self.pause_s)
         if isinstance(self.layer, OriginError):
             raise self.layer
         return self.layer
@@ -152,17 +160,27 @@ async def test_the_piece_layer_is_checked_and_asked_for_once(
     assert await Supply([busy], entry, torrent).piece_layer(0.0) is None
 
 
-@given(st.data())
-def test_a_content_id_follows_however_the_bytes_come(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
-    size = data.draw(st.sampled_from([1, 16384, 16385, 262_144, 262_145, 300_000, 524_288, 800_001]))
-    body = random.Random(size).randbytes(size)
-    path = tmp_path_factory.mktemp("hashed") / "x"
-    path.write_bytes(body)
-    hasher = ContentHasher(size)
-    while hasher.seen < size:
-        step = data.draw(st.sampled_from([1 << 18, 16384, 99_999, 1 << 20]))
-        hasher.update(body[hasher.seen : hasher.seen + step])
-    assert hasher.result() == hash_file(path)
+async def test_a_place_that_failed_after_a_long_time_rests_from_then_on(entry: ShardEntry, torrent: Torrent) -> None:
+    place = Said("o3://a", OriginUnavailableError("busy"))
+    place.pause_s = 0.6
+    supply = Supply([place], entry, torrent)
+    assert await supply.piece_layer(0.0) is None
+    assert supply.next_place(0.6) is None
+    assert supply.next_place(2.0) is place
+
+
+def test_what_is_being_given_is_not_taken_for_what_peers_gave() -> None:
+    flow = Flow(0.0)
+    flow.saw(1.0, 100)
+    flow.given_bytes += 50
+    flow.saw(2.0, 100)
+    flow.saw(3.0, 150)
+    flow.came(4.0, shared=False)
+    assert (flow.peer_bytes, flow.shared_at, flow.moved_at) == (100, 1.0, 4.0)
+    flow.saw(5.0, 170)
+    assert (flow.peer_bytes, flow.shared_at, flow.moved_at) == (120, 5.0, 5.0)
+    flow.came(6.0, shared=True)
+    assert flow.shared_at == 6.0
 
 
 def test_a_piece_is_checked_alone(data: bytes, torrent: Torrent, tmp_path: Path, entry: ShardEntry) -> None:
@@ -177,12 +195,3 @@ def test_a_piece_is_checked_alone(data: bytes, torrent: Torrent, tmp_path: Path,
     small = Torrent.of("small", 20_000, hash_file(tmp_path / "small").content_id)
     assert piece_fits(small, b"", 0, data[:20_000])
     assert not piece_fits(small, b"", 0, data[1:20_001])
-
-
-def test_the_layer_in_a_torrent_file_is_checked(torrent: Torrent, tmp_path: Path, entry: ShardEntry) -> None:
-    layer = hash_file(tmp_path / "x").piece_layer
-    assert layer_of(torrent, torrent.metainfo(layer)) == layer
-    assert layer_of(torrent, torrent.metainfo()) == b""
-    for bad in (b"", b"not a torrent", b"le", torrent.metainfo(layer[32:]), torrent.metainfo(bytes(len(layer)))):
-        with pytest.raises(InvalidShardError):
-            layer_of(torrent, bad)

@@ -8,7 +8,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.shards.lease import MEMORY_S, Block, Lease, blocks_of, choose, owner
+from node.shards.lease import MISSES, UNITS_A_BLOCK, Block, Lease, blocks_of, choose, owner
 from node.swarm.torrent import Torrent
 from protocol.content import MAX_PIECE_BYTES
 from protocol.ids import ContentId, NodeId
@@ -28,7 +28,7 @@ def leases(of: set[NodeId], blocks: int) -> dict[NodeId, Lease]:
     """Every node's, each having heard of all the others."""
     found = {own: Lease(own, CONTENT, blocks) for own in of}
     for lease in found.values():
-        lease.heard(0.0, of)
+        lease.heard(of)
     return found
 
 
@@ -73,14 +73,21 @@ def test_what_nodes_begin_with_before_they_know_each_other_is_mostly_theirs() ->
 
 def test_a_wish_that_is_found_no_more_is_over_soon() -> None:
     lease = Lease(node(0), CONTENT, 64)
-    lease.heard(10.0, [node(0), node(1)])
+    lease.heard([node(0), node(1)])
     assert lease.others == {node(1)}
     shared = len(lease.mine())
-    lease.heard(10.0 + MEMORY_S - 0.1, [])
-    assert len(lease.mine()) == shared
-    lease.heard(10.0 + MEMORY_S, [])
+    for _ in range(2):
+        for _ in range(MISSES - 1):
+            lease.heard([])
+            assert len(lease.mine()) == shared
+        lease.heard([node(1)])
+    for _ in range(MISSES):
+        lease.heard([])
     assert (lease.others, len(lease.mine())) == (frozenset(), 64)
     assert shared < 64
+    lease.heard([node(1)])
+    lease.forget()
+    assert len(lease.mine()) == 64
 
 
 @given(st.integers(1, 20_000_000_000))
@@ -91,6 +98,18 @@ def test_blocks_are_all_pieces_in_order_and_of_a_bounded_size(size: int) -> None
     assert all(a.end == b.first for a, b in itertools.pairwise(blocks))
     longest = max(len(block.pieces) for block in blocks) * torrent.piece_length
     assert longest <= max(MAX_PIECE_BYTES, torrent.piece_length)
+
+
+@given(st.integers(1, 20_000_000_000))
+def test_an_origin_that_reads_in_long_units_is_asked_for_some_at_a_time(size: int) -> None:
+    torrent, unit = Torrent.of("x", size, CONTENT), 32_000_000
+    blocks = blocks_of(torrent, unit)
+    assert (blocks[0].first, blocks[-1].end) == (0, torrent.pieces)
+    assert all(a.end == b.first for a, b in itertools.pairwise(blocks))
+    assert all(
+        (UNITS_A_BLOCK - 1) * unit < len(block.pieces) * torrent.piece_length <= UNITS_A_BLOCK * unit
+        for block in blocks[:-1]
+    )
 
 
 BLOCKS = [Block(first, first + 4) for first in range(0, 64, 4)]
@@ -104,7 +123,7 @@ def pick(lease: Lease, **options: object) -> int | None:
 
 def shared() -> Lease:
     lease = Lease(node(0), CONTENT, len(BLOCKS))
-    lease.heard(0.0, [node(1), node(2)])
+    lease.heard([node(1), node(2)])
     return lease
 
 

@@ -340,3 +340,15 @@ async def test_what_is_on_the_disk_already_is_not_promised_again(
         with pytest.raises(InsufficientDiskError, match="300 of them promised"):
             async with space.reserved(tmp_path / "c", 101 + 100):
                 pass
+
+
+async def test_a_whole_part_beside_a_part_that_counts_has_room_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = {"a.part": 600, "a.whole.part": 200}
+    monkeypatch.setattr(space_module, "allocated_bytes", lambda path: written.get(path.name, 0))
+    space = Space(tmp_path, 0, free=lambda _: 400)
+    async with space.reserved(tmp_path / "a", 600), space.reserved(tmp_path / "a.whole.part", 600):
+        with pytest.raises(InsufficientDiskError, match="400 of them promised"):
+            async with space.reserved(tmp_path / "b", 1):
+                pass

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import filecmp
 import random
 import time
@@ -12,8 +13,16 @@ from pathlib import Path
 import pytest
 
 from node.swarm import Download, PeerAddress, Swarm, SwarmSettings, Torrent
+from node.swarm.alerts import FileFailed
+from node.swarm.handle import Handle
 from protocol.content import ContentHash, hash_file
-from protocol.errors import CancelledRequestError, InvalidParamsError, InvalidShardError, UnreachableError
+from protocol.errors import (
+    CancelledRequestError,
+    InsufficientDiskError,
+    InvalidParamsError,
+    InvalidShardError,
+    UnreachableError,
+)
 from protocol.ids import ContentId
 
 MIB = 1024 * 1024
@@ -272,6 +281,27 @@ async def test_a_download_that_is_cancelled_at_once_is_gone(tmp_path: Path):
         for piece in again.missing_pieces():
             assert await again.add_piece(piece.index, source.piece(piece.index))
         await again.verified()
+
+
+async def test_who_gives_a_piece_while_a_failed_download_is_taken_out_hears_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = source_of(tmp_path, MIB)
+    async with node(tmp_path) as swarm:
+        download = await swarm.download(source.torrent, tmp_path / "got.bin", source.hashed.piece_layer)
+        await download.ready()
+        remove, removing = download._session.remove, asyncio.Event()
+
+        async def slowly(handle: Handle) -> None:
+            removing.set()
+            await asyncio.sleep(0.2)
+            await remove(handle)
+
+        monkeypatch.setattr(download._session, "remove", slowly)
+        download._on_event(FileFailed(source.torrent.info_hash, errno.ENOSPC, "no space"))
+        await removing.wait()
+        with pytest.raises(InsufficientDiskError):
+            await download.add_piece(0, source.piece(0))
 
 
 @pytest.mark.slow

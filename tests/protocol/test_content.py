@@ -12,6 +12,7 @@ from protocol.content import (
     LEAF_BYTES,
     MAX_PIECE_BYTES,
     MIN_PIECE_BYTES,
+    ContentHasher,
     hash_file,
     merkle_root,
     piece_length,
@@ -147,3 +148,16 @@ def test_merkle_root_pads_with_the_right_pad(hashes: list[bytes]) -> None:
         half = len(padded) // 2
         left, right = merkle_root(padded[:half]), merkle_root(padded[half:])
         assert merkle_root(hashes) == hashlib.sha256(left + right).digest()
+
+
+@given(st.lists(st.integers(0, 300_000), min_size=1, max_size=8))
+def test_it_follows_however_the_bytes_come(tmp_path_factory: pytest.TempPathFactory, lengths: list[int]) -> None:
+    chunks = [bytes([number + 1]) * length for number, length in enumerate([*lengths, 1])]
+    path = tmp_path_factory.mktemp("chunks") / "whole"
+    path.write_bytes(b"".join(chunks))
+    hasher = ContentHasher(path.stat().st_size)
+    for chunk in chunks:
+        with pytest.raises(ValueError, match="were hashed"):
+            hasher.result()
+        hasher.update(chunk)
+    assert hasher.result() == hash_file(path)
