@@ -46,8 +46,9 @@ class OriginSettings:
     timeout_s: float = 6 * 3600.0
     """Of a whole request, however slowly its bytes come: a large shard may take hours, and `read_timeout_s` ends one
     that hangs."""
-    retry_total_s: float = 30.0
-    """How long a store tries again by itself."""
+    retry_total_s: float = 20.0
+    """How long a store tries again by itself: less than the shard loader bears silence (half of its `stall_timeout_s`),
+    or nobody would hear what the origin said."""
 
     def __post_init__(self) -> None:
         if self.o3_backend not in ("auto", "gateway", "native"):

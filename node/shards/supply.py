@@ -67,7 +67,8 @@ class Supply:
         standing = self._of(place)
         if standing.out:
             return  # A stream that was under way still; what put the origin out is what is to be told.
-        standing.error = error
+        if not (standing.failures and _says_less(error, standing.error)):
+            standing.error = error
         if now < standing.rests_until:
             return  # Of several streams that broke together one counts.
         standing.failures += 1
@@ -147,6 +148,11 @@ async def _piece_layer(place: OriginPlace, entry: ShardEntry) -> bytes:
             f"{place.url} did not give the torrent of {entry.filename} within {LAYER_TIMEOUT_S:g} s",
             _details(place, entry),
         ) from None
+
+
+def _says_less(error: OriginError, told: OriginError | None) -> bool:
+    """Whether an origin was only silent or broke off after it had answered with a status: that is what it is about."""
+    return told is not None and bool(told.details.get("status")) and not error.details.get("status")
 
 
 def _details(place: OriginPlace, entry: ShardEntry) -> dict[str, object]:

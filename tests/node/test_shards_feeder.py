@@ -121,6 +121,18 @@ def test_streams_that_break_together_count_once(entry: ShardEntry, torrent: Torr
     assert supply.next_place(1.5) is a
 
 
+def test_what_an_origin_said_is_not_forgotten_for_a_silence_after_it(entry: ShardEntry, torrent: Torrent) -> None:
+    a = Said("o3://a")
+    supply = Supply([a], entry, torrent)
+    silent = OriginUnavailableError("sent nothing for 30 s", {"status": ""})
+    supply.failed(a, silent, 0.0)
+    assert supply.errors["o3://a"] is silent
+    told = OriginUnavailableError("the answer was 503", {"status": "503"})
+    supply.failed(a, told, 100.0)
+    supply.failed(a, silent, 200.0)
+    assert supply.errors["o3://a"] is told
+
+
 @pytest.mark.parametrize("error", [OriginNotFoundError("no"), OriginDeniedError("no"), OriginError("no")])
 def test_a_place_that_will_not_give_it_is_left_out(entry: ShardEntry, torrent: Torrent, error: OriginError) -> None:
     a = Said("o3://a")
