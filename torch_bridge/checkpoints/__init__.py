@@ -1,0 +1,1 @@
+"""Checkpoints named by their content, at an origin and in the swarm."""

@@ -1,0 +1,88 @@
+"""O3Client: how a training script reaches Akave O3, or any other origin of Shoal's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from node.origin.credentials import Secret
+from node.origin.settings import Backend, OriginSettings
+from protocol.errors import InvalidParamsError
+from torch_bridge.stores import Place, RetryPolicy, Store
+
+
+class O3Client:
+    """Session, credentials and retries. Nothing is opened before the first call, and each process opens its own, so a
+    client may be given to DataLoader workers, forked or spawned.
+
+    client = O3Client()                                   # keys from AKAVE_O3_ACCESS_KEY and AKAVE_O3_SECRET_KEY
+    bucket = client.bucket("my-bucket", "train")          # blocking calls; bucket.aio for async code
+    bucket.put("a.bin", b"...")
+    anything = client.at("hf://datasets/owner/name")      # every URL that an origin may have
+
+    `endpoint` is the gateway's; a credential may belong to another one than the default. `access_key` and `secret_key`
+    stand above the environment. With backend "native" the bucket is reached by akavesdk, and `private_key` (or
+    AKAVE_PRIVATE_KEY) signs. `scheme` "s3" means any S3 server, with AWS_* credentials.
+    """
+
+    def __init__(
+        self,
+        *,
+        endpoint: str | None = None,
+        access_key: str | None = None,
+        secret_key: str | None = None,
+        private_key: str | None = None,
+        backend: Backend = "auto",
+        scheme: Literal["o3", "s3", "akave"] = "o3",
+        retry: RetryPolicy | None = None,
+        encryption_key_file: Path | None = None,
+        settings: OriginSettings | None = None,
+    ) -> None:
+        """`settings`, where given, stands in for everything read from the environment."""
+        if bool(access_key) != bool(secret_key):
+            raise InvalidParamsError("access_key and secret_key go together: give both, or set both in the environment")
+        given = settings or OriginSettings.from_environment()
+        keys: dict[str, Secret] = {}
+        if access_key and secret_key:
+            keys = {f"{'s3' if scheme == 's3' else 'o3'}_access_key": Secret(access_key)}
+            keys |= {f"{'s3' if scheme == 's3' else 'o3'}_secret_key": Secret(secret_key)}
+        if private_key:
+            keys["akave_private_key"] = Secret(private_key)
+        changes: dict[str, Any] = {"credentials": replace(given.credentials, **keys), "o3_backend": backend}
+        if endpoint is not None:
+            changes["s3_endpoint" if scheme == "s3" else "o3_endpoint"] = endpoint.rstrip("/")
+        if encryption_key_file is not None:
+            changes["encryption_key_file"] = encryption_key_file
+        self.scheme = scheme
+        self.settings = replace(given, **changes)
+        self.retry = retry or RetryPolicy()
+        self._stores: dict[str, Store] = {}
+
+    def bucket(self, name: str, prefix: str = "") -> Store:
+        """A bucket, or a part of it: keys are relative to the prefix."""
+        return self.at(f"{self.scheme}://{name}/{prefix}".rstrip("/"))
+
+    def at(self, url: str) -> Store:
+        """Any origin: o3://, akave://, s3://, https://, hf://, file://. Raises InvalidParamsError for another URL."""
+        known = url.rstrip("/")
+        if known not in self._stores:
+            self._stores[known] = Store(Place(known, self.settings, self.retry))
+        return self._stores[known]
+
+    def close(self) -> None:
+        """Let go of this process's connections; the next call opens them again."""
+        for store in self._stores.values():
+            store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"scheme": self.scheme, "settings": self.settings, "retry": self.retry}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _stores={})
