@@ -23,8 +23,9 @@ class CallThreads:
     asyncio and concurrent.futures are joined at exit, where such a thread would hang the process.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, name: str = "akavesdk") -> None:
         self._free = asyncio.Semaphore(limit)
+        self._name = name
 
     @property
     def busy(self) -> bool:
@@ -46,7 +47,7 @@ class CallThreads:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         try:
-            threading.Thread(target=self._work, args=(call, loop, future), name="akavesdk", daemon=True).start()
+            threading.Thread(target=self._work, args=(call, loop, future), name=self._name, daemon=True).start()
         except BaseException:
             self._free.release()
             raise

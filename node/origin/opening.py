@@ -6,6 +6,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+from node.origin.forked import hangs_here, no_fork
 from node.origin.interface import ObjectStore
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl
@@ -18,7 +19,8 @@ def open_store(url: str | OriginUrl, settings: OriginSettings) -> ObjectStore:
     Raises InvalidParamsError where the URL or the key is none, OriginError where a part that it needs is not installed.
     """
     where = OriginUrl.parse(url) if isinstance(url, str) else url
-    store = _open(where, settings)
+    with no_fork():
+        store = _open(where, settings)
     if settings.encryption_key_file is not None:
         from node.origin.encryption import EncryptedStore
 
@@ -35,8 +37,9 @@ def _open(url: OriginUrl, settings: OriginSettings) -> ObjectStore:
             return _native(url, settings)
         case "o3" | "s3":
             from node.origin.s3 import S3Store
+            from node.origin.s3_forked import S3ForkedStore
 
-            return S3Store(url, settings)
+            return (S3ForkedStore if hangs_here("obstore") else S3Store)(url, settings)
         case "https" | "http":
             from node.origin.web import WebStore
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import obstore
 
 from node.origin.failures import corrupt, failed, listed_too_many, unreachable
-from node.origin.forked import expect_obstore_works, expect_own_process
+from node.origin.forked import expect_own_process, expect_works
 from node.origin.interface import MAX_LISTED, ObjectInfo, OnBytes
 from node.origin.ranges import read_joined
 from node.origin.retry import Retries
@@ -60,7 +60,7 @@ class S3Store:
         self._access = S3Access.of(url, settings)
         self._failures = S3Failures(self.url, self._access.credentials_from)
         self._retries = Retries(settings.retry_total_s)
-        self._read_timeout_s = settings.read_timeout_s
+        self._read_timeout_s, self._timeout_s = settings.read_timeout_s, settings.timeout_s
         self._clients: dict[bool, Client] = {}
         self._process = os.getpid()
 
@@ -157,7 +157,7 @@ class S3Store:
         if size < self.min_object_bytes:
             found, advice = f"{size} bytes, and Akave takes none below {self.min_object_bytes}", "pad it"
             raise failed(OriginError, "write", found, advice, origin=self.url, key=key)
-        self._open()
+        expect_own_process(self.url, self._process)
         if if_absent:
             await self._expect_none(key)
         if size > SINGLE_BYTES:
@@ -175,28 +175,28 @@ class S3Store:
     async def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
         """See ObjectStore. What it gives is held: SeaweedFS lists folder by folder, and not in the order of keys."""
         folder = "/".join(step for step in (self._where.prefix, prefix.rpartition("/")[0]) if step)
-        client, start = self._open(), checked_key(folder) if folder else None
+        start = checked_key(folder) if folder else ""
 
         async def ask() -> list[ObjectInfo]:
             found, seen = [], 0
-            try:
-                async for page in obstore.list(client, start, chunk_size=1000):
-                    seen += len(page)
-                    if seen > MAX_LISTED:
-                        raise listed_too_many(prefix, origin=self.url)
-                    found += [info for info in map(self._listed, page) if info.key.startswith(prefix)]
-            except OriginError:
-                raise
-            except Exception as error:
-                raise self._failures.of_obstore(error, "list", prefix) from None
+            async for page in self._listed(start, prefix):
+                seen += len(page)
+                if seen > MAX_LISTED:
+                    raise listed_too_many(prefix, origin=self.url)
+                found += [info for info in page if info.key.startswith(prefix)]
             return sorted(found, key=lambda info: info.key.encode())
 
         for info in await self._retries.run(ask):
             yield info
 
-    def _listed(self, meta: Mapping[str, Any]) -> ObjectInfo:
-        inside = f"{self._where.prefix}/" if self._where.prefix else ""
-        return object_info(meta["path"].removeprefix(inside), meta, {})
+    async def _listed(self, folder: str, prefix: str) -> AsyncIterator[Sequence[ObjectInfo]]:
+        """Pages of what is in a folder; its keys are relative."""
+        inside, client = f"{self._where.prefix}/" if self._where.prefix else "", self._open()
+        try:
+            async for page in obstore.list(client, folder or None, chunk_size=1000):
+                yield [object_info(meta["path"].removeprefix(inside), meta, {}) for meta in page]
+        except Exception as error:
+            raise self._failures.of_obstore(error, "list", prefix) from None
 
     async def delete(self, key: str) -> None:
         """See ObjectStore."""
@@ -233,7 +233,7 @@ class S3Store:
     def _open(self, *, writes: bool = False) -> Client:
         expect_own_process(self.url, self._process)
         if writes not in self._clients:
-            expect_obstore_works(self.url)
+            expect_works("obstore", self.url)
             self._clients[writes] = self._access.client(writes=writes)
         return self._clients[writes]
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
+from node.origin.forked import no_fork
 from node.origin.s3_access import S3Access
 from node.origin.s3_errors import S3Failures
 
@@ -33,7 +34,7 @@ class S3Calls:
         self._client: Any = None
 
     async def __aenter__(self) -> Self:
-        self._client = await self._in_thread(functools.partial(_client, self._access))
+        self._client = await self._in_thread(functools.partial(botocore_client, self._access, THREADS))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -72,10 +73,12 @@ class _Sent(io.BytesIO):
         return super().read(size)
 
 
-def _client(access: S3Access) -> Any:
-    import botocore
-    import botocore.session
-    from botocore.config import Config
+def botocore_client(access: S3Access, connections: int) -> Any:
+    """A client that signs with these keys, and keeps so many connections alive. Slow to make; one a store."""
+    with no_fork():
+        import botocore
+        import botocore.session
+        from botocore.config import Config
 
     if (log := logging.getLogger("botocore")).level == logging.NOTSET:
         log.setLevel(logging.INFO)  # at DEBUG it writes down signatures and headers
@@ -103,7 +106,7 @@ def _client(access: S3Access) -> Any:
             retries={"total_max_attempts": 1, "mode": "standard"},
             connect_timeout=access.connect_timeout_s,
             read_timeout=access.read_timeout_s,
-            max_pool_connections=THREADS,
+            max_pool_connections=connections,
             user_agent="shoal",
         ),
     )

@@ -31,6 +31,14 @@ _WRONG_RANGE = (
     ("NoContentRange", "it did not say which range its answer is"),
 )
 _BOTOCORE_NETWORK = ("HTTPClientError", "ConnectionError", "IncompleteReadError")
+_NO_ANSWER_BOTOCORE = (
+    ("Connection refused", "the connection was refused"),
+    ("Name or service not known", "its name is not known"),
+    ("failure in name resolution", "its name is not known"),
+    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not trusted"),
+    ("TimeoutError", "nothing came in time"),  # ConnectTimeoutError, ReadTimeoutError
+)
+_BROKEN_BODY_BOTOCORE = ("IncompleteReadError", "ResponseStreamingError", "IncompleteRead", "ProtocolError")
 _BROKEN_BODY = ("IncompleteBody", "UnexpectedEof")
 
 
@@ -66,12 +74,20 @@ class S3Failures(NamedTuple):
             asked = retry_after_s(meta.get("HTTPHeaders", {}).get("retry-after"))
             code = str(response.get("Error", {}).get("Code", ""))
             return self.of_answer(int(meta.get("HTTPStatusCode", 0)), code, did, key, asked)
-        # Its classes of the network have names that say it: EndpointConnectionError, ReadTimeoutError, ...
+        # Its classes of the network have names that say it: ProxyConnectionError, ConnectionClosedError, ...
         found = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()
+        words = f"{type(error).__name__} {getattr(error, 'kwargs', {}).get('error', '')}"
+        found = next((said for word, said in _NO_ANSWER_BOTOCORE if word in words), found)
         if any(kind.__name__ in _BOTOCORE_NETWORK for kind in type(error).__mro__):
             return unreachable(did, found, origin=self.origin, key=key)
         advice = "check the URL, the endpoint and the credentials"
         return failed(OriginError, did, f"botocore says {found}", advice, origin=self.origin, key=key)
+
+    def of_broken_body(self, error: Exception, did: str, key: str) -> OriginError:
+        """The error for an exception of botocore while it read an answer's body."""
+        if type(error).__name__ in _BROKEN_BODY_BOTOCORE:
+            return corrupt(did, "its answer broke off", origin=self.origin, key=key, broke_off=True)
+        return self.of_botocore(error, did, key)
 
     def of_answer(self, status: int, code: str, did: str, key: str, asked_s: float | None = None) -> OriginError:
         """The error for a status that is not a success."""
