@@ -1,9 +1,44 @@
-"""What a training script imports.
+"""What a training script imports. `from torch_bridge import O3Client` loads that module and no other; torch comes with
+the first of them that needs it.
 
-o3_client    O3Client: session, credentials and retries; `stores`: one place at an origin; `loop`: the thread they run on
+o3_client    O3Client: session, credentials, buckets
+stores       one place at an origin, in blocking and in async calls; `place`: how it is opened in each process and
+             retried; `retry`: RetryPolicy; `loop`: the thread they run on
 objects      O3Dataset: a map-style data set of objects read by ranges, with a cache on disk
 shards       where data shards come from (node or origin), StreamingDownloader, and when a shard may be deleted
 streaming    StreamingShardDataset: an exact order over shards, resumable; a tokenising loader
 batches      StreamingBatchDataset: large files in batches, fetched, used, deleted
 checkpoints  O3CheckpointManager, and storage for torch.distributed.checkpoint
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch_bridge.o3_client import O3Client as O3Client
+    from torch_bridge.retry import RetryPolicy as RetryPolicy
+    from torch_bridge.stores import Store as Store
+
+_FROM = {
+    "O3Client": "o3_client",
+    "RetryPolicy": "retry",
+    "Store": "stores",
+    "O3Dataset": "objects.dataset",
+    "StreamingDownloader": "shards.downloader",
+    "StreamingShardDataset": "streaming.dataset",
+    "StreamingBatchDataset": "batches.dataset",
+    "O3CheckpointManager": "checkpoints.o3_checkpoints",
+}
+"""Where each public name is."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FROM:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_FROM[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_FROM])

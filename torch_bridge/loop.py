@@ -1,17 +1,23 @@
-"""An event loop in a thread of its own, one a process: how blocking code, as training scripts are, uses async stores."""
+"""An event loop in a thread of its own, one a process: how blocking code, as training scripts are, uses async stores.
+
+A forked child gets one of its own. What it inherited is never touched there: an asyncio transport that is collected in
+the child would close, and over TLS say so, on the connection of its parent.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
+import selectors
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from concurrent.futures import CancelledError, Future
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from node.origin.forked import no_fork
+
 T = TypeVar("T")
-_QUEUED_CHUNKS = 4
+_QUEUED_ITEMS = 4
 _END = object()
 
 
@@ -20,16 +26,23 @@ class LoopThread:
 
     def __init__(self) -> None:
         self.process = os.getpid()
-        self._loop = asyncio.new_event_loop()
+        self.selector = selectors.DefaultSelector()
+        self._loop = asyncio.SelectorEventLoop(self.selector)
         self._thread = threading.Thread(target=self._loop.run_forever, name="torch_bridge", daemon=True)
         self._thread.start()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Begin a coroutine there. Cancelling the future cancels it."""
+        """Begin a coroutine there. Cancelling the future cancels it. RuntimeError in another process."""
+        if self.process != os.getpid():
+            work.close()
+            raise RuntimeError("this was begun in another process, from which this one was forked: begin it anew here")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for a coroutine there; what interrupts the wait (Ctrl-C) cancels it. Not to be called on the loop."""
+        """Wait for a coroutine there; what interrupts the wait (Ctrl-C) cancels it. RuntimeError on the loop itself."""
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise RuntimeError("a blocking call on the loop's own thread would wait for itself: use the async calls")
         future = self.submit(work)
         try:
             return future.result()
@@ -38,53 +51,92 @@ class LoopThread:
             raise
 
     def iterate(self, items: AsyncIterator[T]) -> Iterator[T]:
-        """Go through an async iterator from this thread, a few items ahead; leaving early closes it."""
-        queue: asyncio.Queue[Any] = asyncio.Queue(_QUEUED_CHUNKS)
-
-        async def fill() -> None:
-            try:
-                async for item in items:
-                    await queue.put((item, None))
-                await queue.put((_END, None))
-            except Exception as error:
-                await queue.put((_END, error))
-            finally:
-                if close := getattr(items, "aclose", None):
-                    await close()
-
-        filling = self.submit(fill())
+        """Go through an async iterator from this thread, a few items ahead; leaving early closes it first."""
+        ahead = _Ahead(items)
+        self.run(ahead.begin())
         try:
-            while True:
-                item, error = self.run(queue.get())
-                if error is not None:
-                    raise error
-                if item is _END:
-                    return
+            while (item := self.run(ahead.next())) is not _END:
                 yield item
         finally:
-            filling.cancel()
-            with contextlib.suppress(CancelledError):
-                filling.exception()  # wait until it has closed what it read from
+            if self.process == os.getpid():
+                self.run(ahead.end())
+
+    async def iterate_async(self, items: AsyncIterator[T]) -> AsyncIterator[T]:
+        """The same for async code, on whatever event loop."""
+        ahead = _Ahead(items)
+        await asyncio.wrap_future(self.submit(ahead.begin()))
+        try:
+            while (item := await asyncio.wrap_future(self.submit(ahead.next()))) is not _END:
+                yield item
+        finally:
+            if self.process == os.getpid():
+                await asyncio.wrap_future(self.submit(ahead.end()))
+
+
+class _Ahead:
+    """An async iterator that runs a few items ahead of who takes them. All on one loop."""
+
+    def __init__(self, items: AsyncIterator[Any]) -> None:
+        self._items = items
+        self._queue: asyncio.Queue[tuple[Any, Exception | None]] = asyncio.Queue(_QUEUED_ITEMS)
+        self._filling: asyncio.Task[None] | None = None
+
+    async def begin(self) -> None:
+        self._filling = asyncio.create_task(self._fill())
+
+    async def next(self) -> Any:
+        """The next item, or _END. Raises what the iterator raised."""
+        item, error = await self._queue.get()
+        if error is not None:
+            raise error
+        return item
+
+    async def end(self) -> None:
+        """Returns when the iterator is closed."""
+        if self._filling is not None:
+            self._filling.cancel()
+            await asyncio.wait([self._filling])
+
+    async def _fill(self) -> None:
+        try:
+            async for item in self._items:
+                await self._queue.put((item, None))
+            await self._queue.put((_END, None))
+        except Exception as error:
+            await self._queue.put((_END, error))
+        finally:
+            close: Callable[[], Coroutine[Any, Any, None]] | None = getattr(self._items, "aclose", None)
+            if close is not None:
+                await close()
 
 
 _current: LoopThread | None = None
-_making = threading.Lock()
+_inherited: list[LoopThread] = []
+"""Of the processes that this one was forked from; kept, so that nothing of theirs is ever collected here."""
 
 
 def loop_thread() -> LoopThread:
-    """This process's. A forked child has no threads of its parent, so it gets one of its own."""
+    """This process's."""
     global _current
-    if _current is None or _current.process != os.getpid():
-        with _making:
-            if _current is None or _current.process != os.getpid():
+    if _current is None:
+        with no_fork():  # two threads do not make two, and no child inherits half of one
+            if _current is None:
                 _current = LoopThread()
     return _current
 
 
 def _after_fork() -> None:
-    # The lock may have been held by a thread that is not here.
-    global _current, _making
-    _current, _making = None, threading.Lock()
+    global _current
+    if _current is None:
+        return
+    _inherited.append(_current)
+    # The child's epoll is its parent's: what is unregistered here would be unregistered there. Its number now means
+    # another file, and every such call fails.
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    if isinstance(_current.selector, selectors.EpollSelector):
+        os.dup2(nowhere, _current.selector.fileno(), inheritable=False)
+    os.close(nowhere)
+    _current = None
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self, TypeVar
 
+from node.origin import buckets
+from node.origin.akave import AkaveStore
 from node.origin.credentials import Secret
 from node.origin.settings import Backend, OriginSettings
+from node.origin.url import OriginUrl
 from protocol.errors import InvalidParamsError
-from torch_bridge.stores import Place, RetryPolicy, Store
+from torch_bridge.loop import loop_thread
+from torch_bridge.place import Place, with_secrets
+from torch_bridge.retry import RetryPolicy
+from torch_bridge.stores import Store
+
+T = TypeVar("T")
 
 
 class O3Client:
     """Session, credentials and retries. Nothing is opened before the first call, and each process opens its own, so a
-    client may be given to DataLoader workers, forked or spawned.
+    client may be given to DataLoader workers, forked or spawned. Secrets do not travel in pickles: a spawned worker
+    reads its own from the environment that it inherits, and says which variables are missing.
 
     client = O3Client()                                   # keys from AKAVE_O3_ACCESS_KEY and AKAVE_O3_SECRET_KEY
     bucket = client.bucket("my-bucket", "train")          # blocking calls; bucket.aio for async code
@@ -22,8 +33,9 @@ class O3Client:
     anything = client.at("hf://datasets/owner/name")      # every URL that an origin may have
 
     `endpoint` is the gateway's; a credential may belong to another one than the default. `access_key` and `secret_key`
-    stand above the environment. With backend "native" the bucket is reached by akavesdk, and `private_key` (or
-    AKAVE_PRIVATE_KEY) signs. `scheme` "s3" means any S3 server, with AWS_* credentials.
+    stand above the environment, in this process and in those forked from it. With backend "native" the bucket is
+    reached by akavesdk, and `private_key` (or AKAVE_PRIVATE_KEY) signs. `scheme` "s3" means any S3 server, with AWS_*
+    credentials.
     """
 
     def __init__(
@@ -34,7 +46,7 @@ class O3Client:
         secret_key: str | None = None,
         private_key: str | None = None,
         backend: Backend = "auto",
-        scheme: Literal["o3", "s3", "akave"] = "o3",
+        scheme: buckets.Scheme = "o3",
         retry: RetryPolicy | None = None,
         encryption_key_file: Path | None = None,
         settings: OriginSettings | None = None,
@@ -58,6 +70,7 @@ class O3Client:
         self.settings = replace(given, **changes)
         self.retry = retry or RetryPolicy()
         self._stores: dict[str, Store] = {}
+        self._native: tuple[int, AkaveStore] | None = None
 
     def bucket(self, name: str, prefix: str = "") -> Store:
         """A bucket, or a part of it: keys are relative to the prefix."""
@@ -67,13 +80,50 @@ class O3Client:
         """Any origin: o3://, akave://, s3://, https://, hf://, file://. Raises InvalidParamsError for another URL."""
         known = url.rstrip("/")
         if known not in self._stores:
-            self._stores[known] = Store(Place(known, self.settings, self.retry))
+            OriginUrl.parse(url)
+            self._stores.setdefault(known, Store(Place(known, self.settings, self.retry)))
         return self._stores[known]
+
+    def create_bucket(self, name: str) -> bool:
+        """Make a bucket; False where this account has it already. Natively it costs a transaction.
+
+        Raises OriginExistsError where another account has it.
+        """
+        return self._run(lambda settings: buckets.create_bucket(self.scheme, name, settings))
+
+    def list_buckets(self) -> list[str]:
+        """The names of this account's buckets, in order."""
+        return self._run(lambda settings: buckets.list_buckets(self.scheme, settings))
+
+    def delete_bucket(self, name: str) -> None:
+        """Take an empty bucket away; nothing happens where there is none. OriginError natively."""
+        self._run(lambda settings: buckets.delete_bucket(self.scheme, name, settings))
+
+    def ipc(self) -> Any:
+        """The akavesdk's own IPC object, connected with AKAVE_PRIVATE_KEY, whatever the backend; its calls block.
+
+        It is the SDK's, with the SDK's faults: its ranges are of chunks, nothing that it downloads is checked, and two
+        writers of one account at a time lose against each other (docs/akave.md). Good in this process until `close`.
+        Raises OriginError where the SDK is not installed, OriginDeniedError where there is no key.
+        """
+        return loop_thread().run(self.retry.run(lambda _: self._account().ipc()))
 
     def close(self) -> None:
         """Let go of this process's connections; the next call opens them again."""
-        for store in self._stores.values():
+        for store in list(self._stores.values()):
             store.close()
+        account, self._native = self._native, None
+        if account is not None and account[0] == os.getpid():
+            loop_thread().run(account[1].close())
+
+    def _account(self) -> AkaveStore:
+        if self._native is None or self._native[0] != os.getpid():
+            self._native = os.getpid(), buckets.open_account(with_secrets(self.settings, "akave"))
+        return self._native[1]
+
+    def _run(self, ask: Callable[[OriginSettings], Coroutine[Any, Any, T]]) -> T:
+        settings = with_secrets(self.settings, self.scheme)
+        return loop_thread().run(self.retry.run(lambda _: ask(settings)))
 
     def __enter__(self) -> Self:
         return self
@@ -82,7 +132,7 @@ class O3Client:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"scheme": self.scheme, "settings": self.settings, "retry": self.retry}
+        return {"scheme": self.scheme, "settings": self.settings, "retry": self.retry}  # its secrets stay behind
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _stores={})
+        self.__dict__.update(state, _stores={}, _native=None)

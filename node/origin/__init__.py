@@ -7,6 +7,7 @@ publishing         shards and torrent files up, the manifest last
 checking           whether what lies there is what a manifest says
 configured         from a node's settings to those of its origins
 layout             names of objects, and what is read out of manifests and torrent files
+buckets            made, listed and taken away, by hand or by a check
 policy             which origins a stranger may name
 
 The stores:
@@ -17,8 +18,9 @@ settings           endpoints, times, credentials
 credentials        secrets, from the environment or files, shown nowhere
 failures           what an origin answered, as our errors
 retry, ranges      what stores share: short retries, several ranges in few requests
-forked             refuses connections that came through a fork
-s3*, upload        s3:// and o3://, by obstore and botocore; large objects in resumable parts
+forked             what a fork leaves behind: refuses connections that came through one
+s3*, upload        s3:// and o3://, by obstore and botocore; large objects in resumable parts; s3_forked for forked
+                   processes, where obstore would hang
 web, hf, http_*    https:// and hf://, read alone
 files              file://
 akave*             akave://, and o3:// by the SDK

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from node.origin.akave_chunks import ChunkCache, Spool
 from node.origin.akave_cid import CHUNK_BYTES, same_cid
@@ -189,13 +189,22 @@ class AkaveStore:
     async def presign_get(self, key: str, expires_s: float) -> str:
         raise self._failed(OriginError, "presign", key, "Akave's nodes have no presigned URLs", "use o3://")
 
-    async def create_bucket(self) -> None:
-        """Make the bucket where there is none. Nothing else does: a wrong name should not."""
+    async def create_bucket(self) -> bool:
+        """Make the bucket where there is none; whether it was made. Nothing else does: a wrong name should not."""
         bucket = self._bucket
         has = await self._call("look", "", lambda: self._sdk.has_bucket(bucket), self._small, self._small_s)
         if not has:
             create = lambda: self._sdk.create_bucket(bucket)  # noqa: E731
             await self._call("create the bucket", "", create, self._writes, self._large_s, queue=True)
+        return not has
+
+    async def buckets(self) -> Sequence[str]:
+        """Those of the account."""
+        return await self._call("list buckets", "", self._sdk.buckets, self._small, self._small_s)
+
+    async def ipc(self) -> Any:
+        """The SDK's own object, connected; it is good until this store is closed, and its calls block."""
+        return await self._call("connect", "", self._sdk.ipc, self._small, self._small_s)
 
     async def close(self) -> None:
         self._chunks.forget()

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from node.origin.akave_errors import OtherAnswerError, is_nonce_race
 from node.origin.akave_upload import UploadReader
 from node.origin.credentials import Secret
+from node.origin.forked import expect_works, no_fork
 from protocol.errors import OriginDeniedError, OriginError
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,12 @@ class AkaveConnection:
         self._sdk: Any = None
         self._ipc: Any = None
 
+    def ipc(self) -> Any:
+        """The SDK's own object for its IPC calls, as long as this connection is open. Nothing guards it: one writer at
+        a time, whatever it is.
+        """
+        return self._open()
+
     def view(self, bucket: str, name: str) -> AkaveFile | None:
         """None where there is no such file."""
         meta = self._open().file_info(None, bucket, name)
@@ -103,6 +110,10 @@ class AkaveConnection:
         ipc = self._open()
         with _writing:
             _transact(lambda: ipc.create_bucket(None, bucket), lambda: True)
+
+    def buckets(self) -> list[str]:
+        """Names, as many as the SDK gives at once."""
+        return [str(one.name) for one in self._open().list_buckets(None)]
 
     def files(self, bucket: str) -> list[AkaveFile]:
         """All of a bucket, LIST_LIMIT of them at most."""
@@ -163,10 +174,12 @@ class AkaveConnection:
             return self._ipc
 
     def _connected(self) -> tuple[Any, Any]:
+        expect_works("akavesdk", f"akave://{self._node}")
         key = self._private_key.reveal()
         if not _PRIVATE_KEY.fullmatch(key):  # else libraries below quote it in their errors
             raise OriginDeniedError("AKAVE_PRIVATE_KEY is no private key: 64 hexadecimal digits are expected")
-        akavesdk = import_sdk()
+        with no_fork():
+            akavesdk = import_sdk()
         config = akavesdk.SDKConfig(
             address=self._node,
             max_concurrency=_BLOCKS_AT_ONCE,

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from protocol.errors import InvalidParamsError, OriginDeniedError
 
 SHOWN = "***"
 MAX_FILE_BYTES = 65_536
+VARIABLES = {
+    "o3_access_key": "AKAVE_O3_ACCESS_KEY",
+    "o3_secret_key": "AKAVE_O3_SECRET_KEY",
+    "akave_private_key": "AKAVE_PRIVATE_KEY",
+    "s3_access_key": "AWS_ACCESS_KEY_ID",
+    "s3_secret_key": "AWS_SECRET_ACCESS_KEY",
+    "s3_session_token": "AWS_SESSION_TOKEN",
+    "hf_token": "HF_TOKEN",
+}
+"""Where each of the credentials is read from; or from the file that the same with _FILE names."""
 
 
 class Secret:
@@ -28,6 +38,11 @@ class Secret:
                 "credentials do not travel in pickles; read them again in this process, from the environment or files"
             )
         return self._value
+
+    @property
+    def withheld(self) -> bool:
+        """Whether this came out of a pickle, and there was a secret before."""
+        return self._value is None
 
     def __repr__(self) -> str:
         return SHOWN
@@ -84,15 +99,18 @@ class Credentials:
 
         Raises InvalidParamsError where both are set, or a file cannot be read.
         """
-        return cls(
-            o3_access_key=read_secret(env, "AKAVE_O3_ACCESS_KEY"),
-            o3_secret_key=read_secret(env, "AKAVE_O3_SECRET_KEY"),
-            akave_private_key=read_secret(env, "AKAVE_PRIVATE_KEY"),
-            s3_access_key=read_secret(env, "AWS_ACCESS_KEY_ID"),
-            s3_secret_key=read_secret(env, "AWS_SECRET_ACCESS_KEY"),
-            s3_session_token=read_secret(env, "AWS_SESSION_TOKEN"),
-            hf_token=read_secret(env, "HF_TOKEN"),
+        return cls(**{field: read_secret(env, name) for field, name in VARIABLES.items()})
+
+    def withheld(self) -> tuple[str, ...]:
+        """The variables whose secrets a pickle did not carry."""
+        return tuple(
+            name for field, name in VARIABLES.items() if (one := getattr(self, field)) is not None and one.withheld
         )
+
+    def read_again(self, env: Mapping[str, str]) -> Credentials:
+        """With what a pickle did not carry, as far as the environment has it. Raises InvalidParamsError."""
+        found = {field: read_secret(env, name) for field, name in VARIABLES.items() if name in self.withheld()}
+        return replace(self, **{field: secret for field, secret in found.items() if secret})
 
 
 def read_secret(env: Mapping[str, str], name: str) -> Secret | None:

@@ -33,7 +33,7 @@ def _open(url: OriginUrl, settings: OriginSettings) -> ObjectStore:
     match url.scheme:
         case "akave":
             return _native(url, settings)
-        case "o3" if settings.o3_backend == "native" or (settings.o3_backend == "auto" and _has_native(settings)):
+        case "o3" if goes_native(url, settings):
             return _native(url, settings)
         case "o3" | "s3":
             from node.origin.s3 import S3Store
@@ -70,6 +70,12 @@ def _native(url: OriginUrl, settings: OriginSettings) -> ObjectStore:
     from node.origin.akave import open_akave_store
 
     return open_akave_store(url, settings)
+
+
+def goes_native(url: OriginUrl, settings: OriginSettings) -> bool:
+    """Whether a URL is reached by the akavesdk."""
+    auto = settings.o3_backend == "auto" and _has_native(settings)
+    return url.scheme == "akave" or (url.scheme == "o3" and (settings.o3_backend == "native" or auto))
 
 
 def _has_native(settings: OriginSettings) -> bool:

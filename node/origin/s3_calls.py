@@ -1,6 +1,6 @@
-"""The calls of S3 that obstore does not have, those of an upload in parts: by botocore, in threads of their own.
+"""The calls of S3 that obstore does not have, of uploads in parts and of buckets: by botocore, in threads of their own.
 
-Imported at the first large upload, not before: it is slow to import, and most nodes only read.
+botocore is imported at the first of them, not before: that is slow, and most nodes only read.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ class S3Calls:
         self._threads.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._client.close)
 
-    async def call(self, method: str, did: str, key: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    async def call(
+        self, method: str, did: str, key: str, wanted: Mapping[str, Any], *, in_bucket: bool = True
+    ) -> dict[str, Any]:
         """One call of S3's API; the answer as botocore gives it. Raises the OriginError tree."""
-        given = dict(wanted)
+        given = {"Bucket": self._access.bucket, **wanted} if in_bucket else dict(wanted)
         if "Body" in given:
             given["Body"] = _Sent(given["Body"], self._stopped)
         try:
-            answer = await self._in_thread(
-                functools.partial(getattr(self._client, method), Bucket=self._access.bucket, **given)
-            )
+            answer = await self._in_thread(functools.partial(getattr(self._client, method), **given))
         except Exception as error:
             raise self._failures.of_botocore(error, did, key) from None
         return dict(answer)
