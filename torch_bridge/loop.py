@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from node.origin.forked import no_fork
 
 T = TypeVar("T")
-_QUEUED_ITEMS = 4
+_QUEUED_ITEMS = 16
 _END = object()
 
 
@@ -55,8 +55,8 @@ class LoopThread:
         ahead = _Ahead(items)
         self.run(ahead.begin())
         try:
-            while (item := self.run(ahead.next())) is not _END:
-                yield item
+            while items_here := self.run(ahead.next()):
+                yield from items_here
         finally:
             if self.process == os.getpid():
                 self.run(ahead.end())
@@ -66,8 +66,9 @@ class LoopThread:
         ahead = _Ahead(items)
         await asyncio.wrap_future(self.submit(ahead.begin()))
         try:
-            while (item := await asyncio.wrap_future(self.submit(ahead.next()))) is not _END:
-                yield item
+            while items_here := await asyncio.wrap_future(self.submit(ahead.next())):
+                for item in items_here:
+                    yield item
         finally:
             if self.process == os.getpid():
                 await asyncio.wrap_future(self.submit(ahead.end()))
@@ -78,18 +79,28 @@ class _Ahead:
 
     def __init__(self, items: AsyncIterator[Any]) -> None:
         self._items = items
-        self._queue: asyncio.Queue[tuple[Any, Exception | None]] = asyncio.Queue(_QUEUED_ITEMS)
+        self._queue: asyncio.Queue[Any] = asyncio.Queue(_QUEUED_ITEMS)
+        self._over = False
+        self._error: Exception | None = None
         self._filling: asyncio.Task[None] | None = None
 
     async def begin(self) -> None:
         self._filling = asyncio.create_task(self._fill())
 
-    async def next(self) -> Any:
-        """The next item, or _END. Raises what the iterator raised."""
-        item, error = await self._queue.get()
-        if error is not None:
-            raise error
-        return item
+    async def next(self) -> list[Any]:
+        """All items that are there, one at least; none at the end. Raises what the iterator raised, behind them."""
+        found: list[Any] = []
+        while not found or not self._queue.empty():
+            if self._over:
+                if not found and self._error is not None:
+                    raise self._error
+                break
+            item = await self._queue.get()
+            if item is _END:
+                self._over = True
+            else:
+                found.append(item)
+        return found
 
     async def end(self) -> None:
         """Returns when the iterator is closed."""
@@ -99,15 +110,16 @@ class _Ahead:
 
     async def _fill(self) -> None:
         try:
-            async for item in self._items:
-                await self._queue.put((item, None))
-            await self._queue.put((_END, None))
+            try:
+                async for item in self._items:
+                    await self._queue.put(item)
+            finally:
+                close: Callable[[], Coroutine[Any, Any, None]] | None = getattr(self._items, "aclose", None)
+                if close is not None:
+                    await close()
         except Exception as error:
-            await self._queue.put((_END, error))
-        finally:
-            close: Callable[[], Coroutine[Any, Any, None]] | None = getattr(self._items, "aclose", None)
-            if close is not None:
-                await close()
+            self._error = error
+        await self._queue.put(_END)
 
 
 _current: LoopThread | None = None

@@ -122,6 +122,10 @@ class Place:
             if at - before < SOON_BYTES:
                 await asyncio.sleep(self.retry.first_wait_s)
 
+    async def whole(self, key: str) -> bytes:
+        """All of an object."""
+        return b"".join([chunk async for chunk in self.stream(key, 0, None)])
+
     async def put(
         self,
         key: str,

@@ -18,7 +18,17 @@ T = TypeVar("T")
 
 BROKEN_TRIES = 4
 """A body that broke off may be whole the next time; one that always does is not asked for again and again."""
+TOLD_S = 1.0
+"""Waits from this on are worth a warning."""
 _log = logging.getLogger(__name__)
+
+
+def _not_ours(record: logging.LogRecord) -> bool:
+    """stamina warns of each retry, without a word of what failed; ours are logged here, with it."""
+    return not str(getattr(record, "stamina.caused_by", "")).startswith("Origin")
+
+
+logging.getLogger("stamina").addFilter(_not_ours)
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ class RetryPolicy:
                 if isinstance(error, OriginError):
                     after_tries(error, tries, seconds)
                 return False
-            _log.info("%s; again in %.1f s", error, found)
+            _log.log(logging.WARNING if found >= TOLD_S else logging.INFO, "%s; again in %.1f s", error, found)
             return found
 
         # stamina's own bounds are off: it counts what was waited, not what would be.

@@ -45,7 +45,7 @@ class Store:
 
     def get(self, key: str) -> bytes:
         """All of an object, in memory."""
-        return b"".join(self.stream(key))
+        return loop_thread().run(self._place.whole(key))
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
         """Bytes [start, end), exactly as many."""
@@ -99,7 +99,7 @@ class AsyncStore:
         return await _there(self._place.call(lambda store: store.head(key)))
 
     async def get(self, key: str) -> bytes:
-        return b"".join([chunk async for chunk in self.stream(key)])
+        return await _there(self._place.whole(key))
 
     async def get_range(self, key: str, start: int, end: int) -> bytes:
         return await _there(self._place.call(lambda store: store.get_range(key, start, end)))
