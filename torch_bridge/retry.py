@@ -47,7 +47,11 @@ class RetryPolicy:
     longest_wait_s: float = 10.0
 
     def __post_init__(self) -> None:
-        if not (self.total_s >= 0 and 0 < self.first_wait_s <= self.longest_wait_s and self.attempts != 0):
+        if not (
+            self.total_s >= 0
+            and 0 < self.first_wait_s <= self.longest_wait_s
+            and (self.attempts is None or self.attempts >= 1)
+        ):
             raise InvalidParamsError(
                 f"{self} makes no sense: total_s is 0 or more, first_wait_s above 0 and at most longest_wait_s, "
                 "attempts 1 or more, or None"
