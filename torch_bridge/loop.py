@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import selectors
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future
@@ -58,7 +59,7 @@ class LoopThread:
             while items_here := self.run(ahead.next()):
                 yield from items_here
         finally:
-            if self.process == os.getpid():
+            if self._is_here():
                 self.run(ahead.end())
 
     async def iterate_async(self, items: AsyncIterator[T]) -> AsyncIterator[T]:
@@ -70,8 +71,12 @@ class LoopThread:
                 for item in items_here:
                     yield item
         finally:
-            if self.process == os.getpid():
+            if self._is_here():
                 await asyncio.wrap_future(self.submit(ahead.end()))
+
+    def _is_here(self) -> bool:
+        """Whether there is a thread that could do something: none in a forked child, nor at the interpreter's end."""
+        return self.process == os.getpid() and not sys.is_finalizing()
 
 
 class _Ahead:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,6 +18,7 @@ from node.origin.opening import open_store
 from node.origin.ranges import read_joined
 from node.origin.settings import OriginSettings
 from protocol.errors import OriginDeniedError, OriginError, OriginExistsError
+from torch_bridge.loop import loop_thread
 from torch_bridge.retry import RetryPolicy, may_pass
 
 T = TypeVar("T")
@@ -34,6 +36,8 @@ _NEEDED = {
 }
 SOON_BYTES = 1 << 20
 """A stream that broke after fewer than these waits a little before it goes on."""
+EXIT_S = 2.0
+"""The interpreter's end waits no longer for connections to be closed."""
 _inherited: list[ObjectStore] = []
 """Of the processes that this one was forked from. Nothing of theirs may be collected here: that would close their
 connections in the name of their owner."""
@@ -181,7 +185,18 @@ def _after_fork() -> None:
     _inherited.extend(store for place in list(_places) if (store := place.leave()) is not None)
 
 
+def _at_exit() -> None:
+    # What is not closed would be warned of, by aiohttp at least, in the last lines of every run.
+    async def close() -> None:
+        await asyncio.gather(*(place.close() for place in list(_places)), return_exceptions=True)
+
+    if len(_places):
+        with suppress(TimeoutError):
+            loop_thread().submit(close()).result(EXIT_S)
+
+
 os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)
 
 
 class _Told:

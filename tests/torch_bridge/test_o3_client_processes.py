@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,3 +173,14 @@ def test_a_blocking_call_on_the_loop_itself_says_so() -> None:
 
     with pytest.raises(RuntimeError, match="own thread"):
         loop_thread().run(call())
+
+
+def test_a_program_that_closes_nothing_ends_and_says_nothing() -> None:
+    program = (
+        "import sys; from torch_bridge import O3Client; store = O3Client().at(sys.argv[1])\n"
+        "print(len(store.get('a'))); stream = store.stream('a'); next(stream)"
+    )
+    with served(raw_server(BODY)) as server:
+        command = [sys.executable, "-W", "always", "-c", program, server.url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    assert (done.stdout, done.stderr) == (f"{len(BODY)}\n", "")
