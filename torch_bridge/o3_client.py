@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
+from urllib.parse import quote
 
 from node.origin import buckets
 from node.origin.akave import AkaveStore
@@ -74,13 +75,12 @@ class O3Client:
 
     def bucket(self, name: str, prefix: str = "") -> Store:
         """A bucket, or a part of it: keys are relative to the prefix."""
-        return self.at(f"{self.scheme}://{name}/{prefix}".rstrip("/"))
+        return self.at(f"{self.scheme}://{name}/{quote(prefix.strip('/'))}")
 
     def at(self, url: str) -> Store:
         """Any origin: o3://, akave://, s3://, https://, hf://, file://. Raises InvalidParamsError for another URL."""
-        known = url.rstrip("/")
+        known = str(OriginUrl.parse(url))
         if known not in self._stores:
-            OriginUrl.parse(url)
             self._stores.setdefault(known, Store(Place(known, self.settings, self.retry)))
         return self._stores[known]
 

@@ -66,7 +66,7 @@ class Place:
     """One for all threads of a process. It travels to other processes by fork and by pickle, without its secrets."""
 
     def __init__(self, url: str, settings: OriginSettings, retry: RetryPolicy) -> None:
-        self.url = url.rstrip("/") if url != "file:///" else url
+        self.url = url
         self.settings = replace(settings, retry_total_s=0.0)  # one layer of retries: ours
         self.retry = retry
         self._opened: ObjectStore | None = None

@@ -1,7 +1,8 @@
 """s3:// and o3:// by botocore alone, in threads: what is opened in a process where obstore would hang.
 
 That is one that was forked from a process that used obstore, as the workers of PyTorch's DataLoader are by default.
-The same requests, the same checks and the same errors as by obstore, at about two thirds of its speed.
+The same checks and the same errors as by obstore; 8 MiB ranges come at 0.6 to 1.0 of its speed, 64 KiB ones at 0.6, and
+the first call takes 0.4 s.
 """
 
 from __future__ import annotations

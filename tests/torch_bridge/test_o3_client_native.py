@@ -81,6 +81,9 @@ def test_keys_go_together_and_urls_are_looked_at_early() -> None:
         O3Client(access_key="a")
     with pytest.raises(InvalidParamsError, match="expected"):
         O3Client().at("ftp://example.org")
+    client = O3Client()
+    assert client.bucket("bb", "a b/ü?").url == client.at("o3://bb/a%20b/%C3%BC%3F/").url
+    assert client.bucket("bb", "/x/") is client.at("o3://bb/x")
 
 
 def test_public_names_come_when_they_are_asked_for_and_torch_not_before() -> None:
