@@ -7,6 +7,7 @@ the child would close, and over TLS say so, on the connection of its parent.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import selectors
 import sys
@@ -128,8 +129,11 @@ class _Ahead:
 
 
 _current: LoopThread | None = None
-_inherited: list[LoopThread] = []
-"""Of the processes that this one was forked from; kept, so that nothing of theirs is ever collected here."""
+
+
+def never_collect(thing: object) -> None:
+    """Keep something for good: past the interpreter's end, too, where modules let go of what they hold."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def loop_thread() -> LoopThread:
@@ -146,7 +150,7 @@ def _after_fork() -> None:
     global _current
     if _current is None:
         return
-    _inherited.append(_current)
+    never_collect(_current)
     # The child's epoll is its parent's: what is unregistered here would be unregistered there. Its number now means
     # another file, and every such call fails.
     nowhere = os.open(os.devnull, os.O_RDONLY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import os
+import sys
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
@@ -18,7 +19,7 @@ from node.origin.opening import open_store
 from node.origin.ranges import read_joined
 from node.origin.settings import OriginSettings
 from protocol.errors import OriginDeniedError, OriginError, OriginExistsError
-from torch_bridge.loop import loop_thread
+from torch_bridge.loop import loop_thread, never_collect
 from torch_bridge.retry import RetryPolicy, may_pass
 
 T = TypeVar("T")
@@ -38,9 +39,6 @@ SOON_BYTES = 1 << 20
 """A stream that broke after fewer than these waits a little before it goes on."""
 EXIT_S = 2.0
 """The interpreter's end waits no longer for connections to be closed."""
-_inherited: list[ObjectStore] = []
-"""Of the processes that this one was forked from. Nothing of theirs may be collected here: that would close their
-connections in the name of their owner."""
 
 
 def with_secrets(settings: OriginSettings, scheme: str) -> OriginSettings:
@@ -70,6 +68,7 @@ class Place:
         self.settings = replace(settings, retry_total_s=0.0)  # one layer of retries: ours
         self.retry = retry
         self._opened: ObjectStore | None = None
+        self._collected: weakref.finalize[..., Place] | None = None
 
     def store(self) -> ObjectStore:
         """This process's store, for use on its loop thread."""
@@ -77,13 +76,18 @@ class Place:
             with no_fork():
                 if self._opened is None:
                     settings = with_secrets(self.settings, self.url.partition("://")[0])
-                    self._opened = open_store(self.url, settings)
+                    self._opened = store = open_store(self.url, settings)
                     _places.add(self)
+                    _open.append(store)
+                    self._collected = weakref.finalize(self, _close_later, store)
+                    self._collected.atexit = False
         return self._opened
 
     def leave(self) -> ObjectStore | None:
         """Forget the store that is open, without closing it."""
-        opened, self._opened = self._opened, None
+        if self._collected is not None:
+            self._collected.detach()
+        opened, self._opened, self._collected = self._opened, None, None
         return opened
 
     async def call(self, work: Callable[[ObjectStore], Awaitable[T]]) -> T:
@@ -168,29 +172,46 @@ class Place:
     async def close(self) -> None:
         """Let go of this process's connections; the next call opens them again."""
         if (store := self.leave()) is not None:
-            await store.close()
+            await _close(store)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "settings": self.settings, "retry": self.retry}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__dict__.update(state, _opened=None)
+        self.__dict__.update(state, _opened=None, _collected=None)
 
 
 _places: weakref.WeakSet[Place] = weakref.WeakSet()
-"""Those with an open store."""
+_open: list[ObjectStore] = []
+"""This process's, until they are closed."""
+
+
+async def _close(store: ObjectStore) -> None:
+    if store in _open:
+        _open.remove(store)
+        await store.close()
+
+
+def _close_later(store: ObjectStore) -> None:
+    """When its place is collected, on whatever thread that is; one of another process is in no list here."""
+    if store in _open and not sys.is_finalizing():
+        loop_thread().submit(_close(store))
 
 
 def _after_fork() -> None:
-    _inherited.extend(store for place in list(_places) if (store := place.leave()) is not None)
+    # Nothing of the parent's may be collected here: that would close its connections, in its name.
+    never_collect(_open[:])
+    _open.clear()
+    for place in list(_places):
+        place.leave()
 
 
 def _at_exit() -> None:
     # What is not closed would be warned of, by aiohttp at least, in the last lines of every run.
     async def close() -> None:
-        await asyncio.gather(*(place.close() for place in list(_places)), return_exceptions=True)
+        await asyncio.gather(*map(_close, list(_open)), return_exceptions=True)
 
-    if len(_places):
+    if _open:
         with suppress(TimeoutError):
             loop_thread().submit(close()).result(EXIT_S)
 
