@@ -48,6 +48,8 @@ class ShardEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """First layer of a model shard, in the whole model's numbering."""
     end_layer: Annotated[int, msgspec.Meta(ge=1, le=100_000)] | None = None
     """One past its last layer."""
+    rows: Annotated[int, msgspec.Meta(ge=0, le=1 << 50)] | None = None
+    """Rows of a parquet shard, as its publisher counted them."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -220,7 +220,12 @@ async def _entries(files: Mapping[str, Path]) -> tuple[list[ShardEntry], dict[Co
                 hashed = await hasher.hash(file, kind, progress=partial(_show, progress, bar, before))
                 content = hashed.content
                 entry = ShardEntry(
-                    shard_id=shard_id, filename=filename, size=content.size, content_id=content.content_id, kind=kind
+                    shard_id=shard_id,
+                    filename=filename,
+                    size=content.size,
+                    content_id=content.content_id,
+                    kind=kind,
+                    rows=hashed.rows,
                 )
                 shard_path(file.parent, entry)
                 entries.append(entry)

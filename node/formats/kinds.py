@@ -23,17 +23,18 @@ def kind_of(path: Path) -> ShardKind:
             return "file"
 
 
-def check_shard(path: Path, kind: ShardKind | None = None) -> None:
+def check_shard(path: Path, kind: ShardKind | None = None) -> int | None:
     """Raise InvalidShardError, naming the file and what is wrong, unless it is whole as its kind asks.
 
-    `kind` is what a manifest says, the file name's claim without it. Reads headers and footers alone. OSError as
-    opening and reading do.
+    Returns the rows of a parquet file, None for other kinds. `kind` is what a manifest says, the file name's claim
+    without it. Reads headers and footers alone. OSError as opening and reading do.
     """
     match kind or kind_of(path):
         case "gguf":
             slice_info(read_gguf(path))
         case "parquet":
-            check_parquet(path)
+            return check_parquet(path)
         case "file":
             if regular_size(path) == 0:
                 raise InvalidShardError(f"{path.name} is empty: there is nothing to share")
+    return None

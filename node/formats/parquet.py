@@ -19,10 +19,14 @@ MAX_FOOTER_BYTES = 64 << 20
 """The footers of files with 100,000 column chunks stay below a quarter of this."""
 _TAIL_BYTES = 8
 _MAX_ITEMS = 4 << 20
+MAX_ROWS = 1 << 50
+"""As many as a manifest can say."""
 
 
-def check_parquet(path: Path) -> None:
-    """Raise InvalidShardError unless `path` is a whole parquet file; OSError as opening and reading do.
+def check_parquet(path: Path) -> int:
+    """Return the rows of a whole parquet file, those of its row groups; raise InvalidShardError for what is none.
+
+    OSError as opening and reading do.
 
     Reads the footer alone: pages are covered by the content id, and by whoever reads them. A damaged footer may end
     the process: for some (of size statistics) pyarrow 26 lets a C++ exception through. So a node calls this in the
@@ -40,6 +44,7 @@ def check_parquet(path: Path) -> None:
                 file, thrift_string_size_limit=MAX_FOOTER_BYTES, thrift_container_size_limit=_MAX_ITEMS
             ).metadata
             _check_chunks(path, metadata, footer_start)
+            return _rows(path, metadata)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as err:
         if isinstance(err, OSError) and err.errno is not None:
             raise
@@ -72,6 +77,15 @@ def _check_layout(path: Path, size: int) -> int:
             f"and at most {MAX_FOOTER_BYTES} are read"
         )
     return footer_start
+
+
+def _rows(path: Path, metadata: Any) -> int:
+    """By row group, as readers take them: the file's own count is a claim beside these."""
+    counts = [int(metadata.row_group(index).num_rows) for index in range(metadata.num_row_groups)]
+    total = sum(counts)
+    if min(counts, default=0) < 0 or total > MAX_ROWS:
+        raise InvalidShardError(f"{path.name} is malformed: its row groups are said to have {total} rows")
+    return total
 
 
 def _check_chunks(path: Path, metadata: Any, footer_start: int) -> None:

@@ -65,9 +65,9 @@ class Admission:
                 file, f"{file.path.name} has {file.fingerprint.size} bytes, its manifest says {file.entry.size}"
             )
             return None
-        content = await asyncio.to_thread(self._index.get, file.path, file.fingerprint)
+        content, rows = await asyncio.to_thread(self._known, file)
         if content:
-            await self._admit(file, content)
+            await self._admit(file, content, rows)
         else:
             self._queue[file.path] = (file, since)
             self._queued.set()
@@ -99,7 +99,7 @@ class Admission:
                 look_again()
 
     async def _read(self, file: FoundFile, since: float) -> None:
-        content = await asyncio.to_thread(self._index.get, file.path, file.fingerprint)
+        content, rows = await asyncio.to_thread(self._known, file)
         if content is None:
             try:
                 hashed = await self._hasher.hash(file.path, file.kind)
@@ -114,15 +114,24 @@ class Admission:
                 return
             if hashed.fingerprint != file.fingerprint:
                 return
-            content = hashed.content
-            await asyncio.to_thread(self._index.put, file.path, file.fingerprint, content)
-        await self._admit(file, content)
+            content, rows = hashed.content, hashed.rows
+            await asyncio.to_thread(self._index.put, file.path, file.fingerprint, content, rows)
+        await self._admit(file, content, rows)
 
-    async def _admit(self, file: FoundFile, content: ContentHash) -> None:
+    def _known(self, file: FoundFile) -> tuple[ContentHash | None, int | None]:
+        """What is remembered of a file, if that is all that is needed: a loose parquet file's manifest has its rows,
+        whether it was hashed just now or long ago, and so the same digest everywhere.
+        """
+        rows = self._index.rows(file.path, file.fingerprint)
+        if file.kind == "parquet" and file.entry is None and rows is None:
+            return None, None
+        return self._index.get(file.path, file.fingerprint), rows
+
+    async def _admit(self, file: FoundFile, content: ContentHash, rows: int | None) -> None:
         if not self._is_current(file):
             return
         try:
-            holding, entry = self._owner(file, content)
+            holding, entry = self._owner(file, content, rows)
         except ShoalError as err:
             self._refuse(file, err.message)
             return
@@ -137,7 +146,7 @@ class Admission:
         else:
             await self._seeds.stop(seeding)
 
-    def _owner(self, file: FoundFile, content: ContentHash) -> tuple[Holding, ShardEntry]:
+    def _owner(self, file: FoundFile, content: ContentHash, rows: int | None) -> tuple[Holding, ShardEntry]:
         if file.holding and file.entry:
             if content.content_id != file.entry.content_id:
                 raise InvalidShardError(
@@ -150,6 +159,7 @@ class Admission:
             size=content.size,
             content_id=content.content_id,
             kind=file.kind,
+            rows=rows,
         )
         return sign_loose(entry, self._key), entry
 

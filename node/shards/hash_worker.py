@@ -48,6 +48,8 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     mtime_ns: int
     content_id: str | None
     piece_layer: bytes
+    rows: int | None = None
+    """Of a parquet file, where its structure was looked at."""
 
 
 class Changed(msgspec.Struct, frozen=True, tag="changed"):
@@ -82,8 +84,7 @@ def do(job: Job, answers: BinaryIO) -> Answer:
 
     try:
         before = path.stat()
-        if job.check:
-            check_shard(path, job.kind)
+        rows = check_shard(path, job.kind) if job.check else None
         content = hash_file(path, advance) if job.hash else None
         after = path.stat()
     except InvalidShardError as err:
@@ -97,8 +98,10 @@ def do(job: Job, answers: BinaryIO) -> Answer:
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         return Changed()
     if content is None:
-        return Done(after.st_size, after.st_mtime_ns, None, b"")
-    return Changed() if content.size != after.st_size else Done(after.st_size, after.st_mtime_ns, *content[1:])
+        return Done(after.st_size, after.st_mtime_ns, None, b"", rows)
+    if content.size != after.st_size:
+        return Changed()
+    return Done(after.st_size, after.st_mtime_ns, content.content_id, content.piece_layer, rows)
 
 
 def write_frame(stream: BinaryIO, data: bytes) -> None:

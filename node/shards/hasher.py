@@ -30,6 +30,8 @@ class Hashed(NamedTuple):
 
     fingerprint: Fingerprint
     content: ContentHash
+    rows: int | None = None
+    """Of a parquet file, where its structure was looked at."""
 
 
 class FileChangedError(Exception):
@@ -65,7 +67,7 @@ class Hasher:
         done = await self._run(Job(os.fsencode(path), kind, check=check, hash=True), progress)
         self.hashed_bytes += done.size
         content = ContentHash(done.size, ContentId(done.content_id or ""), done.piece_layer)
-        return Hashed(Fingerprint(done.size, done.mtime_ns), content)
+        return Hashed(Fingerprint(done.size, done.mtime_ns), content, done.rows)
 
     async def close(self) -> None:
         """End the process, also in the middle of a file."""

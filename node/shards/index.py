@@ -1,4 +1,4 @@
-"""Remembers what was hashed: (path, size, mtime) -> content id and piece layer, in an sqlite file.
+"""Remembers what was hashed: (path, size, mtime) -> content id, piece layer and rows, in an sqlite file.
 
 It is a cache. A damaged one is set aside and begun anew, a row that contradicts itself is not believed, and where it
 cannot be written the price is a second hashing.
@@ -20,14 +20,15 @@ from protocol.ids import ContentId
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _CREATE = """
 CREATE TABLE IF NOT EXISTS hashed (
     path BLOB PRIMARY KEY,
     size INTEGER NOT NULL,
     mtime_ns INTEGER NOT NULL,
     content_id BLOB NOT NULL,
-    piece_layer BLOB NOT NULL
+    piece_layer BLOB NOT NULL,
+    rows INTEGER
 ) WITHOUT ROWID
 """
 T = TypeVar("T")
@@ -58,16 +59,31 @@ class Index:
         row = self._run(read, None)
         return _believed(*row) if row else None
 
-    def put(self, path: Path, fingerprint: Fingerprint, content: ContentHash) -> None:
+    def rows(self, path: Path, fingerprint: Fingerprint) -> int | None:
+        """The rows of a parquet file, if they were counted when it was hashed with this size and time."""
+
+        def read(db: sqlite3.Connection) -> int | None:
+            row: tuple[int | None] | None = db.execute(
+                "SELECT rows FROM hashed WHERE path = ? AND size = ? AND mtime_ns = ?",
+                (os.fsencode(path), fingerprint.size, fingerprint.mtime_ns),
+            ).fetchone()
+            return row[0] if row else None
+
+        return self._run(read, None)
+
+    def put(self, path: Path, fingerprint: Fingerprint, content: ContentHash, rows: int | None = None) -> None:
+        """Keep it; `rows` of a parquet file, where they were counted."""
+
         def write(db: sqlite3.Connection) -> None:
             db.execute(
-                "INSERT OR REPLACE INTO hashed VALUES (?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO hashed VALUES (?, ?, ?, ?, ?, ?)",
                 (
                     os.fsencode(path),
                     fingerprint.size,
                     fingerprint.mtime_ns,
                     bytes.fromhex(content.content_id),
                     content.piece_layer,
+                    rows,
                 ),
             )
 
@@ -131,13 +147,15 @@ def _open(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
         (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version not in (0, SCHEMA_VERSION):
+        if version not in (0, 1, SCHEMA_VERSION):
             raise sqlite3.DatabaseError(f"it has layout {version}, this node writes {SCHEMA_VERSION}")
         problem = db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if problem != "ok":
             raise sqlite3.DatabaseError(problem)
         with db:
             db.execute(_CREATE)
+            if version == 1:
+                db.execute("ALTER TABLE hashed ADD COLUMN rows INTEGER")
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     except BaseException:
         db.close()

@@ -182,7 +182,7 @@ def test_publish_a_data_set_a_loose_file_and_any_file(shoal: Shoal, tmp_path: Pa
     manifest = json.loads((shards / "org--set" / "manifest.json").read_text())["manifest"]
     assert manifest == json.loads(said.out)["manifest"]
     assert (manifest["kind"], manifest["name"]) == ("dataset", "org/set")
-    assert [entry["filename"] for entry in manifest["shards"]] == ["a.parquet", "b.parquet"]
+    assert [(entry["filename"], entry["rows"]) for entry in manifest["shards"]] == [("a.parquet", 7), ("b.parquet", 5)]
     for file in files:
         assert (shards / "org--set" / file.name).samefile(file), "on one disk files are linked"
 

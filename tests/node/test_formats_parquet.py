@@ -38,6 +38,9 @@ def check(folder: Path, raw: bytes) -> None:
 
 def test_whole_file_passes(tmp_path: Path) -> None:
     check(tmp_path, WHOLE)
+    assert check_shard(tmp_path / "data.parquet") == 1000
+    (tmp_path / "data.parquet").write_bytes(table_bytes(0))
+    assert check_shard(tmp_path / "data.parquet") == 0
     check(tmp_path, table_bytes(0))
 
 

@@ -95,6 +95,27 @@ def test_damage_that_comes_while_it_is_open_costs_a_rehash_and_no_more(tmp_path:
     index.close()
 
 
+def test_an_index_without_rows_is_taken_over(tmp_path: Path) -> None:
+    file, hashed = tmp_path / "index.sqlite", content(tmp_path)
+    with sqlite3.connect(file) as db:
+        db.execute(
+            "CREATE TABLE hashed (path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, "
+            "content_id BLOB NOT NULL, piece_layer BLOB NOT NULL) WITHOUT ROWID"
+        )
+        row = (b"a", PRINT.size, PRINT.mtime_ns, bytes.fromhex(hashed.content_id), hashed.piece_layer)
+        db.execute("INSERT INTO hashed VALUES (?, ?, ?, ?, ?)", row)
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    for _ in range(2):
+        index = Index(file)
+        assert index.get(Path("a"), PRINT) == hashed
+        index.put(Path("b"), PRINT, hashed, rows=7)
+        assert [index.rows(Path(name), PRINT) for name in "abc"] == [None, 7, None]
+        assert index.rows(Path("b"), Fingerprint(PRINT.size, 18)) is None
+        index.close()
+    assert not file.with_name("index.sqlite.damaged").exists()
+
+
 def test_an_index_of_another_layout_is_not_misread(tmp_path: Path) -> None:
     file = tmp_path / "index.sqlite"
     with sqlite3.connect(file) as db:

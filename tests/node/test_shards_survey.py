@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import sqlite3
 import time
 from pathlib import Path
 
@@ -79,6 +80,23 @@ async def test_after_a_restart_nothing_is_hashed_again_but_what_changed(tmp_path
         await room.shards.settled()
         assert room.shards.hashed_bytes == sum(path.stat().st_size for path in shards.iterdir())
         assert room.swarm.seeds == seeds
+
+
+async def test_a_loose_parquet_file_has_one_digest_however_its_hash_is_known(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "shards" / "b.parquet", rows=123)
+    digests = set()
+    for before in ("hashed now", "remembered", "remembered without rows"):
+        if before == "remembered without rows":
+            with sqlite3.connect(tmp_path / "data" / "index.sqlite") as db:
+                db.execute("UPDATE hashed SET rows = NULL")
+            db.close()
+        async with open_room(tmp_path) as room:
+            await room.shards.settled()
+            assert room.shards.hashed_bytes == (0 if before == "remembered" else path.stat().st_size)
+            (signed,) = room.shards.manifests()
+            assert signed.manifest.shards[0].rows == 123
+            digests.add(signed.digest)
+    assert len(digests) == 1
 
 
 async def test_what_is_not_whole_or_not_what_its_manifest_says_is_invalid_and_the_rest_goes_on(tmp_path: Path) -> None:

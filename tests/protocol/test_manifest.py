@@ -46,6 +46,18 @@ def wire(signed: SignedManifest) -> Any:
     return msgspec.to_builtins(signed)
 
 
+def test_rows_that_are_not_set_are_no_part_of_the_digest() -> None:
+    shard = ShardEntry(shard_id=0, filename="a.parquet", size=9, content_id=ContentId("ab" * 32), kind="parquet")
+    bare = Manifest(name="set", kind="dataset", shards=(shard,))
+    assert b"rows" not in bare.canonical_body()
+    assert bare.digest == "bc9ee6e74c762f1d08191f580569c863137f68797f76141ea4d5a5e52ea913d3"
+    counted = Manifest(name="set", kind="dataset", shards=(msgspec.structs.replace(shard, rows=0),))
+    assert counted.digest != bare.digest
+    assert manifest_from_wire(wire(sign_manifest(counted, KEY))).manifest == counted
+    with pytest.raises(InvalidManifestError, match="rows"):
+        sign_manifest(Manifest(name="set", kind="dataset", shards=(msgspec.structs.replace(shard, rows=-1),)), KEY)
+
+
 def test_the_digest_is_of_the_canonical_body_and_never_changes() -> None:
     # Written down once: another digest means that manifests of before are no longer found.
     assert model().digest == "72153ea6d34201c273dd2b5f60d96b348f00286e20fa86a5715628ffed5454af"
