@@ -1,0 +1,167 @@
+"""StreamingBatchDataset: large files (video and the like) in batches that are fetched, used and deleted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from protocol.errors import InvalidParamsError
+from torch_bridge.batches.folder import ConsumerFolder
+from torch_bridge.batches.metadata import Metadata, MetadataOf
+from torch_bridge.batches.plan import RemoteFile
+from torch_bridge.batches.progress import Done, Progress, lowest_epoch, positions, read_state, state_of
+from torch_bridge.batches.session import Decode, Session
+from torch_bridge.batches.settings import BatchSettings, Ranks, byte_count
+from torch_bridge.batches.sources import FileSource, OriginFiles
+from torch_bridge.batches.timing import Timing, timing
+from torch_bridge.o3_client import O3Client
+from torch_bridge.stores import Store
+
+_log = logging.getLogger(__name__)
+
+
+class StreamingBatchDataset(IterableDataset[Any]):
+    """Goes through files that are larger together than the disk.
+
+    videos = StreamingBatchDataset(O3Client().bucket("videos", "train"), "cache", cache_size=64, max_bytes="20gb",
+                                   metadata="captions.jsonl", decode=read_frames)
+    for epoch in range(3):
+        videos.set_epoch(epoch)
+        for frames, caption in DataLoader(videos, num_workers=2, batch_size=None): ...
+
+    A sample is what `decode(path, metadata)` gives, or (path, metadata). One iteration is one epoch: the files in an
+    order that follows from seed and epoch, batch after batch; with `epochs_per_subset=E` each batch is gone through E
+    times before the next, every time in another order.
+
+    Each worker of each rank is a consumer: it takes every n-th file of the epoch, fetches those itself and deletes
+    them, so that no file is downloaded twice. `cache_size` and `max_bytes` are of the machine and divided among its
+    consumers. The ranks are taken from torch.distributed or the environment of torchrun.
+
+    What was consumed is written into the cache folder after every sample; a new process goes on behind the last sample
+    after which another was asked for. The epoch of a run that was cut off is `epoch`; an epoch that is finished gives
+    nothing. With workers, samples lie in the loader's queues: `samples_ahead` says how many at most, for each worker
+    ((prefetch_factor + 1) x batch_size; 3 x batch_size by default), and as many are given again after a crash rather
+    than lost. It is needed where paths leave a worker, so that none is deleted before it is used. StatefulDataLoader
+    resumes exactly with workers too, by `state_dict`.
+    """
+
+    def __init__(
+        self,
+        source: FileSource | Store | str,
+        cache_dir: Path | str,
+        *,
+        cache_size: int,
+        max_bytes: int | str,
+        epochs_per_subset: int = 1,
+        metadata: Metadata = None,
+        metadata_column: str | None = None,
+        decode: Decode | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        samples_ahead: int = 0,
+        concurrency: int = 4,
+        on_missing: Literal["error", "skip"] = "error",
+        keep_free_bytes: int | str = 0,
+        ranks: Ranks | None = None,
+        client: O3Client | None = None,
+    ) -> None:
+        """`source`: a URL, reached by `client`; a Store; or OriginFiles, ArchiveFiles, SwarmFiles. `cache_dir` belongs
+        to this data set on this machine. Nothing is asked for before the first sample.
+
+        Raises InvalidParamsError for settings that make no sense.
+        """
+        super().__init__()
+        if isinstance(source, str):
+            source = (client or O3Client()).at(source)
+        self.source: FileSource = OriginFiles(source) if isinstance(source, Store) else source
+        self.folder = Path(cache_dir)
+        self.settings = BatchSettings(
+            cache_size=cache_size, max_bytes=byte_count(max_bytes), epochs_per_subset=epochs_per_subset, seed=seed,
+            shuffle=shuffle, samples_ahead=samples_ahead, concurrency=concurrency, on_missing=on_missing,
+            keep_free_bytes=byte_count(keep_free_bytes),
+        )  # fmt: skip
+        self._metadata = MetadataOf(metadata, metadata_column)
+        self._decode = decode
+        self._ranks = ranks or Ranks.found()
+        self._epoch: int | None = None
+        self._given: tuple[int, Done] | None = None
+        self._session: Session | None = None
+        self._running: Generator[Any, None, None] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that is to be gone through next, or to be finished: what a loop begins with after a crash."""
+        if self._given is not None:
+            return self._given[0]
+        return lowest_epoch(self.folder)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch of the iterations from now on. Without it they go through one unfinished epoch after the other."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._running is not None:
+            self._running.close()
+        self._running = self._samples()
+        return self._running
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON: the epoch, and the files of this consumer that were handed over in it."""
+        if self._session is not None:
+            return state_of(self._session.epoch, self.settings.seed, self._session.handed)
+        if self._given is not None:
+            return state_of(self._given[0], self.settings.seed, self._given[1])
+        return state_of(self.epoch, self.settings.seed, {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The next iteration goes on there, whatever the cache folder says. A state that `merge_states` made of all
+        consumers' fits any number of them. Raises InvalidParamsError for a state of another seed.
+        """
+        self._given = read_state(state, self.settings.seed)
+        self._session = None
+
+    def report(self) -> Timing:
+        """Where the time of this machine's consumers went, and which of the two limits. Of all runs in this folder."""
+        return timing([one.spent for one in positions(self.folder)], self.settings.epochs_per_subset)
+
+    def _samples(self) -> Generator[Any, None, None]:
+        worker = get_worker_info() is not None
+        leave = worker and self._decode is None
+        if leave and self.settings.samples_ahead == 0:
+            raise InvalidParamsError(
+                "paths would leave the worker, which deletes the files while the training process still reads them: "
+                "give decode=, or samples_ahead=(prefetch_factor + 1) x batch_size"
+            )
+        folder = ConsumerFolder(self.folder, self._ranks.consumer())
+        with folder.held():
+            progress = Progress(folder)
+            unfinished = progress.first_epoch()
+            given, self._given = self._given, None
+            epoch = given[0] if given else unfinished if self._epoch is None else self._epoch
+            if given is None and epoch < unfinished:
+                _log.warning(
+                    "%s: epoch %d is finished, as %s says; the next is %d: an empty cache_dir begins anew",
+                    self.source.name, epoch, folder.home / "progress.json", unfinished,
+                )  # fmt: skip
+                return
+            with folder.common_lock():
+                self._metadata.load(self.source, folder.notes / "metadata")
+            files = progress.listing(epoch, lambda: self._listed(folder.notes))
+            self._session = Session(
+                self.source, folder, self.settings, epoch, files, given[1] if given else progress.done(epoch),
+                paths_leave=leave,
+            )  # fmt: skip
+            yield from self._session.samples(self._decode, self._metadata)
+
+    def _listed(self, notes: Path) -> list[RemoteFile]:
+        files = [file for file in self.source.list(notes) if file.key != self._metadata.at_source]
+        if not files:
+            raise InvalidParamsError(f"{self.source.name}: no files there: check the URL, its prefix and the suffixes")
+        return files
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_running": None, "_session": None}

@@ -1,0 +1,145 @@
+"""The cache folder: who has which part of it, and which files are whole in it.
+
+lock                         held for moments: the folder's layout, a listing, metadata
+layout.json                  for how many consumers of this machine it is divided
+notes/                       what sources and metadata keep
+epochs/00000002/listing.json the files of an epoch, the same for all consumers
+epochs/00000002/c001.jsonl   what a consumer has used up in it
+c001/lock                    held by the consumer that runs
+c001/progress.json           where it is
+c001/files/IDENTITY/NAME     whole files, and NAME.part that are not
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import msgspec
+
+from protocol.errors import BusyError
+from torch_bridge.batches.plan import Consumer, RemoteFile
+
+LOCK_WAIT_S = 10.0
+"""A worker of the last epoch may be on its way out."""
+_UNSAFE = re.compile(r"[^A-Za-z0-9._ -]")
+_CONSUMER = re.compile(r"c(\d{3,})")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.new")
+    with beside.open("wb") as out:
+        out.write(msgspec.json.encode(value))
+        out.flush()
+        os.fsync(out.fileno())
+    beside.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """None where there is none, or what is there is no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+@contextmanager
+def locked(path: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
+    """Hold a lock that a crash lets go of. BusyError where another holds it for so long."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        _take(file, path, wait_s)
+        yield
+
+
+def _take(file: IO[bytes], path: Path, wait_s: float) -> None:
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise BusyError(
+                    f"{path.parent} is in use by another run, which holds {path.name}: give each run a cache_dir of "
+                    "its own, or end the other one"
+                ) from None
+        time.sleep(0.02)
+
+
+class ConsumerFolder:
+    """One consumer's part of the folder, while it runs."""
+
+    def __init__(self, root: Path, consumer: Consumer) -> None:
+        self.root = root
+        self.consumer = consumer
+        self.home = root / f"c{consumer.local_index:03d}"
+        self.files = self.home / "files"
+        self.notes = root / "notes"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Have this part alone. BusyError where another run has it, or one with another number of consumers has any."""
+        self.notes.mkdir(parents=True, exist_ok=True)
+        with self.common_lock():
+            self._divide()
+            taken = locked(self.home / "lock")
+            taken.__enter__()
+        try:
+            self.files.mkdir(exist_ok=True)
+            yield
+        finally:
+            taken.__exit__(None, None, None)
+
+    def common_lock(self) -> Any:
+        """The lock of the whole folder; whoever lists a large origin holds it for long."""
+        return locked(self.root / "lock", wait_s=600.0)
+
+    def _divide(self) -> None:
+        """Where the folder was divided for another number of consumers, begin with nothing on the disk: the parts have
+        become smaller, and the sum of the old and the new may be more than the disk may hold. What was consumed is in
+        the journals of the epochs.
+        """
+        layout = self.root / "layout.json"
+        known = read_json(layout)
+        if isinstance(known, dict) and known.get("consumers") == self.consumer.local_count:
+            return
+        homes = [path for path in self.root.iterdir() if _CONSUMER.fullmatch(path.name)]
+        epochs = [value["epoch"] for path in homes if isinstance(value := read_json(path / "progress.json"), dict)]
+        first = min(epochs, default=(known or {}).get("first_epoch", 0))
+        for path in homes:
+            with locked(path / "lock"):
+                shutil.rmtree(path)
+        write_json(layout, {"consumers": self.consumer.local_count, "first_epoch": first})
+
+    def place(self, file: RemoteFile) -> Path:
+        """Where a file goes. Its name there is the last part of its key, of safe characters: no key leads elsewhere."""
+        name = _UNSAFE.sub("_", PurePosixPath(file.key).name)[-100:].lstrip(".")
+        return self.files / file.identity / (name or "file")
+
+    def whole(self, file: RemoteFile) -> Path | None:
+        """The file, where it is here and whole: it has its name only then."""
+        path = self.place(file)
+        with suppress(OSError):
+            if path.stat().st_size == file.size:
+                return path
+        return None
+
+    def keep_only(self, files: set[str]) -> None:
+        """Delete everything but the files, whole or not, of these identities."""
+        for path in self.files.iterdir():
+            if path.name not in files:
+                shutil.rmtree(path)
+
+    def delete(self, file: RemoteFile) -> None:
+        """Nothing happens where it is not."""
+        shutil.rmtree(self.files / file.identity, ignore_errors=True)

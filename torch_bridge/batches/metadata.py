@@ -1,0 +1,94 @@
+"""Captions and other metadata: loaded once on a machine, found by a file's key, name, or name without ending."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from protocol.errors import InvalidParamsError
+from torch_bridge.batches.plan import RemoteFile
+from torch_bridge.batches.sources import FileSource
+
+NAME_COLUMNS = ("file_name", "filename", "file", "key", "path", "name", "id")
+"""Where a record says which file it is of, the first that is there."""
+Metadata = str | Mapping[str, Any] | Callable[[str], Any] | None
+"""A key at the source (.json, .jsonl, .csv, .parquet), a dict, or a function of a file's key."""
+
+
+class MetadataOf:
+    """Give it a file, and it gives the file's metadata; None where there is none."""
+
+    def __init__(self, metadata: Metadata, column: str | None = None) -> None:
+        """`column`: the field of a record that names its file; else the first of NAME_COLUMNS."""
+        self.at_source = metadata if isinstance(metadata, str) else None
+        self._column = column
+        self._ask = metadata if callable(metadata) else None
+        self._table: dict[str, Any] | None = dict(metadata) if isinstance(metadata, Mapping) else None
+        self._by_name: dict[str, Any] = {}
+        self._indexed = False
+
+    def load(self, source: FileSource, kept: Path) -> None:
+        """Have it in memory: from the source once, from the file `kept` in the other processes of the machine.
+
+        Raises InvalidParamsError for another kind of file, or records that name no file.
+        """
+        if self.at_source is not None and self._table is None:
+            if not kept.exists():
+                beside = kept.with_name(kept.name + ".new")
+                beside.write_bytes(source.read(self.at_source))
+                beside.replace(kept)
+            self._table = read_table(self.at_source, kept.read_bytes(), self._column)
+        if self._table is not None and not self._indexed:
+            for name, value in self._table.items():
+                path = PurePosixPath(name)
+                self._by_name.setdefault(path.name, value)
+                self._by_name.setdefault(path.stem, value)
+            self._indexed = True
+
+    def __call__(self, file: RemoteFile) -> Any:
+        if self._ask is not None:
+            return self._ask(file.key)
+        if self._table is None:
+            return None
+        path = PurePosixPath(file.key)
+        if file.key in self._table:
+            return self._table[file.key]
+        return self._by_name.get(path.name, self._by_name.get(path.stem))
+
+
+def read_table(name: str, data: bytes, column: str | None = None) -> dict[str, Any]:
+    """Metadata by file name, out of a file whose ending says what it is."""
+    ending = PurePosixPath(name).suffix.lower()
+    records: Any
+    try:
+        if ending == ".json":
+            records = json.loads(data)
+            if isinstance(records, dict):
+                return records
+        elif ending in (".jsonl", ".ndjson"):
+            records = [json.loads(line) for line in data.splitlines() if line.strip()]
+        elif ending in (".csv", ".tsv"):
+            text = io.StringIO(data.decode("utf-8-sig"), newline="")
+            records = list(csv.DictReader(text, delimiter="\t" if ending == ".tsv" else ","))
+        elif ending == ".parquet":
+            import pyarrow.parquet
+
+            records = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+        else:
+            raise InvalidParamsError(f"metadata={name!r}: it is .json, .jsonl, .csv, .tsv or .parquet")
+    except (ValueError, OSError) as error:
+        raise InvalidParamsError(f"metadata={name!r} cannot be read as {ending}: {error}") from error
+    table = {}
+    for number, record in enumerate(records):
+        fields = (column,) if column else NAME_COLUMNS
+        named = next((one for one in fields if isinstance(record, dict) and record.get(one)), None)
+        if named is None:
+            raise InvalidParamsError(
+                f"metadata={name!r}: record {number} names no file in {', '.join(fields)}: give metadata_column="
+            )
+        table[str(record[named])] = record
+    return table

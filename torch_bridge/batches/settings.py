@@ -1,0 +1,99 @@
+"""What a StreamingBatchDataset is asked for, checked, and which consumer of how many this process is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from torch.utils.data import get_worker_info
+
+from protocol.errors import InvalidParamsError
+from torch_bridge.batches.plan import Consumer
+
+_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This training process among all, and among those of this machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size <= self.world_size):
+            raise InvalidParamsError(f"{self} makes no sense: ranks are 0 to world size - 1, local ones within it")
+
+    @classmethod
+    def found(cls) -> Ranks:
+        """From torch.distributed or the environment that torchrun sets. Where nothing says which ranks are on this
+        machine, all are taken to be: that keeps the disk's bound.
+        """
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            rank, world = dist.get_rank(), dist.get_world_size()
+        else:
+            rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        local = os.environ.get("LOCAL_RANK"), os.environ.get("LOCAL_WORLD_SIZE")
+        if local[0] is None or local[1] is None:
+            return cls(rank, world, rank, world)
+        return cls(rank, world, int(local[0]), int(local[1]))
+
+    def consumer(self) -> Consumer:
+        """This process: a DataLoader's worker, or the training process itself."""
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        return Consumer(
+            self.rank * workers + worker,
+            self.world_size * workers,
+            self.local_rank * workers + worker,
+            self.local_world_size * workers,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSettings:
+    """Raises InvalidParamsError for what makes no sense."""
+
+    cache_size: int
+    """Files of a batch, of all consumers of this machine together."""
+    max_bytes: int
+    """Of files on the disk of this machine, at any time."""
+    epochs_per_subset: int = 1
+    """How often each batch is gone through before the next comes."""
+    seed: int = 0
+    shuffle: bool = True
+    samples_ahead: int = 0
+    """So many samples of a worker may be handed over and not yet trained on."""
+    concurrency: int = 4
+    """Files on their way at once, of one consumer."""
+    on_missing: Literal["error", "skip"] = "error"
+    """What to do where a file has vanished since it was listed."""
+    keep_free_bytes: int = 0
+    """Free space of the disk that no download may take."""
+
+    def __post_init__(self) -> None:
+        positive = self.cache_size, self.max_bytes, self.epochs_per_subset, self.concurrency
+        if min(positive) < 1 or min(self.samples_ahead, self.keep_free_bytes) < 0:
+            raise InvalidParamsError(
+                f"{self} makes no sense: cache_size, max_bytes, epochs_per_subset and concurrency are 1 or more, "
+                "samples_ahead and keep_free_bytes 0 or more"
+            )
+        if self.on_missing not in ("error", "skip"):
+            raise InvalidParamsError(f"on_missing is 'error' or 'skip', not {self.on_missing!r}")
+
+
+def byte_count(text: int | str) -> int:
+    """10_000_000, "10gb" (powers of 1000), "10GiB" (of 1024). Raises InvalidParamsError for other text."""
+    if isinstance(text, int):
+        return text
+    cleaned = text.strip().lower().replace(" ", "")
+    number = cleaned.rstrip("kmgtib")
+    try:
+        return int(float(number) * (_UNITS[cleaned[len(number) :]] if cleaned != number else 1))
+    except (KeyError, ValueError):
+        raise InvalidParamsError(f"{text!r} is no number of bytes: write 10000000, '10gb' or '10GiB'") from None

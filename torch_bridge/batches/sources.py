@@ -1,0 +1,192 @@
+"""Where files come from: a list of them, and each of them onto the disk."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Protocol
+
+from protocol.errors import CancelledRequestError, OriginCorruptError, OriginNotFoundError, ShardNotFoundError
+from protocol.manifest import ShardEntry
+from torch_bridge.batches.plan import RemoteFile
+from torch_bridge.loop import loop_thread
+from torch_bridge.shards.source import ShardSource
+from torch_bridge.stores import Store
+
+PIECE_BYTES = 8 << 20
+PIECES_AT_ONCE = 4
+"""Of one file."""
+_LOOK_S = 0.2
+"""Whether a fetch is still wanted is looked at so often."""
+OnBytes = Callable[[int], None]
+
+
+class FileSource(Protocol):
+    """Files under one name. Thread-safe; travels to other processes by fork and by pickle."""
+
+    @property
+    def name(self) -> str:
+        """As it may be shown."""
+
+    @property
+    def in_order(self) -> bool:
+        """Whether files come well only one by one in the order of `list`, as out of a compressed tar."""
+
+    def list(self, notes: Path) -> Sequence[RemoteFile]:
+        """All files. `notes` is a folder of this machine where a source may keep what was dear to find out.
+
+        Raises OriginError and the like.
+        """
+
+    def fetch(self, file: RemoteFile, target: Path, *, stop: threading.Event, on_bytes: OnBytes) -> Path:
+        """Bring a file here and say where it is: at `target`, or where the source itself keeps it. It is there whole or
+        not at all; `target` with `.part` behind its name is what a fetch that was broken off may go on with.
+
+        Raises OriginNotFoundError where it has vanished, OriginCorruptError where it is another than it was listed,
+        CancelledRequestError where `stop` was set, OSError of the disk, OriginError and the like else.
+        """
+
+    def release(self, file: RemoteFile) -> None:
+        """A file that the source keeps itself is not needed any more; one at `target` is deleted by who gave that."""
+
+    def read(self, key: str) -> bytes:
+        """A small file, in memory: metadata."""
+
+
+class OriginFiles:
+    """The objects of a store: Akave O3, S3, a web server, a Hugging Face repository, a folder."""
+
+    in_order = False
+
+    def __init__(self, store: Store, *, suffixes: tuple[str, ...] = ()) -> None:
+        """With `suffixes` only keys that end in one of them."""
+        self._store = store
+        self._suffixes = suffixes
+
+    @property
+    def name(self) -> str:
+        return self._store.url
+
+    def list(self, notes: Path) -> Sequence[RemoteFile]:
+        """See FileSource."""
+        return [
+            RemoteFile(info.key, info.size, _bare(info.etag))
+            for info in self._store.list()
+            if info.size > 0 and (not self._suffixes or info.key.endswith(self._suffixes))
+        ]
+
+    def fetch(self, file: RemoteFile, target: Path, *, stop: threading.Event, on_bytes: OnBytes) -> Path:
+        """See FileSource. Several ranges at once; goes on with what an earlier fetch has left."""
+        part = target.with_name(target.name + ".part")
+        at = part.stat().st_size if part.exists() else 0
+        if at > file.size:
+            part.unlink()
+            at = 0
+        with part.open("ab") as out:
+            for data in self._pieces(file, at, stop):
+                out.write(data)
+                on_bytes(len(data))
+        # The pieces came one by one: they are of one object only if it is the same still.
+        found = self._store.head(file.key)
+        if found.size != file.size or (file.validator and found.etag and _bare(found.etag) != file.validator):
+            part.unlink()
+            raise OriginCorruptError(
+                f"{self.name}: {file.key!r} is another file than it was when this epoch was listed ({file.size} bytes, "
+                f"ETag {file.validator or 'none'}; now {found.size}, {found.etag}): the next epoch lists anew; leave "
+                "the files of a running epoch as they are",
+                {"origin": self.name, "key": file.key, "changed": True},
+            )
+        part.replace(target)
+        return target
+
+    def release(self, file: RemoteFile) -> None:
+        """See FileSource."""
+
+    def read(self, key: str) -> bytes:
+        """See FileSource."""
+        return self._store.get(key)
+
+    def _pieces(self, file: RemoteFile, at: int, stop: threading.Event) -> Iterator[bytes]:
+        loop = loop_thread()
+        ahead: deque[Future[bytes]] = deque()
+        try:
+            while at < file.size or ahead:
+                while at < file.size and len(ahead) < PIECES_AT_ONCE:
+                    end = min(at + PIECE_BYTES, file.size)
+                    ahead.append(loop.submit(self._store.aio.get_range(file.key, at, end)))
+                    at = end
+                yield _result(ahead[0], stop, f"{self.name}: {file.key!r}")
+                ahead.popleft()
+        finally:
+            for one in ahead:
+                one.cancel()
+
+
+class SwarmFiles:
+    """The shards of a data set: through this machine's node from peers first, or straight from an origin."""
+
+    in_order = False
+
+    def __init__(self, shards: ShardSource) -> None:
+        self._shards = shards
+
+    @property
+    def name(self) -> str:
+        return f"data set {self._shards.manifest().name}"
+
+    def list(self, notes: Path) -> Sequence[RemoteFile]:
+        """See FileSource; the validator is the content id."""
+        return [RemoteFile(entry.filename, entry.size, entry.content_id) for entry in self._shards.manifest().shards]
+
+    def fetch(self, file: RemoteFile, target: Path, *, stop: threading.Event, on_bytes: OnBytes) -> Path:
+        """See FileSource. The shard lies where its source keeps it, checked against its content id."""
+        done = 0
+
+        def progress(now: int, _: int) -> None:
+            nonlocal done
+            on_bytes(now - done)
+            done = now
+
+        return self._shards.fetch(self._entry(file.key), stop=stop, on_progress=progress).path
+
+    def release(self, file: RemoteFile) -> None:
+        """See FileSource. It stays where another consumer of this machine holds it."""
+        self._shards.discard(self._entry(file.key))
+
+    def read(self, key: str) -> bytes:
+        """See FileSource."""
+        entry = self._entry(key)
+        try:
+            return self._shards.fetch(entry).path.read_bytes()
+        finally:
+            self._shards.discard(entry)
+
+    def _entry(self, key: str) -> ShardEntry:
+        manifest = self._shards.manifest()
+        for entry in manifest.shards:
+            if entry.filename == key:
+                return entry
+        raise ShardNotFoundError(f"data set {manifest.name} has no shard {key!r}", {"name": manifest.name})
+
+
+def vanished(error: Exception) -> bool:
+    """Whether a file is not there any more."""
+    return isinstance(error, OriginNotFoundError | ShardNotFoundError)
+
+
+def _result(future: Future[bytes], stop: threading.Event, what: str) -> bytes:
+    while True:
+        if stop.is_set():
+            raise CancelledRequestError(f"{what} is not needed any more")
+        try:
+            return future.result(_LOOK_S)
+        except TimeoutError:
+            if future.done():
+                raise
+
+
+def _bare(etag: str | None) -> str:
+    return (etag or "").removeprefix("W/").strip('"')
