@@ -123,6 +123,16 @@ class OriginStatus(Result, frozen=True, kw_only=True):
     """Requests that failed; that an object is not there is no failure."""
 
 
+class LeaseStatus(Result, frozen=True, kw_only=True):
+    """One lease: a client's hold on shards."""
+
+    lease: str
+    shards: int
+    """That it holds."""
+    expires_in_s: float
+    """Until the first of them is free, where nothing renews it."""
+
+
 class StatusResult(Result, frozen=True, kw_only=True):
     """Answer of STATUS."""
 
@@ -139,3 +149,5 @@ class StatusResult(Result, frozen=True, kw_only=True):
     dht: DhtStatus
     transport: TransportStatus
     origin: OriginStatus = msgspec.field(default_factory=OriginStatus)
+    leases: list[LeaseStatus] = msgspec.field(default_factory=list)
+    """By name."""

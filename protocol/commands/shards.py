@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from protocol.commands.common import NameOrDigest, Params, Result, ShardSelector
+from protocol.commands.leases import DEFAULT_TTL_S, LeaseName, LeaseTtl
 from protocol.ids import ContentId, InfoHash, ManifestDigest, ShardId
 from protocol.manifest import SignedManifest
 
@@ -27,6 +28,10 @@ class FetchShardParams(ShardSelector, frozen=True, kw_only=True):
 
     wait: bool = True
     """As for LOAD_SHARD, with status "fetching"."""
+    lease: LeaseName | None = None
+    """Hold the shard by this lease from now on: it is not evicted before the lease expires or is released."""
+    ttl_s: LeaseTtl = DEFAULT_TTL_S
+    """Seconds from when the shard is here until the lease expires; while it is fetched it does not."""
 
 
 class UnloadShardParams(ShardSelector, frozen=True, kw_only=True):
@@ -34,7 +39,7 @@ class UnloadShardParams(ShardSelector, frozen=True, kw_only=True):
 
 
 class EvictShardParams(ShardSelector, frozen=True, kw_only=True):
-    """EVICT_SHARD: stop seeding and delete the file."""
+    """EVICT_SHARD: stop seeding and delete the file, unless a lease holds it."""
 
 
 ShardSource = Literal["local", "peers", "origin"]
@@ -58,11 +63,11 @@ class ShardResult(Result, frozen=True, kw_only=True):
 
 
 class Progress(Result, frozen=True, kw_only=True):
-    """PROGRESS notification of LOAD_SHARD and FETCH_SHARD."""
+    """PROGRESS notification of LOAD_SHARD, FETCH_SHARD and PUBLISH."""
 
     request_id: str
     shard_id: int
-    phase: Literal["finding", "downloading", "verifying", "loading"]
+    phase: Literal["finding", "downloading", "verifying", "loading", "uploading"]
     bytes_done: int
     bytes_total: int
     rate_bytes_s: float
@@ -91,6 +96,8 @@ class FileInfo(Result, frozen=True, kw_only=True, omit_defaults=True):
     shard_id: int | None = None
     error: str | None = None
     """Why it is invalid."""
+    leases: int = 0
+    """How many leases hold it."""
 
 
 class ListFilesResult(Result, frozen=True, kw_only=True):
