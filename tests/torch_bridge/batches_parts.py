@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,10 @@ def dataset(source: Any, cache: Path, **others: Any) -> StreamingBatchDataset:
 def bytes_here(cache: Path) -> tuple[int, int]:
     """Bytes and files under all consumers' folders now."""
     size = count = 0
-    for path in cache.glob("c*/files/*/*"):
-        try:
-            size, count = size + path.stat().st_size, count + 1
-        except FileNotFoundError:
-            continue
+    for home, _, names in os.walk(cache):
+        for name in names if Path(home).parent.name == "files" else ():
+            with suppress(FileNotFoundError):
+                size, count = size + os.stat(os.path.join(home, name)).st_size, count + 1
     return size, count
 
 

@@ -4,7 +4,7 @@ lock                         held for moments: the folder's layout, a listing, m
 layout.json                  for how many consumers of this machine it is divided
 notes/                       what sources and metadata keep
 epochs/00000002/listing.json the files of an epoch, the same for all consumers
-epochs/00000002/c001.jsonl   what a consumer has used up in it
+epochs/00000002/c001.jsonl   what a consumer has used up in it; before.jsonl: what others have, of another number
 c001/lock                    held by the consumer that runs
 c001/progress.json           where it is
 c001/files/IDENTITY/NAME     whole files, and NAME.part that are not
@@ -53,11 +53,11 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def locked(path: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
-    """Hold a lock that a crash lets go of. BusyError where another holds it for so long."""
+def locked(path: Path, wait_s: float | None = None) -> Iterator[None]:
+    """Hold a lock that a crash lets go of. BusyError where another holds it for so long (LOCK_WAIT_S)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
-        _take(file, path, wait_s)
+        _take(file, path, LOCK_WAIT_S if wait_s is None else wait_s)
         yield
 
 
@@ -119,6 +119,14 @@ class ConsumerFolder:
         for path in homes:
             with locked(path / "lock"):
                 shutil.rmtree(path)
+        for epoch in (self.root / "epochs").glob("*"):
+            # Each consumer begins its own journal anew with its own part, which is another now.
+            journals = sorted(epoch.glob("c*.jsonl"))
+            lines = b"\n".join(path.read_bytes() for path in [*epoch.glob("before.jsonl"), *journals])
+            (epoch / "before.new").write_bytes(lines)
+            (epoch / "before.new").replace(epoch / "before.jsonl")
+            for path in journals:
+                path.unlink()
         write_json(layout, {"consumers": self.consumer.local_count, "first_epoch": first})
 
     def place(self, file: RemoteFile) -> Path:

@@ -63,7 +63,7 @@ class Progress:
     def done(self, epoch: int) -> Done:
         """What any consumer of this machine has used up. Lines that a crash has cut are none."""
         found: Done = {}
-        for path in sorted(self._epoch(epoch).glob("c*.jsonl")):
+        for path in sorted(self._epoch(epoch).glob("*.jsonl")):
             for line in path.read_bytes().split(b"\n"):
                 try:
                     key, size, validator, count = json.loads(line)
