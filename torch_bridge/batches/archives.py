@@ -127,7 +127,7 @@ class ArchiveFiles:
     def _look(self, key: str, kind: Kind, size: int) -> Iterator[tuple[str, int, str]]:
         with translated(f"{self._store.url}: {key!r}"):
             if kind == "zip":
-                for one in self._zip(key).infolist():
+                for one in {one.filename: one for one in self._zip(key).infolist()}.values():
                     if not one.is_dir():
                         yield one.filename, one.file_size, f"{one.CRC:08x}"
             elif kind == "tar":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from torch_bridge.o3_client import O3Client
 from torch_bridge.stores import Store
 
 _log = logging.getLogger(__name__)
+_inherited: list[Generator[Any, None, None]] = []
 
 
 class StreamingBatchDataset(IterableDataset[Any]):
@@ -65,7 +67,7 @@ class StreamingBatchDataset(IterableDataset[Any]):
         samples_ahead: int = 0,
         concurrency: int = 4,
         on_missing: Literal["error", "skip"] = "error",
-        keep_free_bytes: int | str = 0,
+        keep_free_bytes: int | str = "100mb",
         ranks: Ranks | None = None,
         client: O3Client | None = None,
     ) -> None:
@@ -90,7 +92,7 @@ class StreamingBatchDataset(IterableDataset[Any]):
         self._epoch: int | None = None
         self._given: tuple[int, Done] | None = None
         self._session: Session | None = None
-        self._running: Generator[Any, None, None] | None = None
+        self._running: tuple[int, Generator[Any, None, None]] | None = None
 
     @property
     def epoch(self) -> int:
@@ -105,9 +107,13 @@ class StreamingBatchDataset(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         if self._running is not None:
-            self._running.close()
-        self._running = self._samples()
-        return self._running
+            if self._running[0] == os.getpid():
+                self._running[1].close()
+            else:  # its parent's, who goes on with it: what its end would let go of is not of this process
+                _inherited.append(self._running[1])
+        steps = self._samples()
+        self._running = os.getpid(), steps
+        return steps
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON: the epoch, and the files of this consumer that were handed over in it."""
@@ -136,7 +142,8 @@ class StreamingBatchDataset(IterableDataset[Any]):
                 "paths would leave the worker, which deletes the files while the training process still reads them: "
                 "give decode=, or samples_ahead=(prefetch_factor + 1) x batch_size"
             )
-        folder = ConsumerFolder(self.folder, self._ranks.consumer())
+        used_for: dict[str, str | int] = {"source": self.source.name, "seed": self.settings.seed}
+        folder = ConsumerFolder(self.folder, self._ranks.consumer(), used_for)
         with folder.held():
             progress = Progress(folder)
             unfinished = progress.first_epoch()
@@ -149,7 +156,7 @@ class StreamingBatchDataset(IterableDataset[Any]):
                 )  # fmt: skip
                 return
             with folder.common_lock():
-                self._metadata.load(self.source, folder.notes / "metadata")
+                self._metadata.load(self.source, folder.notes)
             files = progress.listing(epoch, lambda: self._listed(folder.notes))
             self._session = Session(
                 self.source, folder, self.settings, epoch, files, given[1] if given else progress.done(epoch),
@@ -158,7 +165,8 @@ class StreamingBatchDataset(IterableDataset[Any]):
             yield from self._session.samples(self._decode, self._metadata)
 
     def _listed(self, notes: Path) -> list[RemoteFile]:
-        files = [file for file in self.source.list(notes) if file.key != self._metadata.at_source]
+        found = dict.fromkeys(self.source.list(notes))
+        files = [file for file in found if file.key != self._metadata.at_source]
         if not files:
             raise InvalidParamsError(f"{self.source.name}: no files there: check the URL, its prefix and the suffixes")
         return files

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import shutil
 import threading
@@ -10,8 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from protocol.errors import CancelledRequestError, InsufficientDiskError, OriginCorruptError, ShoalError
-from torch_bridge.batches.folder import ConsumerFolder
+from protocol.errors import CancelledRequestError, InsufficientDiskError, OriginCorruptError
+from torch_bridge.batches.folder import ConsumerFolder, writing
 from torch_bridge.batches.plan import Batch, RemoteFile
 from torch_bridge.batches.sources import FileSource, vanished
 
@@ -54,7 +53,7 @@ class Fetching:
         self._released = 0
         self._on_disk = 0
         self._error: Exception | None = None
-        self._busy = 0
+        self._coming: set[RemoteFile] = set()
         self._busy_since = 0.0
         self._download_s = 0.0
         self._bytes = 0
@@ -106,7 +105,7 @@ class Fetching:
     def measured(self) -> tuple[float, int]:
         """Seconds in which something was on its way, and bytes that came."""
         with self._change:
-            running = time.monotonic() - self._busy_since if self._busy else 0.0
+            running = time.monotonic() - self._busy_since if self._coming else 0.0
             return self._download_s + running, self._bytes
 
     def _bring_all(self) -> None:
@@ -146,28 +145,14 @@ class Fetching:
 
     def _fetch(self, file: RemoteFile) -> Path:
         target = self._folder.place(file)
-        free = shutil.disk_usage(self._folder.files).free
-        if free < file.size + self._keep_free_bytes:
-            raise InsufficientDiskError(
-                f"{file.key!r} needs {file.size} bytes and {self._folder.files} has {free} free, of which "
-                f"{self._keep_free_bytes} stay free: make room, or lower keep_free_bytes, cache_size or max_bytes",
-                {"needed": file.size, "free": free},
-            )
-        self._begin()
+        self._begin(file)
         try:
-            target.parent.mkdir(exist_ok=True)
-            path = self._source.fetch(file, target, stop=self._stop, on_bytes=self._came)
-            size = path.stat().st_size
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise ShoalError(f"{file.key!r} cannot be written to {target}: {error.strerror}") from error
-            raise InsufficientDiskError(
-                f"the disk of {self._folder.files} is full in the middle of {file.key!r} ({file.size} bytes): make "
-                "room, or lower cache_size or max_bytes; what is here is used again",
-                {"needed": file.size},
-            ) from error
+            with writing(target):
+                target.parent.mkdir(exist_ok=True)
+                path = self._source.fetch(file, target, stop=self._stop, on_bytes=self._came)
+                size = path.stat().st_size
         finally:
-            self._end()
+            self._end(file)
         if size != file.size:
             self._folder.delete(file)
             raise OriginCorruptError(
@@ -176,16 +161,24 @@ class Fetching:
             )
         return path
 
-    def _begin(self) -> None:
+    def _begin(self, file: RemoteFile) -> None:
         with self._change:
-            if self._busy == 0:
+            free = shutil.disk_usage(self._folder.files).free - sum(one.size for one in self._coming)
+            if free < file.size + self._keep_free_bytes:
+                raise InsufficientDiskError(
+                    f"{file.key!r} needs {file.size} bytes; the disk of {self._folder.files} has {free} free, beside "
+                    f"what is on its way, of which {self._keep_free_bytes} stay free: make room, or lower "
+                    "keep_free_bytes, cache_size or max_bytes",
+                    {"needed": file.size, "free": free},
+                )
+            if not self._coming:
                 self._busy_since = time.monotonic()
-            self._busy += 1
+            self._coming.add(file)
 
-    def _end(self) -> None:
+    def _end(self, file: RemoteFile) -> None:
         with self._change:
-            self._busy -= 1
-            if self._busy == 0:
+            self._coming.remove(file)
+            if not self._coming:
                 self._download_s += time.monotonic() - self._busy_since
 
     def _came(self, count: int) -> None:

@@ -12,20 +12,21 @@ c001/files/IDENTITY/NAME     whole files, and NAME.part that are not
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import msgspec
 
-from protocol.errors import BusyError
+from protocol.errors import BusyError, InsufficientDiskError, InvalidParamsError, ShoalError
 from torch_bridge.batches.plan import Consumer, RemoteFile
 
 LOCK_WAIT_S = 10.0
@@ -34,13 +35,28 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._ -]")
 _CONSUMER = re.compile(r"c(\d{3,})")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
+@contextmanager
+def writing(what: object) -> Iterator[None]:
+    """A full disk as InsufficientDiskError, other trouble of the disk as ShoalError, with what was to be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise ShoalError(f"{what} cannot be written: {error.strerror or error}") from error
+        raise InsufficientDiskError(
+            f"{what} cannot be written, the disk is full: make room, or lower cache_size or max_bytes; what is whole "
+            "there is used again"
+        ) from error
+
+
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Whole or not at all; what is not durable outlives the process and not the machine."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.new")
-    with beside.open("wb") as out:
+    with writing(path), beside.open("wb") as out:
         out.write(msgspec.json.encode(value))
-        out.flush()
-        os.fsync(out.fileno())
+        if durable:
+            out.flush()
+            os.fsync(out.fileno())
     beside.replace(path)
 
 
@@ -58,7 +74,13 @@ def locked(path: Path, wait_s: float | None = None) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         _take(file, path, LOCK_WAIT_S if wait_s is None else wait_s)
-        yield
+        process = os.getpid()
+        try:
+            yield
+        finally:
+            # A forked child has the same lock: it ends with its owner, whoever has forked since.
+            if os.getpid() == process:
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _take(file: IO[bytes], path: Path, wait_s: float) -> None:
@@ -79,8 +101,10 @@ def _take(file: IO[bytes], path: Path, wait_s: float) -> None:
 class ConsumerFolder:
     """One consumer's part of the folder, while it runs."""
 
-    def __init__(self, root: Path, consumer: Consumer) -> None:
+    def __init__(self, root: Path, consumer: Consumer, used_for: Mapping[str, str | int]) -> None:
+        """`used_for`: source and seed; a folder that was used for others is refused."""
         self.root = root
+        self._used_for = dict(used_for)
         self.consumer = consumer
         self.home = root / f"c{consumer.local_index:03d}"
         self.files = self.home / "files"
@@ -88,7 +112,9 @@ class ConsumerFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Have this part alone. BusyError where another run has it, or one with another number of consumers has any."""
+        """Have this part alone. BusyError where another run has it, or one with another number of consumers has any;
+        InvalidParamsError where it belongs to another data set.
+        """
         self.notes.mkdir(parents=True, exist_ok=True)
         with self.common_lock():
             self._divide()
@@ -111,6 +137,11 @@ class ConsumerFolder:
         """
         layout = self.root / "layout.json"
         known = read_json(layout)
+        if isinstance(known, dict) and known.get("used_for") != self._used_for:
+            raise InvalidParamsError(
+                f"{self.root} was used for {known.get('used_for')}, and this run is for {self._used_for}: give it a "
+                "cache_dir of its own, or delete this one"
+            )
         if isinstance(known, dict) and known.get("consumers") == self.consumer.local_count:
             return
         homes = [path for path in self.root.iterdir() if _CONSUMER.fullmatch(path.name)]
@@ -127,7 +158,7 @@ class ConsumerFolder:
             (epoch / "before.new").replace(epoch / "before.jsonl")
             for path in journals:
                 path.unlink()
-        write_json(layout, {"consumers": self.consumer.local_count, "first_epoch": first})
+        write_json(layout, {"consumers": self.consumer.local_count, "first_epoch": first, "used_for": self._used_for})
 
     def place(self, file: RemoteFile) -> Path:
         """Where a file goes. Its name there is the last part of its key, of safe characters: no key leads elsewhere."""

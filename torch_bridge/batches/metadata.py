@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping
@@ -31,19 +32,20 @@ class MetadataOf:
         self._by_name: dict[str, Any] = {}
         self._indexed = False
 
-    def load(self, source: FileSource, kept: Path) -> None:
-        """Have it in memory: from the source once, from the file `kept` in the other processes of the machine.
+    def load(self, source: FileSource, notes: Path) -> None:
+        """Have it in memory: from the source once, from the folder `notes` in the other processes of the machine.
 
         Raises InvalidParamsError for another kind of file, or records that name no file.
         """
         if self.at_source is not None and self._table is None:
+            kept = notes / f"metadata-{hashlib.sha256(self.at_source.encode()).hexdigest()[:24]}"
             if not kept.exists():
                 beside = kept.with_name(kept.name + ".new")
                 beside.write_bytes(source.read(self.at_source))
                 beside.replace(kept)
             self._table = read_table(self.at_source, kept.read_bytes(), self._column)
         if self._table is not None and not self._indexed:
-            for name, value in self._table.items():
+            for name, value in sorted(self._table.items(), key=lambda item: item[0].count("/")):
                 path = PurePosixPath(name)
                 self._by_name.setdefault(path.name, value)
                 self._by_name.setdefault(path.stem, value)

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from protocol.errors import InvalidParamsError
-from torch_bridge.batches.folder import ConsumerFolder, read_json, write_json
+from torch_bridge.batches.folder import ConsumerFolder, read_json, write_json, writing
 from torch_bridge.batches.plan import RemoteFile
 from torch_bridge.batches.timing import Spent
 
@@ -78,8 +78,9 @@ class Progress:
         path = self._journal(epoch)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f"{path.name}.new")
-        beside.write_bytes(b"".join(_line(file, count) for file, count in done.items()))
-        beside.replace(path)
+        with writing(path):
+            beside.write_bytes(b"".join(_line(file, count) for file, count in done.items()))
+            beside.replace(path)
         with self._folder.common_lock():
             needed = min(lowest_epoch(self._folder.root), epoch)
             for old in (self._folder.root / "epochs").iterdir():
@@ -88,12 +89,13 @@ class Progress:
 
     def consumed(self, epoch: int, file: RemoteFile, count: int) -> None:
         """Written at once: the page cache outlives the process."""
-        with self._journal(epoch).open("ab", buffering=0) as out:
+        path = self._journal(epoch)
+        with writing(path), path.open("ab", buffering=0) as out:
             out.write(_line(file, count))
 
     def at(self, position: Position) -> None:
         """Where the consumer is now."""
-        write_json(self._path, {**msgspec.structs.asdict(position), "spent": asdict(position.spent)})
+        write_json(self._path, {**msgspec.structs.asdict(position), "spent": asdict(position.spent)}, durable=False)
 
     def _epoch(self, epoch: int) -> Path:
         return self._folder.root / "epochs" / f"{epoch:08d}"

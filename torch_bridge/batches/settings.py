@@ -73,7 +73,7 @@ class BatchSettings:
     """Files on their way at once, of one consumer."""
     on_missing: Literal["error", "skip"] = "error"
     """What to do where a file has vanished since it was listed."""
-    keep_free_bytes: int = 0
+    keep_free_bytes: int = 100_000_000
     """Free space of the disk that no download may take."""
 
     def __post_init__(self) -> None:
