@@ -14,6 +14,7 @@ from node.background import Background
 from node.config import KEY_FILENAME, Assignment, Settings
 from node.discovery import Discovery, DiscoverySettings, FoundProvider
 from node.handlers.info import InfoHandlers, current_info
+from node.handlers.leases import LeaseHandlers
 from node.handlers.loading import ShardLoader
 from node.handlers.sessions import SessionHandlers
 from node.handlers.shards import ShardHandlers
@@ -119,6 +120,7 @@ async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callabl
         )
         commands |= command_table(
             ShardHandlers(shards, loader, background),
+            LeaseHandlers(shards),
             info,
             SessionHandlers(stages, background),
             TaskRegistry.from_entry_points().handler(context),

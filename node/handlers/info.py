@@ -19,6 +19,7 @@ from protocol.commands.nodes import (
     CancelParams,
     CancelResult,
     DhtStatus,
+    LeaseStatus,
     NodeEntry,
     NodesParams,
     NodesResult,
@@ -81,6 +82,10 @@ class InfoHandlers:
                 requests=origin.requests,
                 errors=origin.errors,
             ),
+            leases=[
+                LeaseStatus(lease=one.lease, shards=one.shards, expires_in_s=one.expires_in_s)
+                for one in self.shards.leases.summaries(time.monotonic())
+            ],
         )
 
     async def status(self, params: StatusParams, call: Call) -> StatusResult:

@@ -18,6 +18,7 @@ from node.pipeline.memory import check_memory
 from node.pipeline.settings import EngineSettings
 from node.pipeline.stage import Stages
 from node.shards.fetching import FetchedShard, FetchProgress
+from node.shards.leases import Term
 from node.shards.shards import Shards
 from protocol.commands.shards import Progress, ShardResult
 from protocol.errors import InsufficientMemoryError, ShardNotLoadedError
@@ -45,10 +46,15 @@ class ShardLoader:
         return entry.shard_id in self._stages.loaded(signed.digest)
 
     async def fetch(
-        self, signed: SignedManifest, entry: ShardEntry, request_id: str, on_progress: OnProgress
+        self,
+        signed: SignedManifest,
+        entry: ShardEntry,
+        request_id: str,
+        on_progress: OnProgress,
+        term: Term | None = None,
     ) -> ShardResult:
-        """Have the shard on disk. Raises what `Shards.fetch` raises."""
-        fetched = await self._fetch(signed, entry, request_id, on_progress)
+        """Have the shard on disk, held by a lease where there is a `term`. Raises what `Shards.fetch` raises."""
+        fetched = await self._fetch(signed, entry, request_id, on_progress, term)
         return _result(entry, "fetched", fetched, fetched.seconds)
 
     async def load(
@@ -89,7 +95,12 @@ class ShardLoader:
         await self._shards.set_loaded(digest, self._stages.loaded(digest))
 
     async def _fetch(
-        self, signed: SignedManifest, entry: ShardEntry, request_id: str, on_progress: OnProgress
+        self,
+        signed: SignedManifest,
+        entry: ShardEntry,
+        request_id: str,
+        on_progress: OnProgress,
+        term: Term | None = None,
     ) -> FetchedShard:
         def tell(progress: FetchProgress) -> None:
             on_progress(
@@ -104,7 +115,7 @@ class ShardLoader:
                 )
             )
 
-        fetched = await self._shards.fetch(signed, entry, tell)
+        fetched = await self._shards.fetch(signed, entry, tell, term)
         if fetched.bytes_by_source:
             log.info(
                 "fetched shard %d of %s: %.1f MB from %s in %.1f s",

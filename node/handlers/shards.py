@@ -7,10 +7,12 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 from node.background import Background
 from node.handlers.loading import OnProgress, ShardLoader, still_local
 from node.rpc import Call
+from node.shards.leases import Term
 from node.shards.names import Kind
 from node.shards.shards import Shards
 from protocol.commands.shards import (
@@ -55,9 +57,10 @@ class ShardHandlers:
     async def fetch(self, params: FetchShardParams, call: Call) -> ShardResult:
         """FETCH_SHARD."""
         signed, entry = await self.shards.select(params)
+        term = Term(params.lease, params.ttl_s) if params.lease is not None else None
         if params.wait or self.shards.path_of(signed, entry):
-            return await self.loader.fetch(signed, entry, call.request_id, _notifier(call))
-        self._go_on(self.loader.fetch, signed, entry, call)
+            return await self.loader.fetch(signed, entry, call.request_id, _notifier(call), term)
+        self._go_on(partial(self.loader.fetch, term=term), signed, entry, call)
         return still_local(entry, "fetching", self.shards.path_of(signed, entry), 0.0)
 
     async def unload(self, params: UnloadShardParams, call: Call) -> ShardResult:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from node.handlers.info import InfoHandlers
+from node.handlers.leases import LeaseHandlers
 from node.handlers.sessions import SessionHandlers
 from node.handlers.shards import ShardHandlers
 from node.rpc import Command, Handler
+from protocol.commands.leases import ReleaseParams, RenewParams
 from protocol.commands.nodes import CancelParams, NodesParams, StatusParams
 from protocol.commands.sessions import CloseSessionParams, OpenSessionParams, StartSessionParams, TokenizeParams
 from protocol.commands.shards import (
@@ -19,7 +21,7 @@ from protocol.commands.shards import (
 
 
 def command_table(
-    shards: ShardHandlers, info: InfoHandlers, sessions: SessionHandlers, execute_task: Handler
+    shards: ShardHandlers, leases: LeaseHandlers, info: InfoHandlers, sessions: SessionHandlers, execute_task: Handler
 ) -> dict[str, Command]:
     """What the RPC server serves. `execute_task` decodes its own parameters: they are the task type's."""
     return {
@@ -27,6 +29,8 @@ def command_table(
         "FETCH_SHARD": Command(FetchShardParams, shards.fetch),
         "UNLOAD_SHARD": Command(UnloadShardParams, shards.unload),
         "EVICT_SHARD": Command(EvictShardParams, shards.evict),
+        "RENEW": Command(RenewParams, leases.renew),
+        "RELEASE": Command(ReleaseParams, leases.release),
         "LIST_FILES": Command(ListFilesParams, shards.list_files),
         "GET_MANIFEST": Command(GetManifestParams, shards.get_manifest),
         "EXECUTE_TASK": Command(None, execute_task),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from node.shards.catalog import Catalog, ShardFile
 from node.shards.hasher import FileChangedError, Hasher
 from node.shards.holding import shard_path
 from node.shards.index import Index
+from node.shards.leases import LeasedId, Leases
 from node.shards.loader import Loader
 from node.shards.seeds import Seeds
-from node.shards.space import part_of, whole_part_of
+from node.shards.space import invalid_of, part_of, whole_part_of
 from node.swarm.torrent import Torrent
 from protocol.errors import InvalidShardError, ShardInUseError, ShardNotFoundError
 from protocol.ids import ContentId
@@ -31,6 +33,7 @@ class Custody:
         admission: Admission,
         loader: Loader,
         hasher: Hasher,
+        leases: Leases,
         tasks: asyncio.TaskGroup,
     ) -> None:
         self._catalog = catalog
@@ -39,17 +42,20 @@ class Custody:
         self._admission = admission
         self._loader = loader
         self._hasher = hasher
+        self._leases = leases
         self._tasks = tasks
 
     async def evict(self, signed: SignedManifest, entry: ShardEntry) -> Path:
-        """Delete a shard's file, and what an unfinished download left of it. Returns where it was."""
+        """Delete a shard's file, and what an unfinished download or a bad file left of it. Returns where it was."""
         digest, shard_id = signed.digest, entry.shard_id
         name = f"shard {shard_id} of {signed.manifest.name!r}"
         if shard_id in self._catalog.loaded(digest):
             raise ShardInUseError(f"{name} is loaded: unload it first")
         if self._loader.is_fetching(digest, shard_id):
             raise ShardInUseError(f"{name} is being fetched: cancel that first")
+        self._check_leases(signed, entry, name)
         async with self._loader.alone_with(entry.content_id):
+            self._check_leases(signed, entry, name)
             folder = self._catalog.folder_of(digest)
             gone: list[Path] = []
             for file in self._catalog.of_shard(digest, shard_id):
@@ -62,11 +68,22 @@ class Custody:
                 path = shard_path(folder, entry)
                 left_over = await asyncio.to_thread(_unlink, part_of(path))
                 left_over |= await asyncio.to_thread(_unlink, whole_part_of(path))
+                left_over |= await asyncio.to_thread(_unlink, invalid_of(path))
                 gone += [path] if left_over else []
             if not gone:
                 raise ShardNotFoundError(f"{name} is not on this node; LIST_FILES shows what is")
             await self._loader.tidy(digest)
         return gone[0]
+
+    def _check_leases(self, signed: SignedManifest, entry: ShardEntry, name: str) -> None:
+        leased = LeasedId(signed.digest, entry.shard_id, entry.content_id)
+        holders = self._leases.holders(leased, time.monotonic())
+        if holders.leases:
+            count = "1 lease" if holders.leases == 1 else f"{holders.leases} leases"
+            raise ShardInUseError(
+                f"{name} is held by {count} for {holders.expires_in_s:.0f} s more: release it, or wait until then",
+                {"leases": holders.leases, "expires_in_s": holders.expires_in_s},
+            )
 
     async def verify(self, signed: SignedManifest, entry: ShardEntry) -> ContentId | None:
         """Hash a shard's file again. Returns what it holds, None where it cannot be read."""
@@ -76,11 +93,11 @@ class Custody:
         try:
             hashed = await self._hasher.hash(file.path, entry.kind, check=False)
         except (OSError, FileChangedError, InvalidShardError) as err:
-            self.distrust(file, f"{file.path.name} cannot be read whole: {err}")
+            await self._distrust(file, f"{file.path.name} cannot be read whole: {err}")
             return None
         found = hashed.content.content_id
         if found != entry.content_id:
-            self.distrust(file, f"{file.path.name} holds content {found}, its manifest says {entry.content_id}")
+            await self._distrust(file, f"{file.path.name} holds content {found}, its manifest says {entry.content_id}")
         return found
 
     def on_invalid(self, torrent: Torrent, reason: str) -> None:
@@ -92,9 +109,13 @@ class Custody:
 
     def distrust(self, file: ShardFile, error: str) -> None:
         """A file that was good is not: from now on it is invalid, and soon neither seeded nor remembered."""
+        self._tasks.create_task(self._distrust(file, error), name=f"withdraw {file.path.name}")
+
+    async def _distrust(self, file: ShardFile, error: str) -> None:
+        """Done when it is seeded no more: whoever fetches it then is not in the way of its end."""
         if self._catalog.get(file.path) is file and file.state == "seeding":
             self._catalog.invalidate(file, error)
-            self._tasks.create_task(self._stop_seeding(file), name=f"withdraw {file.path.name}")
+            await self._stop_seeding(file)
 
     async def _stop_seeding(self, file: ShardFile) -> None:
         await asyncio.to_thread(self._index.forget, file.path)

@@ -11,7 +11,7 @@ from pathlib import Path
 from node.shards.catalog import HeldFolder
 from node.shards.holding import Holding, folder_names, read_manifest, write_manifest
 from node.shards.scan import Fingerprint
-from node.shards.space import part_of
+from node.shards.space import invalid_of, part_of
 from protocol.errors import InvalidManifestError, ShardNotFoundError
 from protocol.manifest import MANIFEST_FILENAME
 from protocol.signing import SigningKey
@@ -60,7 +60,7 @@ def set_aside(path: Path) -> Path | None:
         part.unlink()
     if not path.is_symlink() and not path.exists():
         return None
-    return path.replace(path.with_name(path.name + ".invalid"))
+    return path.replace(invalid_of(path))
 
 
 def link_or_copy(source: Path, target: Path) -> None:

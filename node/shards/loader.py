@@ -13,7 +13,7 @@ from pathlib import Path
 from node.shards.catalog import Catalog, ShardFile
 from node.shards.fetching import Fetch, FetchedShard, FetchProgress, OnProgress
 from node.shards.folders import link_or_copy, remove_if_empty
-from node.shards.hasher import Hasher
+from node.shards.hasher import FileChangedError, Hasher
 from node.shards.holding import Holding
 from node.shards.intake import Intake
 from node.shards.ports import Discovery, Origin, Swarm
@@ -153,18 +153,30 @@ class Loader:
             if file.state == "seeding":
                 return file.path
         for copy in self._catalog.of_content(entry.content_id):
-            if copy.state == "seeding":
-                return await self._copy(fetch, copy)
+            if copy.state == "seeding" and (path := await self._copy(fetch, copy)):
+                return path
         return None
 
-    async def _copy(self, fetch: Fetch, copy: ShardFile) -> Path:
+    async def _copy(self, fetch: Fetch, copy: ShardFile) -> Path | None:
+        """None where the copy is not the shard any more: it is invalid from then on."""
         path = await self._intake.target(fetch)
         async with self._space.reserved(path, fetch.entry.size):
             fetch.tell(FetchProgress("verifying", 0, fetch.entry.size))
             await asyncio.to_thread(link_or_copy, copy.path, path)
-        hashed = await self._hasher.hash(path, fetch.entry.kind)
-        if hashed.content.content_id != fetch.entry.content_id:
-            raise InvalidShardError(f"{copy.path.name} was changed: it is not the shard that it was; fetch it again")
+        try:
+            hashed = await self._hasher.hash(path, fetch.entry.kind)
+            wrong = hashed.content.content_id != fetch.entry.content_id
+        except (InvalidShardError, FileChangedError):
+            wrong = True
+        if wrong:
+            log.warning(
+                "%s is not the shard that it was: %s is fetched from elsewhere", copy.path, fetch.entry.filename
+            )
+            await asyncio.to_thread(path.unlink, missing_ok=True)
+            self._catalog.invalidate(copy, f"{copy.path.name} was changed: it is not the shard that it was")
+            await self._remember.forget(copy)
+            await self._seeds.stop(copy)
+            return None
         file = ShardFile(path, "seeding", fetch.entry.kind, hashed.fingerprint, fetch.holding, fetch.entry)
         await self._seeds.start(file, hashed.content.piece_layer)
         self._catalog.put(file)

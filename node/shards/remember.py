@@ -44,6 +44,10 @@ class Remember:
             await asyncio.to_thread(_sync, file.path)
             await asyncio.to_thread(self._index.put, file.path, file.fingerprint, content)
 
+    async def forget(self, file: ShardFile) -> None:
+        """This file is not what was hashed."""
+        await asyncio.to_thread(self._index.forget, file.path)
+
     async def run(self, on_wrong: Callable[[ShardFile, str], None]) -> None:
         """Call `on_wrong` with a file that is not what it was when it came."""
         while True:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -18,6 +18,8 @@ from node.shards.fetching import FetchedShard, OnProgress
 from node.shards.hasher import Hasher
 from node.shards.holding import Holding
 from node.shards.index import Index
+from node.shards.leases import LeasedId, Leases, Term
+from node.shards.listing import file_info
 from node.shards.loader import Loader
 from node.shards.names import Kind, Names
 from node.shards.ports import Discovery, FetchManifest, Origin, Swarm
@@ -28,7 +30,7 @@ from node.shards.survey import Survey
 from node.shards.watch import watch
 from protocol.commands.common import ShardSelector
 from protocol.commands.nodes import DownloadStatus
-from protocol.commands.shards import FileInfo, FileState
+from protocol.commands.shards import FileInfo
 from protocol.ids import ContentId, ManifestDigest
 from protocol.manifest import ShardEntry, SignedManifest
 from protocol.signing import SigningKey
@@ -77,6 +79,8 @@ class Shards:
             origin,
             tasks,
         )
+        self.leases = Leases()
+        """On the clock of `time.monotonic`."""
         self._custody = Custody(
             self._catalog,
             index,
@@ -84,6 +88,7 @@ class Shards:
             self._admission,
             self._loader,
             self._urgent,
+            self.leases,
             tasks,
         )
         swarm.on_invalid = self._custody.on_invalid
@@ -162,6 +167,10 @@ class Shards:
         files = self._catalog.of_shard(signed.digest, entry.shard_id)
         return next((file.path for file in files if file.state == "seeding"), None)
 
+    def has_file(self, digest: ManifestDigest, shard_id: int) -> bool:
+        """Whether anything of a shard is in its place, checked or not."""
+        return bool(self._catalog.of_shard(digest, shard_id))
+
     def downloads(self) -> list[DownloadStatus]:
         return [
             DownloadStatus(
@@ -204,20 +213,35 @@ class Shards:
     # What is done
 
     async def fetch(
-        self, signed: SignedManifest, entry: ShardEntry, on_progress: OnProgress | None = None
+        self,
+        signed: SignedManifest,
+        entry: ShardEntry,
+        on_progress: OnProgress | None = None,
+        term: Term | None = None,
     ) -> FetchedShard:
-        """Have a shard here and checked, from wherever it is.
+        """Have a shard here and checked, from wherever it is. With a `term` a lease holds it from now on; where it does
+        not come, the lease holds it no longer than it did before.
 
         Raises NoSourceError, OriginError where origins were asked too, InsufficientDiskError, InvalidShardError,
-        InvalidManifestError for names that cannot be written here. Cancelling the caller ends the download unless
-        others wait for it.
+        InvalidManifestError for names that cannot be written here, BusyError for too many leases. Cancelling the caller
+        ends the download unless others wait for it.
         """
-        return await self._loader.fetch(self._holding(signed), entry, on_progress)
+        if term is None:
+            return await self._loader.fetch(self._holding(signed), entry, on_progress)
+        leased, ttl_s = leased_id(signed, entry), None
+        number = self.leases.begin(term.lease, leased, time.monotonic())
+        try:
+            fetched = await self._loader.fetch(self._holding(signed), entry, on_progress)
+            ttl_s = term.ttl_s
+        finally:
+            self.leases.end(number, term.lease, leased, time.monotonic(), ttl_s)
+        return fetched
 
     async def evict(self, signed: SignedManifest, entry: ShardEntry) -> Path:
         """Stop to seed a shard and delete its file, or what an unfinished download left of it.
 
-        Returns where it was. Raises ShardInUseError while a stage has it or it is downloaded, ShardNotFoundError.
+        Returns where it was. Raises ShardInUseError while a stage has it, it is downloaded or a lease holds it,
+        and ShardNotFoundError.
         """
         return await self._custody.evict(signed, entry)
 
@@ -242,29 +266,17 @@ class Shards:
         return self._catalog.holding(digest) or Holding(signed)
 
     def _info(self, file: ShardFile) -> FileInfo:
-        entry, manifest = file.entry, file.holding.manifest if file.holding else None
-        name = os.fsencode(file.path.relative_to(self._settings.shards_dir)).decode(errors="replace")
-        state: FileState = file.state
-        if (
-            state == "seeding"
-            and entry
-            and file.holding
-            and entry.shard_id in self._catalog.loaded(file.holding.digest)
-        ):
-            state = "loaded"
-        size = file.fingerprint.size if file.fingerprint else 0
-        return FileInfo(
-            filename=name,
-            size=entry.size if entry and file.state != "invalid" else size,
-            kind=file.kind,
-            state=state,
-            info_hash=file.torrent.info_hash if file.torrent else None,
-            content_id=entry.content_id if entry else None,
-            model=manifest.name if manifest and manifest.kind == "model" else None,
-            dataset=manifest.name if manifest and manifest.kind == "dataset" else None,
-            shard_id=entry.shard_id if entry else None,
-            error=file.error,
-        )
+        loaded, leases = False, 0
+        if file.holding and file.entry:
+            leased = LeasedId(file.holding.digest, file.entry.shard_id, file.entry.content_id)
+            loaded = leased.shard_id in self._catalog.loaded(leased.digest)
+            leases = self.leases.holders(leased, time.monotonic()).leases
+        return file_info(file, self._settings.shards_dir, loaded=loaded, leases=leases)
+
+
+def leased_id(signed: SignedManifest, entry: ShardEntry) -> LeasedId:
+    """What leases call a shard."""
+    return LeasedId(signed.digest, entry.shard_id, entry.content_id)
 
 
 def _with_folders(settings: ShardsSettings) -> ShardsSettings:

@@ -35,6 +35,11 @@ def whole_part_of(path: Path) -> Path:
     return path.with_name(path.name + ".whole.part")
 
 
+def invalid_of(path: Path) -> Path:
+    """Where a file that was in the way of a download to `path`, or was found wrong, is set aside."""
+    return path.with_name(path.name + ".invalid")
+
+
 class Space:
     """Counts what downloads in progress have still to write against what the disk has free."""
 

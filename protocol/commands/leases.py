@@ -10,7 +10,7 @@ from typing import Annotated
 
 import msgspec
 
-from protocol.commands.common import Params, Result, ShardSelector
+from protocol.commands.common import Result, ShardSelector
 from protocol.ids import ContentId, ManifestDigest
 
 MIN_TTL_S = 1.0
