@@ -109,13 +109,20 @@ class Custody:
 
     def distrust(self, file: ShardFile, error: str) -> None:
         """A file that was good is not: from now on it is invalid, and soon neither seeded nor remembered."""
-        self._tasks.create_task(self._distrust(file, error), name=f"withdraw {file.path.name}")
+        if self._is_now_invalid(file, error):
+            self._tasks.create_task(self._stop_seeding(file), name=f"withdraw {file.path.name}")
 
     async def _distrust(self, file: ShardFile, error: str) -> None:
         """Done when it is seeded no more: whoever fetches it then is not in the way of its end."""
-        if self._catalog.get(file.path) is file and file.state == "seeding":
-            self._catalog.invalidate(file, error)
+        if self._is_now_invalid(file, error):
             await self._stop_seeding(file)
+
+    def _is_now_invalid(self, file: ShardFile, error: str) -> bool:
+        """False where it was not good, or is another file by now."""
+        if self._catalog.get(file.path) is not file or file.state != "seeding":
+            return False
+        self._catalog.invalidate(file, error)
+        return True
 
     async def _stop_seeding(self, file: ShardFile) -> None:
         await asyncio.to_thread(self._index.forget, file.path)
