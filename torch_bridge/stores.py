@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,6 +84,10 @@ class Store:
     def delete(self, key: str) -> None:
         """Delete an object; nothing happens where there is none."""
         loop_thread().run(self._place.call(lambda store: store.delete(key)))
+
+    def begin(self, work: Callable[[ObjectStore], Coroutine[Any, Any, T]]) -> Future[T]:
+        """Begin something of several calls on the store, retried as a whole, without waiting for it: many at once."""
+        return loop_thread().submit(self._place.call(work))
 
     def close(self) -> None:
         """Let go of this process's connections; the next call opens them again."""

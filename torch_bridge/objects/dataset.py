@@ -1,0 +1,109 @@
+"""O3Dataset: a map-style data set of objects at an origin."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from torch.utils.data import Dataset
+
+from protocol.errors import InvalidParamsError
+from torch_bridge.o3_client import O3Client
+from torch_bridge.objects.chunk_cache import ChunkCache
+from torch_bridge.objects.formats import Format, Place, RecordFormat, WholeObjects
+from torch_bridge.objects.listing import read_listing
+from torch_bridge.objects.parquet import ParquetFormat
+from torch_bridge.objects.ranges import size_of
+from torch_bridge.objects.reading import RangeReader, Stats
+
+__all__ = ["O3Dataset", "ParquetFormat", "RecordFormat", "Stats", "WholeObjects"]
+
+
+class O3Dataset(Dataset[Any]):
+    """Objects under a prefix, as samples. Exactly the bytes that are asked for are fetched, in whole chunks, and kept
+    in a cache on disk that all workers, ranks and runs of the machine share.
+
+    data = O3Dataset("my-bucket", "train", O3Client(), "/data/cache", format=RecordFormat(65536), cache_limit="10gb")
+    for batch in DataLoader(data, batch_size=32, num_workers=4, shuffle=True): ...
+
+    A sample is an object's bytes (WholeObjects), a record's (RecordFormat) or a row as a dict (ParquetFormat);
+    `decode`, a function of a module, makes of it what the model takes. Forked and spawned workers read
+    through connections of their own. Raises OriginNotFoundError where nothing is under the prefix.
+    """
+
+    def __init__(
+        self,
+        bucket_name: str,
+        prefix: str,
+        client: O3Client,
+        cache_dir: str | Path,
+        concurrency: int = 4,
+        *,
+        cache_limit: str | int = "10gb",
+        chunk_bytes: int = 1 << 20,
+        request_bytes: int = 8 << 20,
+        format: Format | None = None,  # noqa: A002 - the word that users look for
+        decode: Callable[[Any], Any] | None = None,
+        match: str | None = None,
+        listing_ttl_s: float = 3600.0,
+    ) -> None:
+        """`bucket_name` may be the URL of any origin (file:///data). Each read has up to `concurrency` requests under
+        way, of adjacent chunks up to `request_bytes`. `match` (fnmatch) chooses keys. The listing is taken from
+        metadata.json while it is younger than `listing_ttl_s`; past that, each object is looked at when bytes of it
+        come.
+        """
+        limit_bytes = size_of(cache_limit)
+        if concurrency < 1 or chunk_bytes < 4096 or limit_bytes < 0:
+            raise InvalidParamsError(
+                f"concurrency={concurrency}, chunk_bytes={chunk_bytes}, cache_limit={cache_limit}: concurrency is 1 or "
+                "more, chunk_bytes 4096 or more, cache_limit 0 or more"
+            )
+        url = f"{bucket_name.rstrip('/')}/{quote(prefix.strip('/'))}" if "://" in bucket_name else ""
+        store = client.at(url) if url else client.bucket(bucket_name, prefix)
+        folder = Path(cache_dir).absolute()
+        listing = read_listing(store, folder / hashlib.sha256(store.url.encode()).hexdigest()[:16], listing_ttl_s)
+        form = format or WholeObjects()
+        objects = listing.matching(match or form.pattern)
+        self.keys = tuple(one.key for one in objects)
+        """The objects, in order."""
+        cache = ChunkCache(folder / "chunks", limit_bytes)
+        cache.sweep()
+        self._reader = RangeReader(
+            store,
+            cache,
+            chunk_bytes=chunk_bytes,
+            request_bytes=request_bytes,
+            concurrency=concurrency,
+            trusted_until_s=listing.listed_at_s + listing_ttl_s,
+        )
+        self._samples = form.open(objects, self._reader)
+        self._ends = list(accumulate(self._samples.counts))
+        self._decode = decode
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Any:
+        """One sample. Raises IndexError, or the OriginError tree."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """Samples in the order asked for; what is missing of all of them is fetched at once. A DataLoader calls it."""
+        found = self._samples.read(self._reader, [self._place(index) for index in indices])
+        return found if self._decode is None else [self._decode(sample) for sample in found]
+
+    def stats(self) -> Stats:
+        """What this process read; workers count for themselves."""
+        return self._reader.stats()
+
+    def _place(self, index: int) -> Place:
+        at = index + len(self) if index < 0 else index
+        if not 0 <= at < len(self):
+            raise IndexError(f"sample {index} was asked for, and the data set has {len(self)}")
+        item = bisect_right(self._ends, at)
+        return Place(item, at - (self._ends[item - 1] if item else 0))

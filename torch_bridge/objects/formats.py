@@ -1,0 +1,91 @@
+"""What a sample is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from protocol.errors import InvalidParamsError, InvalidShardError
+from torch_bridge.objects.listing import Listed
+from torch_bridge.objects.reading import RangeReader, Wanted
+
+
+class Place(NamedTuple):
+    """A sample: the object, by its number in the listing, and the sample's number in it."""
+
+    item: int
+    sample: int
+
+
+class Samples(Protocol):
+    """The samples of a list of objects; travels to other processes."""
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """Of each object."""
+
+    def read(self, reader: RangeReader, places: Sequence[Place]) -> list[Any]:
+        """The samples, in the order asked for."""
+
+
+class Format(Protocol):
+    """How objects are cut into samples."""
+
+    pattern: str
+    """Keys (fnmatch) of the objects that have this format."""
+
+    def open(self, objects: Sequence[Listed], reader: RangeReader) -> Samples:
+        """Read what must be known of the objects. Raises InvalidShardError for one that is not of this format."""
+
+
+@dataclass(frozen=True)
+class WholeObjects:
+    """A sample is an object's bytes."""
+
+    pattern: str = "*"
+
+    def open(self, objects: Sequence[Listed], reader: RangeReader) -> Samples:
+        return _Records(objects, [1] * len(objects), 0, 0)
+
+
+@dataclass(frozen=True)
+class RecordFormat:
+    """A sample is a record of `record_bytes`; objects begin with `header_bytes` that are in no record."""
+
+    record_bytes: int
+    header_bytes: int = 0
+    pattern: str = "*"
+
+    def __post_init__(self) -> None:
+        if self.record_bytes < 1 or self.header_bytes < 0:
+            raise InvalidParamsError(f"{self} makes no sense: a record has 1 byte or more, a header 0 or more")
+
+    def open(self, objects: Sequence[Listed], reader: RangeReader) -> Samples:
+        counts = []
+        for item in objects:
+            count, rest = divmod(item.size - self.header_bytes, self.record_bytes)
+            if rest or count < 0:
+                raise InvalidShardError(
+                    f"{item.key} has {item.size} bytes, which is no header of {self.header_bytes} and whole records of "
+                    f"{self.record_bytes}: check record_bytes and header_bytes, or leave the object out by `match`"
+                )
+            counts.append(count)
+        return _Records(objects, counts, self.header_bytes, self.record_bytes)
+
+
+@dataclass(frozen=True)
+class _Records:
+    objects: Sequence[Listed]
+    counts: Sequence[int]
+    header_bytes: int
+    record_bytes: int
+    """0: all of the object."""
+
+    def read(self, reader: RangeReader, places: Sequence[Place]) -> list[Any]:
+        wanted = []
+        for item, sample in places:
+            start = self.header_bytes + sample * self.record_bytes
+            end = start + self.record_bytes if self.record_bytes else self.objects[item].size
+            wanted.append(Wanted(self.objects[item], start, end))
+        return list(reader.read(wanted))

@@ -1,0 +1,174 @@
+"""Rows of parquet files: footers first, then only the row groups and columns that are asked for."""
+
+from __future__ import annotations
+
+import io
+import struct
+from bisect import bisect_right
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from protocol.errors import InvalidParamsError, InvalidShardError
+from torch_bridge.objects.formats import Place, Samples
+from torch_bridge.objects.listing import Listed
+from torch_bridge.objects.reading import RangeReader, Wanted
+
+TAIL_BYTES = 64 << 10
+"""Read of every file first: most footers are shorter."""
+FILES_AT_ONCE = 64
+"""Whose footers are asked for together."""
+
+
+@dataclass(frozen=True)
+class ParquetFormat:
+    """A sample is a row, as a dict. Of a row group only `columns` are read; None: all of them."""
+
+    columns: tuple[str, ...] | None = None
+    row_groups_in_memory: int = 4
+    """Decoded ones that each process keeps: for a batch of rows that are far apart it decodes as many as there are."""
+    pattern: str = "*.parquet"
+
+    def open(self, objects: Sequence[Listed], reader: RangeReader) -> Samples:
+        rows = ParquetRows(self, objects)
+        for at in range(0, len(objects), FILES_AT_ONCE):
+            rows.count(reader, range(at, min(at + FILES_AT_ONCE, len(objects))))
+        return rows
+
+
+class ParquetRows:
+    """Made by ParquetFormat.open."""
+
+    def __init__(self, form: ParquetFormat, objects: Sequence[Listed]) -> None:
+        self.counts: list[int] = []
+        self._form = form
+        self._objects = objects
+        self._ends: list[list[int]] = []
+        """Of each object's row groups, in rows."""
+        self._footers: OrderedDict[int, pq.FileMetaData] = OrderedDict()
+        self._tables: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+
+    def count(self, reader: RangeReader, items: Sequence[int]) -> None:
+        """Read the footers of these objects, which follow those read before."""
+        tails = [Wanted(one, max(0, one.size - TAIL_BYTES), one.size) for one in (self._objects[at] for at in items)]
+        for item, wanted, tail in zip(items, tails, reader.read(tails), strict=True):
+            meta = self._footer(reader, item, [(wanted.start, tail)])
+            self._ends.append(list(accumulate(meta.row_group(group).num_rows for group in range(meta.num_row_groups))))
+            self.counts.append(meta.num_rows)
+
+    def read(self, reader: RangeReader, places: Sequence[Place]) -> list[Any]:
+        """Rows in the order asked for, each row group decoded once."""
+        groups: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+        for at, (item, row) in enumerate(places):
+            number = bisect_right(self._ends[item], row)
+            first = self._ends[item][number - 1] if number else 0
+            groups[item, number].append((at, row - first))
+        found: list[Any] = [None] * len(places)
+        order = sorted(
+            groups, key=lambda group: group not in self._tables
+        )  # those in memory first: they may be pushed out
+        step = max(1, self._form.row_groups_in_memory)
+        for begin in range(0, len(order), step):
+            here = order[begin : begin + step]
+            for group, table in zip(here, self._decoded(reader, here), strict=True):
+                rows = groups[group]
+                taken = table.take([row for _, row in rows]).to_pylist()
+                for (at, _), row in zip(rows, taken, strict=True):
+                    found[at] = row
+        return found
+
+    def _decoded(self, reader: RangeReader, groups: Sequence[tuple[int, int]]) -> list[pa.Table]:
+        known = {group: table for group in groups if (table := self._tables.get(group)) is not None}
+        needed = {group: self._ranges(reader, *group) for group in groups if group not in known}
+        parts = iter(reader.read([one for ranges in needed.values() for one in ranges]))
+        for (item, number), ranges in needed.items():
+            held = [(wanted.start, next(parts)) for wanted in ranges]
+            source = ObjectFile(reader, self._objects[item], held)
+            file = pq.ParquetFile(source, metadata=self._footer(reader, item), pre_buffer=False)
+            known[item, number] = file.read_row_group(number, columns=self._columns())
+        for group in groups:
+            self._tables[group] = known[group]
+            self._tables.move_to_end(group)
+        while len(self._tables) > self._form.row_groups_in_memory:
+            self._tables.popitem(last=False)
+        return [known[group] for group in groups]
+
+    def _ranges(self, reader: RangeReader, item: int, group: int) -> list[Wanted]:
+        """Of the column chunks that are asked for (parquet.thrift, ColumnMetaData)."""
+        described = self._footer(reader, item).row_group(group)
+        found = []
+        for at in range(described.num_columns):
+            column = described.column(at)
+            if self._form.columns is None or column.path_in_schema.split(".")[0] in self._form.columns:
+                start = column.data_page_offset
+                if column.has_dictionary_page and column.dictionary_page_offset:
+                    start = min(start, column.dictionary_page_offset)
+                found.append(Wanted(self._objects[item], start, start + column.total_compressed_size))
+        return found
+
+    def _footer(self, reader: RangeReader, item: int, held: Sequence[tuple[int, bytes]] = ()) -> pq.FileMetaData:
+        if (known := self._footers.get(item)) is not None:
+            return known
+        key = self._objects[item].key
+        try:
+            meta = pq.read_metadata(ObjectFile(reader, self._objects[item], held))
+        except (pa.ArrowException, OSError, ValueError, struct.error) as error:
+            raise InvalidShardError(
+                f"{key} is no parquet file ({error}): leave it out by `match`, or upload it again"
+            ) from error
+        names = meta.schema.to_arrow_schema().names
+        if lacking := [name for name in self._form.columns or () if name not in names]:
+            raise InvalidParamsError(f"{key} has no column {', '.join(lacking)}: it has {', '.join(names)}")
+        self._footers[item] = meta
+        if len(self._footers) > FILES_AT_ONCE:
+            self._footers.popitem(last=False)
+        return meta
+
+    def _columns(self) -> list[str] | None:
+        return None if self._form.columns is None else list(self._form.columns)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_footers": OrderedDict(), "_tables": OrderedDict()}
+
+
+class ObjectFile(io.RawIOBase):
+    """An object as a file that is read through the cache; `held` are parts of it that are in memory."""
+
+    def __init__(self, reader: RangeReader, item: Listed, held: Sequence[tuple[int, bytes]] = ()) -> None:
+        self._reader = reader
+        self._item = item
+        self._held = held
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._item.size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._item.size, self._at + len(buffer))
+        if end <= self._at:
+            return 0
+        data = self._part(self._at, end)
+        buffer[: len(data)] = data
+        self._at = end
+        return len(data)
+
+    def _part(self, start: int, end: int) -> bytes | memoryview:
+        for first, data in self._held:
+            if first <= start and end <= first + len(data):
+                return memoryview(data)[start - first : end - first]
+        return self._reader.read([Wanted(self._item, start, end)])[0]

@@ -1,0 +1,197 @@
+"""Ranges of objects through the cache: what is missing is fetched, by one process of the machine, many at once."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from node.origin.interface import ObjectStore
+from protocol.errors import OriginCorruptError, OriginNotFoundError
+from torch_bridge.objects.chunk_cache import ChunkCache, Claim
+from torch_bridge.objects.listing import Listed
+from torch_bridge.objects.ranges import pieces, runs
+from torch_bridge.stores import Store
+
+WAITS = 20
+"""So often others may fail with a chunk, or the cache lose it, before it is read without the cache."""
+
+
+@dataclass
+class Stats:
+    """Of one process."""
+
+    hits: int = 0
+    """Pieces of chunks that the cache had."""
+    misses: int = 0
+    """Pieces that had to be fetched, or waited for."""
+    origin_bytes: int = 0
+    origin_requests: int = 0
+
+
+class Wanted(NamedTuple):
+    """Bytes [start, end) of an object."""
+
+    item: Listed
+    start: int
+    end: int
+
+
+class _Chunk(NamedTuple):
+    item: Listed
+    number: int
+    length: int
+
+
+class RangeReader:
+    """Thread-safe; it travels to other processes by fork and by pickle."""
+
+    def __init__(
+        self,
+        store: Store,
+        cache: ChunkCache,
+        *,
+        chunk_bytes: int,
+        request_bytes: int,
+        concurrency: int,
+        trusted_until_s: float,
+    ) -> None:
+        """After `trusted_until_s`, seconds since 1970, each object is looked at once more when bytes of it come."""
+        self.store = store
+        self.cache = cache
+        self.chunk_bytes = chunk_bytes
+        self.chunks_at_once = max(1, request_bytes // chunk_bytes)
+        self.concurrency = concurrency
+        self.trusted_until_s = trusted_until_s
+        self.counted = Stats()
+        self._names: dict[str, str] = {}
+        self._seen: set[str] = set()
+
+    def read(self, wanted: Sequence[Wanted]) -> list[bytes]:
+        """The bytes of each. Raises OriginNotFoundError for an object that vanished since it was listed,
+        OriginCorruptError for one that changed, else what the origin raises.
+        """
+        found: list[list[bytes]] = []
+        missing: dict[str, _Chunk] = {}
+        gaps: dict[str, list[tuple[list[bytes], int, int, int]]] = defaultdict(list)
+        for item, start, end in wanted:
+            parts: list[bytes] = []
+            found.append(parts)
+            for index, first, stop in pieces(start, end, self.chunk_bytes):
+                name = self._name(item, index)
+                length = min(self.chunk_bytes, item.size - index * self.chunk_bytes)
+                chunk = None if name in missing else self.cache.opened(name, length)
+                if chunk is not None and len(data := chunk.read(first, stop)) == stop - first:
+                    self.counted.hits += 1
+                    parts.append(data)
+                    continue
+                self.counted.misses += 1
+                missing[name] = _Chunk(item, index, length)
+                gaps[name].append((parts, len(parts), first, stop))
+                parts.append(b"")
+
+        def fill(name: str, data: bytes) -> None:
+            for parts, at, first, stop in gaps.pop(name):
+                parts[at] = data[first:stop]
+
+        if missing:
+            self._fill(missing, fill)
+        return [parts[0] if len(parts) == 1 else b"".join(parts) for parts in found]
+
+    def stats(self) -> Stats:
+        return replace(self.counted)
+
+    def _name(self, item: Listed, index: int) -> str:
+        """Of the chunk's file: another origin, object, version or size of chunks has others."""
+        if (known := self._names.get(item.key)) is None:
+            told = repr((self.store.url, item.key, item.etag, item.size, self.chunk_bytes)).encode()
+            known = self._names[item.key] = hashlib.blake2b(told, digest_size=16).hexdigest()
+        return f"{known}-{index}"
+
+    def _fill(self, missing: dict[str, _Chunk], fill: Callable[[str, bytes], None]) -> None:
+        # What can be claimed is fetched first, and only then is waited for others: nobody waits holding a claim.
+        for turn in range(WAITS + 1):
+            claims = self.cache.claim({name: chunk.length for name, chunk in missing.items()})
+            if turn == WAITS:
+                here = {claim.name for claim in claims}
+                claims += [Claim(name, chunk.length, None) for name, chunk in missing.items() if name not in here]
+            self._fetch(claims, missing, fill)
+            for claim in claims:
+                del missing[claim.name]
+            for name, chunk in list(missing.items()):
+                self.cache.wait(name)
+                kept = self.cache.opened(name, chunk.length)
+                if kept is not None and len(data := kept.read(0, chunk.length)) == chunk.length:
+                    fill(name, data)
+                    del missing[name]
+            if not missing:
+                return
+
+    def _fetch(self, claims: list[Claim], chunks: Mapping[str, _Chunk], fill: Callable[[str, bytes], None]) -> None:
+        by_object: dict[Listed, dict[int, Claim]] = defaultdict(dict)
+        for claim in claims:
+            by_object[chunks[claim.name].item][chunks[claim.name].number] = claim
+        jobs = [
+            (item, [here[index] for index in range(*run)], run[0] * self.chunk_bytes)
+            for item, here in by_object.items()
+            for run in runs(here, self.chunks_at_once)
+        ]
+        jobs.reverse()
+        under_way: dict[Future[bytes], tuple[Listed, list[Claim]]] = {}
+        try:
+            while jobs or under_way:
+                while jobs and len(under_way) < self.concurrency:
+                    item, run_claims, start = jobs.pop()
+                    end = start + sum(claim.length for claim in run_claims)
+                    under_way[self.store.begin(self._asking(item, start, end))] = item, run_claims
+                for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                    item, run_claims = under_way.pop(future)
+                    data = memoryview(self._result(future, item))
+                    at = 0
+                    for claim in run_claims:
+                        body = bytes(data[at : at + claim.length])
+                        at += claim.length
+                        self.cache.publish(claim, body)
+                        fill(claim.name, body)
+        finally:
+            for future in under_way:
+                future.cancel()
+            for claim in claims:
+                self.cache.abandon(claim)
+
+    def _asking(self, item: Listed, start: int, end: int) -> Callable[[ObjectStore], Any]:
+        look = time.time() >= self.trusted_until_s and item.key not in self._seen
+
+        async def ask(store: ObjectStore) -> bytes:
+            data = await store.get_range(item.key, start, end)
+            if look:  # after the bytes came: they are of the object that is there now, or of one before it
+                info = await store.head(item.key)
+                if (info.size, info.etag) != (item.size, item.etag):
+                    raise OriginCorruptError(
+                        f"{item.key} at {self.store.url} has changed since it was listed ({item.size} bytes, "
+                        f"etag {item.etag}; now {info.size} bytes, etag {info.etag}): make the data set anew"
+                    )
+                self._seen.add(item.key)
+            return data
+
+        return ask
+
+    def _result(self, future: Future[bytes], item: Listed) -> bytes:
+        try:
+            data = future.result()
+        except OriginNotFoundError as error:
+            raise OriginNotFoundError(
+                f"{error.message}; it was there when {self.store.url} was listed: make the data set anew, with "
+                "listing_ttl_s=0 so that the origin is listed again",
+                error.details,
+            ) from None
+        self.counted.origin_bytes += len(data)
+        self.counted.origin_requests += 1
+        return data
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"counted": Stats(), "_names": {}}
