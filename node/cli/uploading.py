@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 from node.cli.console import bytes_progress, err, fail, human_bytes, out
 from node.config import Settings
@@ -13,13 +12,13 @@ from node.origin.configured import origin_settings
 from node.origin.interface import ObjectStore
 from node.origin.opening import open_store
 from node.origin.policy import refusal
-from node.origin.publishing import Missing, Published, Source, missing_at, publish
+from node.origin.publishing import Published
 from node.origin.url import OriginUrl
-from node.shards.hasher import FileChangedError, Hashed, Hasher
-from node.swarm.torrent import Torrent
-from protocol.errors import InvalidParamsError, InvalidShardError
-from protocol.ids import ContentId
-from protocol.manifest import MAX_ORIGINS, ShardEntry, SignedManifest
+from node.shards.composing import Chosen
+from node.shards.hasher import Hasher
+from node.shards.uploading import upload
+from protocol.errors import InvalidParamsError
+from protocol.manifest import MAX_ORIGINS, SignedManifest
 
 Opener = Callable[[], ObjectStore]
 _READ_ALONE = ("https", "http", "hf")
@@ -54,37 +53,26 @@ def named_origins(urls: Sequence[str], before: Sequence[str]) -> list[str]:
     return list(named)[:MAX_ORIGINS]
 
 
-def upload(
-    signed: SignedManifest,
-    files: Mapping[str, Path],
-    hashed: Mapping[ContentId, Hashed] | None,
-    stores: Sequence[Opener],
-) -> list[Published]:
+def upload_all(signed: SignedManifest, chosen: Chosen, stores: Sequence[Opener]) -> list[Published]:
     """Bring shards, torrent files and the manifest to each origin; what is there already is skipped.
 
-    `files` are by file name. `hashed` is what came of hashing them just now; without it the files that go are hashed
-    first, and must be what their manifest says. Raises OriginError, InvalidShardError.
+    Raises OriginError, InvalidShardError.
     """
     try:
-        return asyncio.run(_upload(signed, files, dict(hashed or {}), stores))
+        return asyncio.run(_upload_all(signed, chosen, stores))
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on from there", code=130)
 
 
-async def _upload(
-    signed: SignedManifest, files: Mapping[str, Path], hashed: dict[ContentId, Hashed], stores: Sequence[Opener]
-) -> list[Published]:
+async def _upload_all(signed: SignedManifest, chosen: Chosen, stores: Sequence[Opener]) -> list[Published]:
     published = []
     hasher = Hasher()
     try:
         for opener in stores:
             store = opener()
             try:
-                missing = await missing_at(store, signed.manifest)
-                for one in missing:
-                    if one.entry.content_id not in hashed:
-                        hashed[one.entry.content_id] = await _hashed(hasher, files[one.entry.filename], one.entry)
-                published.append(await _send(store, signed, missing, files, hashed))
+                one, chosen = await _upload(store, signed, chosen, hasher)
+                published.append(one)
             finally:
                 await store.close()
     finally:
@@ -92,39 +80,21 @@ async def _upload(
     return published
 
 
-async def _send(
-    store: ObjectStore,
-    signed: SignedManifest,
-    missing: list[Missing],
-    files: Mapping[str, Path],
-    hashed: Mapping[ContentId, Hashed],
-) -> Published:
-    sources, torrents = {}, {}
-    for one in missing:
-        entry = one.entry
-        content, seen = hashed[entry.content_id].content, hashed[entry.content_id].fingerprint
-        sources[entry.content_id] = Source(files[entry.filename], seen.size, seen.mtime_ns)
-        if one.torrent:
-            torrent = Torrent.of(entry.filename, entry.size, entry.content_id)
-            torrents[entry.content_id] = torrent.metainfo(content.piece_layer)
+async def _upload(
+    store: ObjectStore, signed: SignedManifest, chosen: Chosen, hasher: Hasher
+) -> tuple[Published, Chosen]:
     with bytes_progress() as progress:
-        bar = progress.add_task("uploading", total=sum(one.bytes for one in missing), visible=bool(missing))
-        return await publish(store, signed, missing, sources, torrents, lambda count: progress.advance(bar, count))
-
-
-async def _hashed(hasher: Hasher, file: Path, entry: ShardEntry) -> Hashed:
-    with bytes_progress() as progress:
-        bar = progress.add_task(f"hashing {entry.filename}", total=entry.size)
-        try:
-            hashed = await hasher.hash(file, entry.kind, progress=lambda done: progress.update(bar, completed=done))
-        except FileChangedError:
-            fail(f"{file} is being written to; publish it when it is whole")
-    if hashed.content.content_id != entry.content_id:
-        raise InvalidShardError(
-            f"{file} holds content {hashed.content.content_id}, its manifest says {entry.content_id}: split the model "
-            "again, or remove the manifest and publish the files as they are"
+        hashing = progress.add_task("hashing", total=signed.manifest.total_bytes, visible=False)
+        bar = progress.add_task("uploading", total=None, visible=False)
+        return await upload(
+            store,
+            signed,
+            chosen,
+            hasher,
+            lambda _, done, before: progress.update(hashing, completed=before + done, visible=True),
+            lambda missing: progress.update(bar, total=sum(one.bytes for one in missing), visible=bool(missing)),
+            lambda count: progress.advance(bar, count),
         )
-    return hashed
 
 
 def show_published(published: Sequence[Published]) -> None:
