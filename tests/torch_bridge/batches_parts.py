@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -60,15 +60,25 @@ def bytes_here(cache: Path) -> tuple[int, int]:
     return size, count
 
 
+def bytes_under(folder: Path) -> tuple[int, int]:
+    """Bytes and files anywhere in a folder now."""
+    size = count = 0
+    for home, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size, count = size + os.stat(os.path.join(home, name)).st_size, count + 1
+    return size, count
+
+
 @contextmanager
-def sampled(cache: Path) -> Iterator[list[tuple[int, int]]]:
+def sampled(cache: Path, look_at: Callable[[Path], tuple[int, int]] = bytes_here) -> Iterator[list[tuple[int, int]]]:
     """Bytes and files there, again and again while the block runs."""
     found: list[tuple[int, int]] = []
     stop = threading.Event()
 
     def look() -> None:
         while not stop.wait(0.002):
-            found.append(bytes_here(cache))
+            found.append(look_at(cache))
 
     thread = threading.Thread(target=look)
     thread.start()
