@@ -22,7 +22,7 @@ from typing import Any
 from torch_bridge.objects.chunk_file import HEADER_BYTES, OpenChunk, open_chunk, write_chunk
 from torch_bridge.objects.lru import Kept, cost_of, evicted
 
-OPEN_CHUNKS = 64
+OPEN_CHUNKS = 256
 """Kept open for each thread."""
 TOUCH_S = 5.0
 """A chunk's time of use is written at most this often by one process."""
@@ -41,9 +41,7 @@ class Claim:
 
 
 class ChunkCache:
-    """It travels to other processes by fork and by pickle. Two runs with different limits keep to the smaller one as
-    long as both run.
-    """
+    """It travels to other processes. Two runs with different limits keep to the smaller one as long as both run."""
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder = folder
@@ -63,12 +61,8 @@ class ChunkCache:
 
     def opened(self, name: str, length: int) -> OpenChunk | None:
         """A chunk to read from, or None where it is not here. Its bytes are checked when a process first opens it."""
-        try:
-            files: OrderedDict[str, OpenChunk] = self._mine.files
-        except AttributeError:
-            files = self._mine.files = OrderedDict()
-        now = time.monotonic()
-        if (chunk := files.get(name)) is None:
+        files, key, now = self.held(), _parts(name), time.monotonic()
+        if (chunk := files.get(key)) is None:
             try:
                 chunk = open_chunk(self.folder / name, length, check=name not in self._checked)
             except FileNotFoundError:
@@ -81,21 +75,30 @@ class ChunkCache:
                 self._discard(name)
                 return None
             self._checked.add(name)
-            files[name] = chunk
+            files[key] = chunk
             if len(files) > OPEN_CHUNKS:
                 files.popitem(last=False)
         if now - chunk.touched_s > TOUCH_S or not chunk.touched_s:
             with suppress(OSError):
                 chunk.touch(now)
             if chunk.evicted:  # it holds disk space as long as it is open
-                files.pop(name, None)
+                files.pop(key, None)
         return chunk
+
+    def held(self) -> OrderedDict[tuple[str | None, int], OpenChunk]:
+        """The chunks that this thread has open, by the two parts of their names. Not to be changed."""
+        try:
+            return self._mine.files  # type: ignore[no-any-return]
+        except AttributeError:
+            files: OrderedDict[tuple[str | None, int], OpenChunk] = OrderedDict()
+            self._mine.files = files
+            return files
 
     def forget(self) -> None:
         """Close what was evicted meanwhile: it takes disk space until then."""
-        files: Mapping[str, OpenChunk] = getattr(self._mine, "files", {})
-        for name in [name for name, chunk in files.items() if chunk.evicted]:
-            self._mine.files.pop(name)
+        files = self.held()
+        for key in [key for key, chunk in files.items() if chunk.evicted]:
+            files.pop(key)
 
     def claim(self, wanted: Mapping[str, int]) -> list[Claim]:
         """Of chunks by name and length, those that this caller is to fetch now: neither here nor being fetched. Each
@@ -107,10 +110,10 @@ class ChunkCache:
                 if (self.folder / name).exists():
                     continue
                 if (left := self._part(name)) is not None:
-                    if not _free(left):
-                        os.close(left)
-                        continue
+                    free = _free(left)
                     os.close(left)
+                    if not free:
+                        continue
                     self._remove(lock, f"{name}.part", cost_of(HEADER_BYTES + length))
                 cost = cost_of(HEADER_BYTES + length)
                 if not self._reserve(lock, cost):
@@ -270,6 +273,11 @@ class ChunkCache:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin()
+
+
+def _parts(name: str) -> tuple[str, int]:
+    stem, _, index = name.rpartition("-")
+    return stem, int(index)
 
 
 def _free(fd: int) -> bool:

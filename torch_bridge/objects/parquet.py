@@ -158,6 +158,14 @@ class ObjectFile(io.RawIOBase):
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._item.size}[whence]
         return self._at
 
+    def read(self, size: int | None = -1) -> Any:
+        """Without the copies that RawIOBase makes; what is held in memory is not copied at all."""
+        end = self._item.size if size is None or size < 0 else min(self._item.size, self._at + size)
+        if end <= self._at:
+            return b""
+        begin, self._at = self._at, end
+        return self._part(begin, end)
+
     def readinto(self, buffer: Any) -> int:
         end = min(self._item.size, self._at + len(buffer))
         if end <= self._at:
