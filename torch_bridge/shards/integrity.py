@@ -1,0 +1,30 @@
+"""Whether a file that has the right content id can be the parquet file that it is named as."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from protocol.errors import InvalidShardError
+
+_MAGIC = b"PAR1"
+_TAIL_BYTES = 8
+"""Length of the footer (4, little endian) and the magic, at the end of the file (parquet-format, README)."""
+
+
+def check_parquet(path: Path) -> None:
+    """Look at both ends of a parquet file, without a parser that damage could bring down.
+
+    Raises InvalidShardError that says what is wrong, OSError as reading does.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(len(_MAGIC))
+        if size < len(_MAGIC) + _TAIL_BYTES or head != _MAGIC:
+            raise InvalidShardError(f"{path.name} does not begin as a parquet file does ({size} bytes)")
+        file.seek(size - _TAIL_BYTES)
+        tail = file.read(_TAIL_BYTES)
+    length = int.from_bytes(tail[:4], "little")
+    if tail[4:] != _MAGIC:
+        raise InvalidShardError(f"{path.name} does not end as a parquet file does: it was cut off, or is another file")
+    if not 0 < length <= size - _TAIL_BYTES - len(_MAGIC):
+        raise InvalidShardError(f"{path.name} says its footer has {length} bytes; the file has {size}")

@@ -1,0 +1,173 @@
+"""Shards through the machine's node: peers first, the origin last, one download for all processes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any, TypeVar
+
+from protocol.commands.leases import ReleaseResult, RenewResult
+from protocol.commands.shards import GetManifestResult, ShardResult
+from protocol.errors import CancelledRequestError, ShoalError, UnreachableError
+from protocol.manifest import Manifest, ShardEntry
+from protocol.sync_client import SyncClient
+from torch_bridge.shards.source import FetchedFile, OnProgress
+
+log = logging.getLogger(__name__)
+R = TypeVar("R")
+_RECONNECT_S = 60.0
+"""How long a node that is gone is waited for, in one call."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
+
+
+class NodeSource:
+    """A data set of the node at `address` ("127.0.0.1:7400"), which must be on this machine: its files are read here.
+
+    Every shard that was fetched is held by a lease of this process until `discard` or `close`; the lease is renewed in
+    the background and ends `ttl_s` after this process is gone. `folder`: for the ledger of readers alone.
+    """
+
+    def __init__(
+        self, address: str, dataset: str, folder: Path | str | None = None, *, ttl_s: float = 120.0,
+        reconnect_s: float = _RECONNECT_S,
+    ) -> None:  # fmt: skip
+        self.address, self.dataset = address, dataset
+        mark = hashlib.sha256(f"{address} {dataset}".encode()).hexdigest()[:16]
+        self._folder = Path(folder) if folder else Path(tempfile.gettempdir()) / f"shoal-{os.getuid()}" / mark
+        self._ttl_s, self._reconnect_s = ttl_s, reconnect_s
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = 0
+        self._guard = threading.Lock()
+        self._local = threading.local()
+        self._held: dict[int, ShardEntry] = {}
+        self._closed = threading.Event()
+        self._manifest: Manifest | None = None
+        self._lease = ""
+
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
+    def manifest(self) -> Manifest:
+        if self._manifest is None:
+            found = self._call("GET_MANIFEST", {"dataset": self.dataset}, GetManifestResult)
+            self._manifest = found.signed.manifest
+        return self._manifest
+
+    def fetch(
+        self, entry: ShardEntry, *, stop: threading.Event | None = None, on_progress: OnProgress | None = None
+    ) -> FetchedFile:
+        self._in_this_process()
+
+        def tell(_: str, params: Any) -> None:
+            if stop is not None and stop.is_set():
+                raise CancelledRequestError(f"the fetching of {entry.filename} was stopped here")
+            if on_progress and isinstance(params, dict) and "bytes_done" in params:
+                on_progress(int(params["bytes_done"]), int(params["bytes_total"]))
+
+        found = self._call("FETCH_SHARD", self._shard(entry) | {"ttl_s": self._ttl_s}, ShardResult, tell, stop)
+        with self._guard:
+            self._held[entry.shard_id] = entry
+        return FetchedFile(Path(found.path), found.source, found.seconds, found.bytes_by_source)
+
+    def distrust(self, entry: ShardEntry, why: str) -> None:
+        """The node checks its file again, and sets it aside where it is wrong."""
+        log.warning("%s is verified again by the node at %s: %s", entry.filename, self.address, why)
+        params = {"task_type": "verify_shard", "dataset": self.dataset, "shard_id": entry.shard_id}
+        self._call("EXECUTE_TASK", params, dict)
+
+    def discard(self, entry: ShardEntry) -> bool:
+        self._in_this_process()
+        with self._guard:
+            self._held.pop(entry.shard_id, None)
+        found = self._call("RELEASE", self._shard(entry) | {"evict": True}, ReleaseResult)
+        return all(shard.gone for shard in found.shards)
+
+    def close(self) -> None:
+        """Release the lease; files stay with the node, which may evict them then."""
+        if self._process != os.getpid():
+            return
+        self._closed.set()
+        with contextlib.suppress(ShoalError), self._connect() as client:
+            client.call("RELEASE", {"lease": self._lease}, timeout_s=5)
+
+    # The lease
+
+    def _shard(self, entry: ShardEntry) -> dict[str, Any]:
+        return {"dataset": self.dataset, "shard_id": entry.shard_id, "lease": self._lease}
+
+    def _in_this_process(self) -> None:
+        """A lease and a renewing thread of this process's own, also after a fork."""
+        if self._process == os.getpid() and not self._closed.is_set():
+            return
+        manifest = self._manifest
+        self._begin()
+        self._manifest, self._process = manifest, os.getpid()
+        self._lease = f"{socket.gethostname()[:60]}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        threading.Thread(target=self._renew, args=(self._closed,), name="shard-leases", daemon=True).start()
+
+    def _renew(self, closed: threading.Event) -> None:
+        while not closed.wait(self._ttl_s / 3):
+            try:
+                self._renew_once(closed)
+            except ShoalError as err:
+                log.warning("the lease at the node %s was not renewed: %s", self.address, err)
+
+    def _renew_once(self, closed: threading.Event) -> None:
+        params = {"lease": self._lease, "ttl_s": self._ttl_s}
+        known = {shard.shard_id for shard in self._call("RENEW", params, RenewResult, stop=closed).shards}
+        with self._guard:
+            lost = [entry for number, entry in self._held.items() if number not in known]
+        for entry in lost:  # the node was restarted: what is still there is held again, and no byte moves
+            self._call("FETCH_SHARD", self._shard(entry) | {"ttl_s": self._ttl_s}, ShardResult, stop=closed)
+
+    # The connection: one a thread
+
+    def _connect(self) -> SyncClient:
+        host, _, port = self.address.rpartition(":")
+        return SyncClient(host.strip("[]"), int(port))
+
+    def _call(
+        self,
+        method: str,
+        params: dict[str, Any],
+        result: type[R],
+        tell: Any = None,
+        stop: threading.Event | None = None,
+    ) -> R:
+        """Ask the node; one that is gone is waited for. Raises what the node says, UnreachableError in the end."""
+        began, pause_s = time.monotonic(), _FIRST_PAUSE_S
+        while True:
+            if stop is not None and stop.is_set():
+                raise CancelledRequestError(f"{method} was stopped here")
+            try:
+                kept = getattr(self._local, "client", None)
+                if kept is None or kept[0] != os.getpid():
+                    self._local.client = kept = os.getpid(), self._connect()
+                client: SyncClient = kept[1]
+                return client.call(method, params, result_type=result, on_notification=tell)
+            except UnreachableError as err:
+                self._local.client = None
+                if time.monotonic() - began > self._reconnect_s:
+                    raise UnreachableError(
+                        f"the node at {self.address} is gone for {self._reconnect_s:g} s: {err}"
+                    ) from None
+                (stop or self._closed).wait(pause_s)
+                pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("address", "dataset", "_folder", "_ttl_s", "_reconnect_s")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()

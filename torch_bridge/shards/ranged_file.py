@@ -1,0 +1,83 @@
+"""A shard's bytes from one store into a file: a few ranges at a time, written in order, gone on with after a crash."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from concurrent.futures import CancelledError, Future
+from pathlib import Path
+
+from protocol.content import ContentHasher
+from protocol.errors import CancelledRequestError, InsufficientDiskError
+from protocol.manifest import ShardEntry
+from torch_bridge.loop import loop_thread
+from torch_bridge.shards.disk import FULL
+from torch_bridge.shards.source import OnProgress
+from torch_bridge.stores import Store
+
+RANGE_BYTES = 8 << 20
+AT_ONCE = 4
+"""Ranges in memory at a time: 32 MiB a shard."""
+_READ_BYTES = 1 << 20
+_LOOK_S = 0.2
+
+
+def download(
+    store: Store, key: str, entry: ShardEntry, part: Path, stop: threading.Event | None, on_progress: OnProgress | None
+) -> tuple[str, int]:
+    """Have the first `entry.size` bytes of an object in `part`; the content id of what is there then, and bytes moved.
+
+    What `part` holds already is kept and hashed. Raises OriginError, InsufficientDiskError where the disk is full (then
+    `part` is removed, to give the space back), CancelledRequestError.
+    """
+    hasher = ContentHasher(entry.size)
+    ahead: deque[Future[bytes]] = deque()
+    moved = 0
+    with part.open("a+b") as file:
+        file.seek(0)
+        if os.fstat(file.fileno()).st_size > entry.size:
+            file.truncate(0)
+        while block := file.read(_READ_BYTES):
+            hasher.update(block)
+        asked = hasher.seen
+        try:
+            while hasher.seen < entry.size:
+                while asked < entry.size and len(ahead) < AT_ONCE:
+                    end = min(asked + RANGE_BYTES, entry.size)
+                    ahead.append(loop_thread().submit(store.aio.get_range(key, asked, end)))
+                    asked = end
+                body = _wait(ahead[0], stop, entry.filename)
+                ahead.popleft()
+                file.write(body)
+                file.flush()
+                hasher.update(body)
+                moved += len(body)
+                if on_progress:
+                    on_progress(hasher.seen, entry.size)
+            os.fsync(file.fileno())
+        except OSError as err:
+            if err.errno not in FULL:
+                raise
+            part.unlink(missing_ok=True)
+            raise InsufficientDiskError(
+                f"the disk of {part.parent} is full: {entry.filename} needs {entry.size} bytes; free some, or keep "
+                "fewer shards"
+            ) from None
+        finally:
+            for future in ahead:
+                future.cancel()
+    return hasher.result().content_id, moved
+
+
+def _wait(future: Future[bytes], stop: threading.Event | None, what: str) -> bytes:
+    while True:
+        if stop is not None and stop.is_set():
+            raise CancelledRequestError(f"the download of {what} was stopped here; what came is kept")
+        try:
+            return future.result(timeout=_LOOK_S)
+        except CancelledError:
+            raise CancelledRequestError(f"the download of {what} was cancelled") from None
+        except TimeoutError:
+            if future.done():
+                raise

@@ -1,0 +1,147 @@
+"""The machine's ledger of readers: which process still needs which shard, so that nobody's is deleted.
+
+Each reader (a rank's worker) of a run has a file with what it needs and a lock that ends with its process. The lock of
+the whole ledger is held while somebody decides, deletes, or says that it needs more.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+import msgspec
+
+from protocol.errors import ShardInUseError
+from torch_bridge.shards.locks import FileLock, locked
+
+
+class Reader(msgspec.Struct, frozen=True, kw_only=True):
+    """What one reader says of itself."""
+
+    expected: int
+    """Readers of its run on this machine."""
+    epoch: int
+    remaining: tuple[str, ...]
+    """File names of the shards of its epoch that it is not past."""
+    held: tuple[str, ...]
+    """What it may read right now: fetched or on its way, kept behind, pinned."""
+
+
+def needed(runs: Mapping[str, Sequence[Reader]], registered: Mapping[str, int]) -> frozenset[str] | None:
+    """The shards that may not be deleted, from the live readers of each run; None where nothing may be.
+
+    Nothing may be while a run waits for readers that have not registered. What is left of an epoch is needed by the
+    readers that are furthest behind; those already in a later epoch need what they hold.
+    """
+    names: set[str] = set()
+    for run, readers in runs.items():
+        if readers and registered[run] < max(reader.expected for reader in readers):
+            return None
+        first = min((reader.epoch for reader in readers), default=0)
+        for reader in readers:
+            names.update(reader.held)
+            if reader.epoch == first:
+                names.update(reader.remaining)
+    return frozenset(names)
+
+
+def deletable(candidates: Iterable[str], needs: Collection[str] | None) -> list[str]:
+    """Those that nobody needs."""
+    return [] if needs is None else [name for name in candidates if name not in needs]
+
+
+class Ledger:
+    """One reader's hand in the ledger of a folder."""
+
+    def __init__(self, folder: Path, run: str, reader: str, *, give_up_after_s: float = 600.0) -> None:
+        """Registers. `give_up_after_s`: for how long readers that have not registered are waited for.
+
+        Raises ShardInUseError where a living process is this reader already.
+        """
+        self._root = folder / ".readers"
+        self._mine = self._root / quote(run, safe="") / quote(reader, safe="")
+        self._lock = FileLock(self._mine.with_name(self._mine.name + ".lock"))
+        self._give_up_after_s = give_up_after_s
+        self._threads = threading.RLock()
+        self._inside = 0
+        self._mine.parent.mkdir(parents=True, exist_ok=True)
+        with self.alone():
+            if not any(_is_held(path) for path in self._mine.parent.glob("*.lock")):
+                for stale in self._mine.parent.iterdir():  # of an earlier start that is over
+                    stale.unlink(missing_ok=True)
+                self._mine.with_name("began").touch()
+            if not self._lock.take():
+                raise ShardInUseError(
+                    f"another process reads as {reader!r} of run {run!r} in {folder}: give each its own "
+                    "reader= (rank and worker), and each run its own (run=)"
+                )
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While nobody else changes the ledger or deletes by it."""
+        with self._threads:
+            if self._inside:
+                yield
+                return
+            with locked(self._root / "ledger.lock"):
+                self._inside += 1
+                try:
+                    yield
+                finally:
+                    self._inside -= 1
+
+    def write(self, state: Reader) -> None:
+        """Say what this reader needs."""
+        with self.alone():
+            new = self._mine.with_name(self._mine.name + ".new")
+            new.write_bytes(msgspec.json.encode(state))
+            os.replace(new, self._mine.with_name(self._mine.name + ".json"))
+
+    def delete(self, candidates: Sequence[str], discard: Callable[[str], bool]) -> list[str]:
+        """Call `discard` for those that no live reader of any run needs; the names of those that went."""
+        with self.alone():
+            return [name for name in deletable(candidates, self._needed()) if discard(name)]
+
+    def close(self) -> None:
+        """This reader is gone; it stays counted as one that had registered."""
+        self._lock.leave()
+
+    def _needed(self) -> frozenset[str] | None:
+        runs: dict[str, list[Reader]] = {}
+        registered: dict[str, int] = {}
+        for run in self._root.iterdir():
+            if not run.is_dir():
+                continue
+            locks = list(run.glob("*.lock"))
+            live = [path for path in locks if path.name == self._mine.name + ".lock" and run == self._mine.parent]
+            live += [path for path in locks if path not in live and _is_held(path)]
+            if not live:
+                continue
+            states = [_read(path.with_suffix(".json")) for path in live]
+            if any(state is None for state in states):
+                return None  # it has just come, and not yet said what it needs
+            runs[run.name] = [state for state in states if state is not None]
+            began = (run / "began").stat().st_mtime if (run / "began").exists() else 0.0
+            late = time.time() - began > self._give_up_after_s
+            registered[run.name] = 1 << 30 if late else len(locks)
+        return needed(runs, registered)
+
+
+def _is_held(path: Path) -> bool:
+    lock = FileLock(path)
+    if not lock.take():
+        return True
+    lock.leave()
+    return False
+
+
+def _read(path: Path) -> Reader | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Reader)
+    except (FileNotFoundError, msgspec.MsgspecError):
+        return None
