@@ -134,6 +134,8 @@ class Settings(BaseSettings):
     """HOST:PORT of its IPC endpoint."""
     origin_key_file: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
     """Holds the key that objects are encrypted with at the origins."""
+    publish_from: Annotated[tuple[Folder, ...], NoDecode, BeforeValidator(_texts)] = ()
+    """Folders that PUBLISH may take files from, and no others; without one, on loopback, any but hidden ones."""
     threads: Annotated[int, Field(ge=1, le=1024)] = Field(default_factory=usable_cores)
     """Of an engine process."""
     gpu_layers: Annotated[int, Field(ge=0, le=100_000)] = 0

@@ -16,6 +16,7 @@ from node.discovery import Discovery, DiscoverySettings, FoundProvider
 from node.handlers.info import InfoHandlers, current_info
 from node.handlers.leases import LeaseHandlers
 from node.handlers.loading import ShardLoader
+from node.handlers.publishing import PublishHandlers
 from node.handlers.sessions import SessionHandlers
 from node.handlers.shards import ShardHandlers
 from node.handlers.table import command_table
@@ -121,6 +122,7 @@ async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callabl
         commands |= command_table(
             ShardHandlers(shards, loader, background),
             LeaseHandlers(shards),
+            PublishHandlers.of(settings, shards.publisher, key, origins.urls, background),
             info,
             SessionHandlers(stages, background),
             TaskRegistry.from_entry_points().handler(context),

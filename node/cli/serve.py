@@ -95,6 +95,9 @@ def serve(
     origin_key_file: Annotated[
         Path | None, typer.Option(help="Holds the key that objects are encrypted with at the origins.")
     ] = None,
+    publish_from: Annotated[
+        list[str] | None, typer.Option(metavar="DIR", help="PUBLISH takes files from here alone; repeatable.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Of an engine process. Default: the cores it may use.")] = None,
     gpu_layers: Annotated[int | None, typer.Option(help="Layers put on a GPU, if the engine has one.")] = None,
     ctx_size: Annotated[int | None, typer.Option(help="Tokens a session may have. Default 2048.")] = None,
@@ -121,7 +124,7 @@ def serve(
     ~/.config/shoal/config.toml; its keys are the flags' names with underscores.
     """
     flags = dict(locals())
-    for repeatable in ("assign", "bootstrap", "origins", "manifests"):
+    for repeatable in ("assign", "bootstrap", "origins", "manifests", "publish_from"):
         flags[repeatable] = flags[repeatable] or None
     settings = load_settings(**flags)
     check_platform()

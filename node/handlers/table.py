@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from node.handlers.info import InfoHandlers
 from node.handlers.leases import LeaseHandlers
+from node.handlers.publishing import PublishHandlers
 from node.handlers.sessions import SessionHandlers
 from node.handlers.shards import ShardHandlers
 from node.rpc import Command, Handler
 from protocol.commands.leases import ReleaseParams, RenewParams
 from protocol.commands.nodes import CancelParams, NodesParams, StatusParams
+from protocol.commands.publishing import PublishParams
 from protocol.commands.sessions import CloseSessionParams, OpenSessionParams, StartSessionParams, TokenizeParams
 from protocol.commands.shards import (
     EvictShardParams,
@@ -21,7 +23,12 @@ from protocol.commands.shards import (
 
 
 def command_table(
-    shards: ShardHandlers, leases: LeaseHandlers, info: InfoHandlers, sessions: SessionHandlers, execute_task: Handler
+    shards: ShardHandlers,
+    leases: LeaseHandlers,
+    publishing: PublishHandlers,
+    info: InfoHandlers,
+    sessions: SessionHandlers,
+    execute_task: Handler,
 ) -> dict[str, Command]:
     """What the RPC server serves. `execute_task` decodes its own parameters: they are the task type's."""
     return {
@@ -31,6 +38,7 @@ def command_table(
         "EVICT_SHARD": Command(EvictShardParams, shards.evict),
         "RENEW": Command(RenewParams, leases.renew),
         "RELEASE": Command(ReleaseParams, leases.release),
+        "PUBLISH": Command(PublishParams, publishing.publish),
         "LIST_FILES": Command(ListFilesParams, shards.list_files),
         "GET_MANIFEST": Command(GetManifestParams, shards.get_manifest),
         "EXECUTE_TASK": Command(None, execute_task),

@@ -18,6 +18,7 @@ from protocol.manifest import (
     Manifest,
     ManifestName,
     ShardEntry,
+    ShardKind,
     check_manifest,
     safe_filename,
     split_name,
@@ -111,7 +112,8 @@ def check_findable(name: str) -> None:
         ) from None
     if split_name(name)[1]:
         raise InvalidParamsError(
-            f"{name!r} would be read as a digest, or a name with one behind its @, and never be found: give another name"
+            f"{name!r} would be read as a digest, or a name with one behind its @, and never be found: "
+            "give another name"
         )
 
 
@@ -126,7 +128,7 @@ async def compose(name: str | None, files: Mapping[str, Path], hasher: Hasher, o
     by_content: dict[ContentId, Hashed] = {}
     before = 0
     for shard_id, (filename, file) in enumerate(files.items()):
-        hashed = await hash_quiet(hasher, file, shard_id, before, on_hashed)
+        hashed = await hash_quiet(hasher, file, kind_of(file), shard_id, before, on_hashed)
         content = hashed.content
         entry = ShardEntry(
             shard_id=shard_id,
@@ -156,7 +158,7 @@ async def checked(chosen: Chosen, entries: Sequence[ShardEntry], hasher: Hasher,
     for entry in entries:
         file = chosen.files[entry.filename]
         if entry.content_id not in by_content:
-            hashed = await hash_quiet(hasher, file, entry.shard_id, before, on_hashed)
+            hashed = await hash_quiet(hasher, file, entry.kind, entry.shard_id, before, on_hashed)
             if hashed.content.content_id != entry.content_id:
                 raise InvalidShardError(
                     f"{file} holds content {hashed.content.content_id}, its manifest says {entry.content_id}: make the "
@@ -167,10 +169,12 @@ async def checked(chosen: Chosen, entries: Sequence[ShardEntry], hasher: Hasher,
     return Chosen(chosen.manifest, chosen.files, by_content, chosen.origins)
 
 
-async def hash_quiet(hasher: Hasher, file: Path, shard_id: int, before: int, on_hashed: OnHashed) -> Hashed:
+async def hash_quiet(
+    hasher: Hasher, file: Path, kind: ShardKind, shard_id: int, before: int, on_hashed: OnHashed
+) -> Hashed:
     """Hash a file that nobody writes to. Raises InvalidShardError, OSError."""
     try:
-        hashed = await hasher.hash(file, kind_of(file), progress=lambda done: on_hashed(shard_id, done, before))
+        hashed = await hasher.hash(file, kind, progress=lambda done: on_hashed(shard_id, done, before))
     except FileChangedError:
         raise InvalidShardError(f"{file} is being written to; publish it when it is whole") from None
     on_hashed(shard_id, hashed.content.size, before)

@@ -23,6 +23,7 @@ from node.shards.listing import file_info
 from node.shards.loader import Loader
 from node.shards.names import Kind, Names
 from node.shards.ports import Discovery, FetchManifest, Origin, Swarm
+from node.shards.publisher import Publisher
 from node.shards.remember import Remember
 from node.shards.seeds import Seeds
 from node.shards.settings import ShardsSettings
@@ -66,6 +67,7 @@ class Shards:
         self._survey = Survey(settings, self._catalog, self._admission, key)
         self._remember = Remember(self._catalog, index, self._reader)
         self._announcer = Announcer(self._catalog, discovery, rpc_port, swarm.port)
+        self.publisher = Publisher(settings, self._catalog, index, self._survey, self._announcer)
         self._names = Names(settings, self._catalog, discovery, fetch_manifest, origin=origin)
         self._loader = Loader(
             settings,

@@ -13,7 +13,7 @@ import pytest
 from daemons import Daemon, daemon, shoal, wait_until
 
 from protocol.content import hash_file
-from protocol.errors import ShardInUseError
+from protocol.errors import InvalidParamsError, InvalidShardError, ShardInUseError
 
 ROWS = (100, 250, 50)
 
@@ -159,3 +159,75 @@ def test_leases_of_many_clients_expire_by_themselves(trainer: Daemon) -> None:
     time.sleep(1)
     assert trainer.call("STATUS")["leases"] == []
     assert trainer.call("EVICT_SHARD", which(2))["status"] == "evicted"
+
+
+def test_what_is_published_by_rpc_is_found_by_others_and_at_the_origin(tmp_path: Path) -> None:
+    origin = f"file://{tmp_path}/origin"
+    folder = tmp_path / "made"
+    folder.mkdir()
+    for number in range(2):
+        pq.write_table(pa.table({"n": list(range(10 + number))}), folder / f"{number}.parquet")
+    (tmp_path / "weights.bin").write_bytes(b"x" * 100_000)
+    with (
+        daemon(tmp_path / "a", "--origin", origin) as node,
+        daemon(tmp_path / "b", bootstrap=node) as other,
+    ):
+        seen: list[object] = []
+        asked = {"path": str(folder), "name": "org/new", "origins": [origin]}
+        answer = node.call("PUBLISH", asked, on_notification=lambda _, values: seen.append(values["phase"]))
+        assert (answer["status"], answer["name"], answer["kind"], answer["shards"]) == (
+            "published", "org/new", "dataset", 2,
+        )  # fmt: skip
+        assert answer["bytes"] == answer["uploaded_bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+        assert answer["manifest_urls"][0].startswith(origin)
+        assert {"verifying", "uploading"} == set(seen)
+        fetched = other.call("FETCH_SHARD", which(1, "org/new"))
+        assert Path(fetched["path"]).read_bytes() == (folder / "1.parquet").read_bytes()
+        entries = node.call("GET_MANIFEST", {"name": "org/new"})["signed"]["manifest"]["shards"]
+        assert [entry["rows"] for entry in entries] == [10, 11]
+        again = node.call("PUBLISH", asked)
+        assert (again["digest"], again["uploaded_bytes"]) == (answer["digest"], 0)
+        loose = node.call("PUBLISH", {"path": str(tmp_path / "weights.bin")})
+        assert (loose["kind"], loose["name"]) == ("file", "weights.bin")
+        assert other.call("FETCH_SHARD", {"filename": "weights.bin"})["source"] == "peers"
+        node.call("PUBLISH", {"path": str(folder), "name": "later", "wait": False})
+        wait_until(lambda: "later" in [file.get("dataset") for file in node.files().values()])
+
+        manifest = node.call("GET_MANIFEST", {"name": "org/new"})["signed"]["manifest"]
+        given = node.call("PUBLISH", {"path": str(folder), "manifest": manifest | {"name": "given"}})
+        assert given["name"] == "given"
+        wrong = [entry | {"content_id": "ab" * 32} for entry in manifest["shards"]]
+        with pytest.raises(InvalidShardError, match="manifest says"):
+            node.call("PUBLISH", {"path": str(folder), "manifest": manifest | {"name": "wrong", "shards": wrong}})
+
+
+def test_a_request_cannot_make_the_node_give_away_what_it_should_not(tmp_path: Path) -> None:
+    secret = tmp_path / ".ssh" / "id"
+    secret.parent.mkdir()
+    secret.write_bytes(b"secret")
+    link = tmp_path / "link.bin"
+    link.symlink_to(secret)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.bin").write_bytes(b"a" * 99)
+    (folder / "b.bin").symlink_to(secret)
+    os.mkfifo(tmp_path / "pipe.bin")
+    with daemon(tmp_path / "a") as node:
+        for path, why in (
+            (secret, "hidden"),
+            (link, "link"),
+            (folder, "link"),
+            (tmp_path / "pipe.bin", "device"),
+            (tmp_path / "a" / "node.key", "belongs to the node"),
+            (tmp_path / "a", "belongs to the node"),
+            (Path("relative.bin"), "relative"),
+            (tmp_path / "nowhere", "No such file"),
+        ):
+            with pytest.raises(InvalidParamsError, match=why):
+                node.call("PUBLISH", {"path": str(path)})
+        with pytest.raises(InvalidParamsError, match="no origin of this node"):
+            node.call("PUBLISH", {"path": str(folder / "a.bin"), "origins": ["s3://elsewhere/x"]})
+        assert node.files() == {}
+    narrow = daemon(tmp_path / "b", "--publish-from", str(tmp_path / "allowed"))
+    with narrow as node, pytest.raises(InvalidParamsError, match="publish-from"):
+        node.call("PUBLISH", {"path": str(folder / "a.bin")})

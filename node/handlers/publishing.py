@@ -1,0 +1,223 @@
+"""PUBLISH: a file, a folder or a data set on this machine becomes known, seeded, and where asked uploaded.
+
+RPC is not authenticated, and what is published can be fetched by anybody. So a request may name neither this node's own
+files, nor hidden ones, nor links, nor an origin that the node was not configured with; and where RPC can be reached
+from other machines, nothing but what lies in the folders of `--publish-from`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from node.background import Background
+from node.config import Settings, is_loopback
+from node.origin.configured import origin_settings
+from node.origin.interface import ObjectStore
+from node.origin.opening import open_store
+from node.origin.policy import refusal
+from node.origin.url import OriginUrl
+from node.rpc import Call
+from node.shards.composing import Chosen, compose, files_of, held_in, of_manifest
+from node.shards.hasher import Hasher
+from node.shards.publisher import Publisher
+from node.shards.uploading import upload
+from protocol.commands.publishing import PublishParams, PublishResult
+from protocol.commands.shards import Progress
+from protocol.errors import BusyError, InvalidParamsError, ShoalError
+from protocol.manifest import MAX_ORIGINS, SignedManifest, sign_manifest
+from protocol.signing import SigningKey
+
+log = logging.getLogger(__name__)
+
+MAX_PUBLICATIONS = 8
+"""At a time, those that nobody waits for among them."""
+
+
+@dataclass(frozen=True)
+class PathRules:
+    """Which paths a request may name."""
+
+    data_dir: Path
+    shards_dir: Path
+    loopback: bool
+    """Whether RPC is reached from this machine alone."""
+    publish_from: tuple[Path, ...] = ()
+
+    def check(self, path: Path) -> None:
+        """Raise InvalidParamsError unless the file or folder may be published; OSError where there is none."""
+        if not path.is_absolute():
+            raise InvalidParamsError(f"{path} is a relative path: give it as this node's machine has it, from / on")
+        kind = path.lstat().st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+            raise InvalidParamsError(f"{path} is a link or a device: only regular files and folders are published")
+        real = path.resolve(strict=True)
+        data_dir, shards_dir = self.data_dir.resolve(), self.shards_dir.resolve()
+        if real == data_dir or (real.is_relative_to(data_dir) and not real.is_relative_to(shards_dir)):
+            raise InvalidParamsError(f"{path} belongs to the node itself (its data folder): it is not published")
+        if any(real.is_relative_to(folder.resolve()) for folder in self.publish_from):
+            return
+        if self.publish_from or not self.loopback:
+            raise InvalidParamsError(
+                f"{path} is in no folder that this node publishes from: start it with --publish-from"
+            )
+        if any(part.startswith(".") for part in real.parts):
+            raise InvalidParamsError(f"{path} is hidden: start the node with --publish-from if it is to be published")
+
+
+@dataclass(frozen=True)
+class PublishHandlers:
+    """PUBLISH of one node."""
+
+    publisher: Publisher
+    key: SigningKey
+    rules: PathRules
+    own_origins: tuple[str, ...]
+    open_origin: Callable[[str], ObjectStore]
+    background: Background
+    turns: asyncio.Semaphore
+
+    @classmethod
+    def of(
+        cls,
+        settings: Settings,
+        publisher: Publisher,
+        key: SigningKey,
+        own_origins: tuple[str, ...],
+        background: Background,
+    ) -> PublishHandlers:
+        """As a node's settings say."""
+        rules = PathRules(settings.data_dir, settings.shards_dir, is_loopback(settings.listen), settings.publish_from)
+        open_origin = partial(open_store, settings=origin_settings(settings))
+        return cls(publisher, key, rules, own_origins, open_origin, background, asyncio.Semaphore(MAX_PUBLICATIONS))
+
+    async def publish(self, params: PublishParams, call: Call) -> PublishResult:
+        """PUBLISH."""
+        if self.turns.locked():
+            raise BusyError(f"{MAX_PUBLICATIONS} publications are in progress already; wait for one")
+        urls = self._origins(params.origins)
+        paths = await asyncio.to_thread(self._checked_paths, Path(params.path))
+        if params.wait:
+            return await self._publish(params, urls, paths, call)
+
+        async def go_on() -> None:
+            try:
+                await self._publish(params, urls, paths, call)
+            except (ShoalError, OSError) as error:
+                log.warning("PUBLISH of %s, request %s: %s", params.path, call.request_id, error)
+
+        self.background.start(go_on(), name=f"PUBLISH of {params.path}", request_id=call.request_id)
+        return PublishResult(
+            status="publishing", name="", digest=None, kind="", shards=0, bytes=0, folder="", uploaded_bytes=0,
+            manifest_urls=[],
+        )  # fmt: skip
+
+    def _origins(self, asked: Sequence[str]) -> list[str]:
+        urls = [str(OriginUrl.parse(url)) for url in asked]
+        if strange := [url for url in urls if url not in self.own_origins]:
+            known = ", ".join(self.own_origins) or "none"
+            raise InvalidParamsError(f"{strange[0]} is no origin of this node: it uploads to its own alone, {known}")
+        return urls
+
+    def _checked_paths(self, path: Path) -> list[Path]:
+        """The files, each of them looked at. Raises InvalidParamsError."""
+        try:
+            self.rules.check(path)
+            files = [path]
+            if path.is_dir():
+                files = [item for item in path.iterdir() if not item.name.startswith(".") and not item.is_dir()]
+                for file in files:
+                    self.rules.check(file)
+        except OSError as error:
+            raise InvalidParamsError(f"{path} cannot be published: {error.strerror}") from None
+        return files
+
+    async def _publish(self, params: PublishParams, urls: list[str], paths: list[Path], call: Call) -> PublishResult:
+        hasher = Hasher()
+        async with self.turns:
+            try:
+                chosen = await self._chosen(params, paths, hasher, call)
+                signed = self._signed(chosen, urls)
+                folder, chosen = await self.publisher.take_up(chosen, signed if urls else None, hasher)
+                uploaded, manifest_urls = 0, []
+                for url in urls:
+                    published, chosen = await self._upload(url, signed, chosen, hasher, call)
+                    uploaded += published[0]
+                    manifest_urls.append(published[1])
+            except OSError as error:
+                raise InvalidParamsError(f"{error.filename or params.path}: {error.strerror}") from None
+            finally:
+                await hasher.close()
+        manifest = chosen.manifest
+        return PublishResult(
+            status="published",
+            name=manifest.name,
+            digest=manifest.digest,
+            kind=manifest.kind,
+            shards=len(manifest.shards),
+            bytes=manifest.total_bytes,
+            folder=str(folder),
+            uploaded_bytes=uploaded,
+            manifest_urls=manifest_urls,
+        )
+
+    async def _chosen(self, params: PublishParams, paths: list[Path], hasher: Hasher, call: Call) -> Chosen:
+        path = Path(params.path)
+        if params.manifest is not None:
+            if params.name not in (None, params.manifest.name):
+                raise InvalidParamsError(f"the manifest has the name {params.manifest.name!r}: leave the name out")
+            return await asyncio.to_thread(of_manifest, path, params.manifest)
+        held = await asyncio.to_thread(held_in, path, params.name)
+        if held is not None:
+            return held
+        files = files_of(paths, lambda *_: None)
+        name = params.name if params.name is not None or path.is_file() else path.name
+        total = sum(file.lstat().st_size for file in files.values())
+        return await compose(
+            name,
+            files,
+            hasher,
+            lambda shard_id, done, before: _tell(call, shard_id, "verifying", before + done, total),
+        )
+
+    def _signed(self, chosen: Chosen, urls: Sequence[str]) -> SignedManifest:
+        named = dict.fromkeys(url for url in (*urls, *chosen.origins) if refusal(url) is None)
+        return sign_manifest(chosen.manifest, self.key, list(named)[:MAX_ORIGINS])
+
+    async def _upload(
+        self, url: str, signed: SignedManifest, chosen: Chosen, hasher: Hasher, call: Call
+    ) -> tuple[tuple[int, str], Chosen]:
+        total = sent = 0
+
+        def count(more: int) -> None:
+            nonlocal sent
+            sent += more
+            _tell(call, 0, "uploading", sent, total)
+
+        store = self.open_origin(url)
+        try:
+            total = signed.manifest.total_bytes
+            published, chosen = await upload(store, signed, chosen, hasher, lambda *_: None, lambda _: None, count)
+        finally:
+            await store.close()
+        return (published.uploaded_bytes, published.manifest_url), chosen
+
+
+def _tell(call: Call, shard_id: int, phase: str, done: int, total: int) -> None:
+    call.notify(
+        "PROGRESS",
+        Progress(
+            request_id=call.request_id,
+            shard_id=shard_id,
+            phase="uploading" if phase == "uploading" else "verifying",
+            bytes_done=done,
+            bytes_total=total,
+            rate_bytes_s=0.0,
+            peers=0,
+        ),
+    )
