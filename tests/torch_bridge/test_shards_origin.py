@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from node.cli.demo.s3_server import S3Server
-from protocol.errors import InsufficientDiskError, OriginCorruptError, OriginNotFoundError
+from protocol.errors import InsufficientDiskError, OriginCorruptError, OriginNotFoundError, TimedOutError
 from protocol.manifest import Manifest
 from scripts.origin_proxy import Fault, OriginProxy
 from tests.integration.origin_server import s3_server
@@ -40,6 +40,14 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[S3Serv
 def proxy(published: tuple[S3Server, Manifest]) -> Iterator[OriginProxy]:
     server = published[0]
     with served(OriginProxy.running(server.endpoint, keys=(server.access_key, server.secret_key))) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def slow_proxy(published: tuple[S3Server, Manifest]) -> Iterator[OriginProxy]:
+    server = published[0]
+    keys = server.access_key, server.secret_key
+    with served(OriginProxy.running(server.endpoint, keys=keys, rate_bytes_s=50_000)) as proxy:
         yield proxy
 
 
@@ -118,13 +126,12 @@ def _fetch(source: OriginSource, number: int, said: Any) -> None:
 
 
 def test_a_download_that_is_killed_goes_on_where_it_was(
-    published: tuple[S3Server, Manifest], proxy: OriginProxy, tmp_path: Path
+    published: tuple[S3Server, Manifest], slow_proxy: OriginProxy, tmp_path: Path
 ) -> None:
     server, manifest = published
-    source, entry = source_of(proxy, server, tmp_path), manifest.shards[1]
+    source, entry = source_of(slow_proxy, server, tmp_path), manifest.shards[1]
     source.manifest()
     context = multiprocessing.get_context("fork")
-    proxy.rules.add(Fault(kind="hang", key=entry.content_id, share=0.25))
     said = context.Queue()
     child = context.Process(target=_fetch, args=(source, 1, said))
     part = tmp_path / f"{entry.filename}.part"
@@ -137,7 +144,6 @@ def test_a_download_that_is_killed_goes_on_where_it_was(
     child.join(10)
     kept = part.stat().st_size
     assert 0 < kept < entry.size
-    proxy.rules.clear()
     found = source.fetch(entry)
     assert sum(found.bytes_by_source.values()) == entry.size - kept
 
@@ -164,3 +170,17 @@ def test_a_source_travels_by_pickle(published: tuple[S3Server, Manifest], proxy:
     source = source_of(proxy, published[0], tmp_path)
     source.manifest()
     assert pickle.loads(pickle.dumps(source)).manifest() == published[1]
+
+
+def test_an_origin_that_is_gone_for_a_while_is_waited_for(
+    published: tuple[S3Server, Manifest], proxy: OriginProxy, tmp_path: Path
+) -> None:
+    server, manifest = published
+    source = source_of(proxy, server, tmp_path)
+    source.manifest()
+    proxy.rules.add(Fault(kind="status", status=503, key="/shards/"))
+    with StreamingDownloader(source, [0], stop_free_bytes=0) as shards:
+        with pytest.raises(TimedOutError, match=r"shard_00000\.parquet was not here within 1 s"):
+            shards.wait_for_shard(0, 1)
+        proxy.rules.clear()
+        assert shards.wait_for_shard(0, 30).stat().st_size == manifest.shards[0].size

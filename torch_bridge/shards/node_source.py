@@ -49,6 +49,7 @@ class NodeSource:
         self._process = 0
         self._guard = threading.Lock()
         self._local = threading.local()
+        self._clients: list[SyncClient] = []
         self._held: dict[int, ShardEntry] = {}
         self._closed = threading.Event()
         self._manifest: Manifest | None = None
@@ -100,6 +101,13 @@ class NodeSource:
         self._closed.set()
         with contextlib.suppress(ShoalError), self._connect() as client:
             client.call("RELEASE", {"lease": self._lease}, timeout_s=5)
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Close this object's connections, whichever thread's; in a forked child that ends none of its parent's."""
+        clients, self._clients = self._clients, []
+        for client in clients:
+            client.close()
 
     # The lease
 
@@ -111,6 +119,7 @@ class NodeSource:
         if self._process == os.getpid() and not self._closed.is_set():
             return
         manifest = self._manifest
+        self._hang_up()
         self._begin()
         self._manifest, self._process = manifest, os.getpid()
         self._lease = f"{socket.gethostname()[:60]}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
@@ -135,7 +144,9 @@ class NodeSource:
 
     def _connect(self) -> SyncClient:
         host, _, port = self.address.rpartition(":")
-        return SyncClient(host.strip("[]"), int(port))
+        client = SyncClient(host.strip("[]"), int(port))
+        self._clients.append(client)
+        return client
 
     def _call(
         self,
