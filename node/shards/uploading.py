@@ -8,7 +8,6 @@ from node.origin.interface import ObjectStore
 from node.origin.publishing import Missing, Published, Source, missing_at, publish
 from node.shards.composing import Chosen, OnHashed, checked
 from node.shards.hasher import Hasher
-from node.swarm.torrent import Torrent
 from protocol.manifest import SignedManifest
 
 
@@ -26,6 +25,8 @@ async def upload(
 
     Raises OriginError, InvalidShardError.
     """
+    from node.swarm.torrent import Torrent  # brings libtorrent, which is not everywhere where a command is typed
+
     missing = await missing_at(store, signed.manifest)
     chosen = await checked(chosen, [one.entry for one in missing], hasher, on_hashed)
     on_missing(missing)
