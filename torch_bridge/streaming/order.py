@@ -1,0 +1,174 @@
+"""The one order of an epoch's samples, and who reads which batch: pure arithmetic, the same for any workers and ranks.
+
+Shards are shuffled, cut into blocks, dealt to lanes; each lane is shuffled in windows, and in each round every lane
+that still has samples gives one batch. Ranks and workers take turns over that sequence of batches.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocol.errors import InvalidParamsError
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class OrderSettings:
+    """What the order depends on, beside the shards. Another value of any of them is another order."""
+
+    batch_size: int
+    """Samples of a batch."""
+    seed: int = 0
+    epoch: int = 0
+    shuffle: bool = True
+    lanes: int = 8
+    block_rows: int = 1024
+    window: int = 8192
+    """Samples of one lane that are mixed with each other."""
+    drop_last: bool = False
+    """Leave out each lane's last batch where it is smaller than the others."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "lanes", "block_rows", "window"):
+            if getattr(self, name) < 1:
+                raise InvalidParamsError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.seed < 0 or self.epoch < 0:
+            raise InvalidParamsError(f"seed {self.seed} and epoch {self.epoch} must not be negative")
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Blocks of rows, one after the other."""
+
+    shards: Indices
+    """The shard of each block, by its place among the shards given."""
+    first_rows: Indices
+    starts: Indices
+    """Where in the lane each block starts, in samples."""
+    rows: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Batch `number` of the epoch: sample i is row `rows[i]` of shard `shards[i]`."""
+
+    number: int
+    shards: Indices
+    rows: Indices
+
+
+@dataclass(frozen=True)
+class Span:
+    """The batches of the epoch outside of which a shard is not read."""
+
+    shard: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """The order of one epoch over shards of `shard_rows` rows, which are given in the order of their names."""
+
+    shard_rows: tuple[int, ...]
+    settings: OrderSettings
+    lanes: tuple[Lane, ...] = field(init=False)
+    lane_batches: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        lanes = _deal(self.shard_rows, self.settings)
+        size, short = self.settings.batch_size, 0 if self.settings.drop_last else self.settings.batch_size - 1
+        object.__setattr__(self, "lanes", lanes)
+        object.__setattr__(self, "lane_batches", tuple((lane.rows + short) // size for lane in lanes))
+
+    @property
+    def batches(self) -> int:
+        """Batches of the epoch, of all ranks."""
+        return sum(self.lane_batches)
+
+    def place(self, number: int) -> tuple[int, int]:
+        """The lane of a batch, and which of the lane's batches it is."""
+        low = bisect_right(range(max(self.lane_batches, default=0) + 1), number, key=self._before) - 1
+        alive = [lane for lane, count in enumerate(self.lane_batches) if count > low]
+        return alive[number - self._before(low)], low
+
+    def number(self, lane: int, turn: int) -> int:
+        """The inverse of `place`."""
+        return self._before(turn) + sum(count > turn for count in self.lane_batches[:lane])
+
+    def taken_by(
+        self, base: int, *, rank: int, ranks: int, worker: int, workers: int, skip: int = 0
+    ) -> Iterator[Batch]:
+        """The batches from `base` on that a rank's worker reads, after the first `skip` of them.
+
+        Memory O(window) for each lane that it reads. Nothing is computed for what lies before.
+        """
+        shuffled: dict[int, tuple[int, Indices]] = {}
+        for number in range(base + rank + ranks * (worker + workers * skip), self.batches, ranks * workers):
+            lane, turn = self.place(number)
+            yield self._batch(number, lane, turn, shuffled)
+
+    def spans(self) -> list[Span]:
+        """When each shard is read, by first use."""
+        size, window = self.settings.batch_size, self.settings.window if self.settings.shuffle else 1
+        spans: dict[int, list[int]] = {}
+        for index, lane in enumerate(self.lanes):
+            ends = np.append(lane.starts, lane.rows)[1:]
+            for shard, start, end in zip(lane.shards.tolist(), lane.starts.tolist(), ends.tolist(), strict=True):
+                first = start // window * window // size
+                final = min(-(-end // window) * window, lane.rows) - 1
+                last = min(final // size, self.lane_batches[index] - 1)
+                if first <= last:
+                    spans.setdefault(shard, []).extend((self.number(index, first), self.number(index, last)))
+        found = [Span(shard, min(numbers), max(numbers)) for shard, numbers in spans.items()]
+        return sorted(found, key=lambda span: (span.first, span.last, span.shard))
+
+    def _before(self, turn: int) -> int:
+        return sum(min(count, turn) for count in self.lane_batches)
+
+    def _batch(self, number: int, index: int, turn: int, shuffled: dict[int, tuple[int, Indices]]) -> Batch:
+        lane, settings = self.lanes[index], self.settings
+        start = turn * settings.batch_size
+        places = np.arange(start, min(start + settings.batch_size, lane.rows))
+        if settings.shuffle:
+            windows = places // settings.window
+            for window in np.unique(windows).tolist():
+                if shuffled.get(index, (-1,))[0] != window:
+                    shuffled[index] = (window, self._window(index, window))
+                mine = windows == window
+                places[mine] = shuffled[index][1][places[mine] - window * settings.window]
+        blocks = np.searchsorted(lane.starts, places, side="right") - 1
+        return Batch(number, lane.shards[blocks], lane.first_rows[blocks] + places - lane.starts[blocks])
+
+    def _window(self, lane: int, window: int) -> Indices:
+        start = window * self.settings.window
+        places = np.arange(start, min(start + self.settings.window, self.lanes[lane].rows))
+        return _generator(self.settings, 1, lane, window).permutation(places)
+
+
+def _deal(shard_rows: Sequence[int], settings: OrderSettings) -> tuple[Lane, ...]:
+    order = range(len(shard_rows))
+    if settings.shuffle:
+        order = _generator(settings, 0).permutation(len(shard_rows)).tolist()
+    fewest = [(0, lane) for lane in range(settings.lanes)]
+    dealt: list[list[tuple[int, int, int]]] = [[] for _ in range(settings.lanes)]
+    for shard in order:
+        for row in range(0, shard_rows[shard], settings.block_rows):
+            start, lane = fewest[0]
+            dealt[lane].append((shard, row, start))
+            heapq.heapreplace(fewest, (start + min(settings.block_rows, shard_rows[shard] - row), lane))
+    rows = {lane: count for count, lane in fewest}
+    tables = [np.array(blocks, dtype=np.int64).reshape(-1, 3) for blocks in dealt]
+    return tuple(Lane(table[:, 0], table[:, 1], table[:, 2], rows[lane]) for lane, table in enumerate(tables))
+
+
+def _generator(settings: OrderSettings, *what: int) -> np.random.Generator:
+    """PCG64 seeded by SeedSequence: numpy promises the stream of both, on every platform (NEP 19)."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([settings.seed, settings.epoch, *what])))

@@ -1,0 +1,66 @@
+"""Where a reader of an epoch stands, as it travels in a checkpoint, and whether it can be continued."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from protocol.errors import InvalidParamsError
+from torch_bridge.streaming.order import OrderSettings
+
+VERSION = 1
+_SAME = ("batch_size", "seed", "shuffle", "lanes", "block_rows", "window", "drop_last")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Whose turn a batch is: this rank's and worker's place among all."""
+
+    rank: int = 0
+    ranks: int = 1
+    worker: int = 0
+    workers: int = 1
+
+
+@dataclass(frozen=True)
+class Position:
+    """All batches before `base` are done; from there on all take turns, and this one has done `own`."""
+
+    base: int = 0
+    own: int = 0
+
+
+def saved(position: Position, turn: Turn, settings: OrderSettings, shards: Mapping[str, str]) -> dict[str, Any]:
+    """JSON-able. `shards`: content id by name."""
+    return {
+        "version": VERSION, "epoch": settings.epoch, **{name: getattr(settings, name) for name in _SAME},
+        "shards": dict(shards), "base": position.base, "own": position.own,
+        "ranks": turn.ranks, "worker": turn.worker, "workers": turn.workers,
+    }  # fmt: skip
+
+
+def continued(state: Mapping[str, Any], turn: Turn, settings: OrderSettings, shards: Mapping[str, str]) -> Position:
+    """Where to go on. Raises InvalidParamsError that names what differs where no exact continuation exists."""
+    if state.get("version") != VERSION:
+        raise InvalidParamsError(f"the state has version {state.get('version')}, this release reads {VERSION}")
+    for name in _SAME:
+        if state[name] != getattr(settings, name):
+            raise InvalidParamsError(
+                f"the state was saved with {name}={state[name]}, the data set has {getattr(settings, name)}: "
+                "that is another order; set it to the same, or begin a new epoch"
+            )
+    if state["shards"] != dict(shards):
+        names = [name for name in {*state["shards"], *shards} if state["shards"].get(name) != shards.get(name)]
+        raise InvalidParamsError(
+            f"{len(names)} shards differ from those of the state (the first: {min(names)}): its epoch can only be "
+            "continued over the same data set"
+        )
+    if state["workers"] == 1:
+        return Position(int(state["base"]) + int(state["own"]) * int(state["ranks"]))
+    if (state["ranks"], state["workers"], state["worker"]) != (turn.ranks, turn.workers, turn.worker):
+        raise InvalidParamsError(
+            f"the state is one of worker {state['worker']} of {state['workers']} on {state['ranks']} ranks, this is "
+            f"worker {turn.worker} of {turn.workers} on {turn.ranks}: for other numbers save state_at(batches) instead"
+        )
+    return Position(int(state["base"]), int(state["own"]))
