@@ -1,0 +1,150 @@
+"""Nested state <-> named tensors and a JSON-able structure, so that no pickle is written and none is read.
+
+A state dict holds dicts (keys: strings and integers), lists, tuples, numbers, strings, bytes, None and tensors. All but
+the tensors goes into the structure: a JSON value in which whatever JSON cannot say stands as `{"$": kind, ...}`. A
+tensor stands there as its name, which is its path: `model/conv1.weight`, `optimizer/state/0/exp_avg`.
+"""
+
+import base64
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+_TAG = "$"
+_MAX_DEPTH = 64
+
+
+class UnsayableStateError(TypeError):
+    """Raised when a state holds something that can be kept by pickle only; the message names its path."""
+
+
+class InvalidStructureError(ValueError):
+    """Raised when a structure that was read is not one that `flatten` writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlatState:
+    """A state, taken apart."""
+
+    tensors: dict[str, torch.Tensor]
+    """By path; the tensors themselves, not copies."""
+
+    structure: Json
+    """Everything else, and where each tensor belongs."""
+
+
+def flatten(state: object, name: str = "") -> FlatState:
+    """Take `state` apart. `name` begins each path.
+
+    Raises:
+        UnsayableStateError: something in it is no tensor, container, number, string, bytes or None.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    return FlatState(tensors=tensors, structure=_said(state, name, tensors, 0))
+
+
+def rebuild(structure: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """The state again, with the tensors of `tensors` where they belong.
+
+    Raises:
+        InvalidStructureError: the structure is damaged, or names a tensor that `tensors` does not have.
+    """
+    return _meant(structure, tensors, 0)
+
+
+def _said(value: object, path: str, tensors: dict[str, torch.Tensor], depth: int) -> Json:
+    if depth > _MAX_DEPTH:
+        raise UnsayableStateError(
+            f"{path!r} is nested deeper than {_MAX_DEPTH} levels (does it contain itself?); flatten it"
+        )
+    if isinstance(value, torch.Tensor):
+        return _tensor_said(value, path, tensors)
+    # Exact types: a subclass (an enum, numpy's float64) would come back as something else than it was.
+    kind = type(value)
+    if value is None or kind in (bool, int, str):
+        return value  # type: ignore[return-value]
+    if kind is float:
+        number: float = value  # type: ignore[assignment]
+        return number if math.isfinite(number) else {_TAG: "float", "v": repr(number)}
+    if kind is bytes:
+        return {_TAG: "bytes", "v": base64.b64encode(value).decode("ascii")}  # type: ignore[arg-type]
+    if isinstance(value, list | tuple) and kind in (list, tuple):
+        items = [_said(item, _join(path, index), tensors, depth + 1) for index, item in enumerate(value)]
+        return items if kind is list else {_TAG: "tuple", "v": list(items)}
+    if isinstance(value, Mapping):
+        return _mapping_said(value, path, tensors, depth)
+    raise UnsayableStateError(
+        f"{path!r} is a {kind.__module__}.{kind.__qualname__}, which only pickle could keep; a checkpoint holds"
+        " tensors, dicts, lists, tuples, numbers, strings, bytes and None: turn it into those"
+    )
+
+
+def _tensor_said(value: torch.Tensor, path: str, tensors: dict[str, torch.Tensor]) -> Json:
+    if value.layout != torch.strided or value.is_quantized:
+        raise UnsayableStateError(
+            f"{path!r} is a sparse or quantised tensor, which safetensors cannot hold; make it dense"
+        )
+    if path in tensors:
+        raise UnsayableStateError(f"two tensors have the path {path!r}: a key contains '/'; rename it")
+    tensors[path] = value
+    return {_TAG: "tensor", "v": path}
+
+
+def _mapping_said(value: Mapping[Any, Any], path: str, tensors: dict[str, torch.Tensor], depth: int) -> Json:
+    for key in value:
+        if type(key) not in (str, int):
+            raise UnsayableStateError(f"{path!r} has the key {key!r}; a checkpoint's keys are strings and integers")
+    said = [(key, _said(item, _join(path, key), tensors, depth + 1)) for key, item in value.items()]
+    if all(type(key) is str for key in value) and _TAG not in value:
+        return dict(said)
+    return {_TAG: "dict", "v": [[key, item] for key, item in said]}
+
+
+def _join(path: str, key: str | int) -> str:
+    return f"{path}/{key}" if path else str(key)
+
+
+def _meant(said: Json, tensors: Mapping[str, torch.Tensor], depth: int) -> Any:
+    if depth > 2 * _MAX_DEPTH:
+        raise InvalidStructureError(
+            f"the checkpoint's structure is nested deeper than {2 * _MAX_DEPTH} levels; it is damaged"
+        )
+    match said:
+        case {"$": "tensor", "v": str(name)}:
+            if name not in tensors:
+                raise InvalidStructureError(
+                    f"the checkpoint's structure names the tensor {name!r}, which no part holds"
+                )
+            return tensors[name]
+        case {"$": "float", "v": "inf" | "-inf" | "nan" as text}:
+            return float(text)
+        case {"$": "bytes", "v": str(text)}:
+            try:
+                return base64.b64decode(text, validate=True)
+            except ValueError as error:
+                raise InvalidStructureError(f"bytes in the checkpoint's structure are not base64: {error}") from error
+        case {"$": "tuple", "v": list(items)}:
+            return tuple(_meant(item, tensors, depth + 1) for item in items)
+        case {"$": "dict", "v": list(pairs)}:
+            return dict(_pair_meant(pair, tensors, depth) for pair in pairs)
+        case {"$": kind}:
+            raise InvalidStructureError(f"the checkpoint's structure has a value of the unknown kind {kind!r}")
+        case dict():
+            return {key: _meant(item, tensors, depth + 1) for key, item in said.items()}
+        case list():
+            return [_meant(item, tensors, depth + 1) for item in said]
+    return said
+
+
+def _pair_meant(pair: Json, tensors: Mapping[str, torch.Tensor], depth: int) -> tuple[str | int, Any]:
+    match pair:
+        case [str() | int() as key, item] if not isinstance(key, bool):
+            return key, _meant(item, tensors, depth + 1)
+    raise InvalidStructureError(
+        f"the checkpoint's structure has a dict with the entry {pair!r:.80}, which is no key and value"
+    )
