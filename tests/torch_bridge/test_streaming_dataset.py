@@ -56,7 +56,7 @@ def test_continued_with_other_workers_and_ranks(folder: Path) -> None:
     batches = iter(loader(data, 2))
     assert [next(batches)["id"].tolist() for _ in range(5)] == alone[:5]
     state = data.state_at(5)
-    del batches
+    del batches  # its workers end, and with them their leases
     for rank in range(3):
         again = dataset(folder, rank=rank, world_size=3, local_world_size=1)
         again.load_state_dict(state)
@@ -70,7 +70,7 @@ def test_stateful_data_loader(folder: Path, workers: int) -> None:
     batches = iter(first)
     assert [next(batches)["id"].tolist() for _ in range(7)] == alone[:7]
     state = first.state_dict()
-    del batches
+    del batches, first  # its workers end, and with them their leases
     again = StatefulDataLoader(dataset(folder), batch_size=None, num_workers=workers)
     again.load_state_dict(state)
     assert ids(again) == alone[7:]

@@ -69,14 +69,17 @@ class RowReader:
 
 
 def as_arrays(table: pa.Table) -> dict[str, object]:
-    """Columns of numbers as numpy arrays, others as lists."""
+    """Columns of numbers as numpy arrays, those with nulls and all others as lists."""
     return {name: _column(table.column(name)) for name in table.column_names}
 
 
 def _column(column: pa.ChunkedArray) -> object:
     kind = column.type
     plain = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-    return column.to_numpy() if plain and not column.null_count else column.to_pylist()
+    if not plain or column.null_count:
+        return column.to_pylist()
+    array = column.to_numpy()
+    return array if array.flags.writeable else array.copy()  # a DataLoader makes tensors of it, which can be written
 
 
 def _damaged(path: Path, error: Exception) -> InvalidShardError:
