@@ -39,6 +39,7 @@ def loader(data: StreamingShardDataset, workers: int, how: str = "fork") -> Data
     return DataLoader(data, batch_size=None, num_workers=workers, multiprocessing_context=how if workers else None)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
 def test_one_order_for_all_numbers_of_workers(folder: Path) -> None:
     alone = ids(dataset(folder))
     assert len({sample for batch in alone for sample in batch}) == sum(map(len, alone)) == 247
