@@ -37,6 +37,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python scripts/bench_pipeline.py
 	$(BIN)/python scripts/bench_swarm.py
 	$(BIN)/python scripts/bench_origin.py
+	$(BIN)/python scripts/bench_object_stores.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
