@@ -153,7 +153,9 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="The prompt goes in as it is, without a chat template.")] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of the answer, at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest that make up this share.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Draw from the likeliest that make up this share, above 0.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same tokens.")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON result at the end, nothing streamed.")] = False,
 ) -> None:
@@ -162,6 +164,8 @@ def generate(
     The text streams to stdout, a line of figures goes to stderr. The node plans the pipeline, and has shards fetched
     and loaded where they are not.
     """
+    if top_p <= 0:
+        fail("--top-p 0 leaves no token to draw; give a share above 0, or --temperature 0 for the likeliest", code=2)
     text = sys.stdin.read() if prompt == "-" else prompt
     parameters: dict[str, Any] = {
         "task_type": "ai_inference",

@@ -39,14 +39,15 @@ def split(
         fail("give either --shards N or --shard-size BYTES", code=2)
     shard_bytes = None if shard_size is None else _byte_size(shard_size)
     with bytes_progress() as progress:
-        bar = progress.add_task(f"cutting {model_gguf.name}", total=model_gguf.stat().st_size)
+        # Seen from its first bytes on: a cut that is refused has none.
+        bar = progress.add_task(f"cutting {model_gguf.name}", total=model_gguf.stat().st_size, visible=False)
         manifest = split_gguf(
             model_gguf,
             dir_out,
             shards=shards,
             shard_bytes=shard_bytes,
             name=model,
-            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            progress=lambda done, total: progress.update(bar, completed=done, total=total, visible=True),
         )
     show_manifest(manifest, dir_out, json_output=json_output)
 

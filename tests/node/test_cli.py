@@ -102,6 +102,7 @@ def test_help_of_serve_names_environment_and_file(shoal: Shoal) -> None:
         (["call", "127.0.0.1:1", "STATUS", "{bad"], ["JSON"]),
         (["call", "127.0.0.1:1", "STATUS", "[1]"], ["object"]),
         (["generate", "127.0.0.1:1"], ["--prompt"]),
+        (["generate", "127.0.0.1:1", "--prompt", "Hi", "--top-p", "0"], ["--top-p 0", "--temperature 0"]),
         (["split", "/no/such.gguf", "--out", "x", "--shards", "2"], ["/no/such.gguf"]),
         (["publish", "/no/such"], ["/no/such"]),
         (["publish", "/", "--only-origin"], ["--origin URL"]),
@@ -161,6 +162,7 @@ def test_split_refuses_what_cannot_be(
     said = shoal("split", model, "--out", tmp_path / "out", *options)
     assert (said.code, said.out) == (code, "")
     assert word in said.err
+    assert "cutting" not in said.err, "no bar that stands still above the error"
     assert not list(tmp_path.glob("out/*"))
 
 
