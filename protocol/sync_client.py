@@ -56,6 +56,16 @@ class SyncClient:
         self._failure = self._failure or UnreachableError(f"the connection to {self.address} was closed here")
         self._socket.close()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing can be asked any more: closed here, or broken."""
+        return self._failure is not None
+
+    def interrupt(self) -> None:
+        """From another thread: end the connection under the call in progress, which raises UnreachableError."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     def on(self, method: str, callback: NotificationCallback) -> None:
         """Call back, while a call is in progress, for notifications of this method that are not the call's own."""
         self._handlers[method] = callback

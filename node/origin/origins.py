@@ -8,7 +8,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from node.origin.layout import (
@@ -23,7 +23,7 @@ from node.origin.layout import (
 )
 from node.origin.opening import open_store
 from node.origin.places import Place, Traffic
-from node.origin.policy import check_host, refusal
+from node.origin.policy import check_host, for_stranger, refusal
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl
 from protocol.errors import (
@@ -197,9 +197,7 @@ class Origins:
         return self._guests[url]
 
     def _place(self, url: str, *, guarded: bool = False) -> Place:
-        settings = self._settings
-        if guarded and url.startswith(("https://", "hf://")):
-            settings = replace(settings, encryption_key_file=None)  # others' files are as they are
+        settings = for_stranger(url, self._settings) if guarded else self._settings
         guard = partial(check_host, url) if guarded else None
         return Place(url, partial(open_store, url, settings), self._traffic, guard)
 

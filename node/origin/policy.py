@@ -11,8 +11,10 @@ import asyncio
 import ipaddress
 import re
 import socket
+from dataclasses import replace
 from urllib.parse import urlsplit
 
+from node.origin.settings import OriginSettings
 from protocol.errors import OriginDeniedError, OriginUnavailableError
 
 OUR_ENDPOINTS = frozenset({"o3", "akave", "s3", "hf"})
@@ -59,6 +61,11 @@ def is_public(address: str) -> bool:
         if ip.ipv4_mapped:
             return is_public(str(ip.ipv4_mapped))
     return ip.is_global and not ip.is_multicast and all(one is None or is_public(str(one)) for one in inner)
+
+
+def for_stranger(url: str, settings: OriginSettings) -> OriginSettings:
+    """What an origin that a stranger named is opened with: others' files are as they are, our key is not theirs."""
+    return replace(settings, encryption_key_file=None) if url.startswith(("https://", "hf://")) else settings
 
 
 async def check_host(url: str) -> None:

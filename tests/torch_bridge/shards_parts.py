@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,6 +30,15 @@ def parquet_files(folder: Path, count: int, *, row_bytes: int = 500) -> list[Pat
         parquet.write_table(pa.table({"text": rows}), path, compression="none", use_dictionary=False)
         paths.append(path)
     return paths
+
+
+def overwrite_in_the_middle(path: Path) -> None:
+    """As a disk that rots does: size and times stay."""
+    seen = path.stat()
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
 
 
 def publish_at(store: Store, name: str, paths: list[Path], origins: tuple[str, ...] = ()) -> Manifest:

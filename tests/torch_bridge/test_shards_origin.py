@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from node.cli.demo.s3_server import S3Server
+from protocol.content import hash_file
 from protocol.errors import InsufficientDiskError, OriginCorruptError, OriginNotFoundError, TimedOutError
 from protocol.manifest import Manifest
 from scripts.origin_proxy import Fault, OriginProxy
 from tests.integration.origin_server import s3_server
 from tests.torch_bridge.o3_client_parts import client_of, served
-from tests.torch_bridge.shards_parts import parquet_files, publish_at
+from tests.torch_bridge.shards_parts import overwrite_in_the_middle, parquet_files, publish_at
 from torch_bridge import O3Client, RetryPolicy
 from torch_bridge.shards import disk, ranged_file
 from torch_bridge.shards.downloader import StreamingDownloader
@@ -90,9 +91,13 @@ def test_a_wrong_byte_is_never_handed_out(
         source.fetch(entry)
     assert not (tmp_path / entry.filename).exists()
     assert (tmp_path / f"{entry.filename}.bad-1").exists()
+    path = source.fetch(entry).path
+    assert source.distrust(entry, "a reader says so") is False
+    assert source.fetch(entry).source == "local", "its bytes are those that were published"
+    overwrite_in_the_middle(path)
+    assert source.distrust(entry, "a reader says so") is True
     assert source.fetch(entry).source == "origin"
-    source.distrust(entry, "a reader says so")
-    assert source.fetch(entry).source == "origin"
+    assert hash_file(path).content_id == entry.content_id
 
 
 def test_a_full_disk_is_said_before_a_byte_moves(

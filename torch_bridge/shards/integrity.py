@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from protocol.errors import InvalidShardError
+from protocol.manifest import ShardEntry
 
 _MAGIC = b"PAR1"
 _TAIL_BYTES = 8
@@ -28,3 +29,12 @@ def check_parquet(path: Path) -> None:
         raise InvalidShardError(f"{path.name} does not end as a parquet file does: it was cut off, or is another file")
     if not 0 < length <= size - _TAIL_BYTES - len(_MAGIC):
         raise InvalidShardError(f"{path.name} says its footer has {length} bytes; the file has {size}")
+
+
+def as_published(entry: ShardEntry, why: str) -> InvalidShardError:
+    """Of a file whose content id is right: nobody has other bytes under it."""
+    return InvalidShardError(
+        f"{entry.filename} has the bytes that were published (content id {entry.content_id}), and they cannot be read: "
+        f"{why}; publish a whole file, or leave this shard out",
+        {"content_id": entry.content_id, "shard_id": entry.shard_id},
+    )

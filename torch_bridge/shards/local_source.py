@@ -50,7 +50,7 @@ class LocalSource:
             raise InvalidShardError(f"{path} has {size} bytes and had {entry.size}: it changed under the run")
         return FetchedFile(path, "local", 0.0)
 
-    def distrust(self, entry: ShardEntry, why: str) -> None:
+    def distrust(self, entry: ShardEntry, why: str) -> bool:
         raise InvalidShardError(f"{self._folder / entry.filename} is wrong, and there is no other source: {why}")
 
     def discard(self, entry: ShardEntry) -> bool:

@@ -11,14 +11,24 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from protocol.client import NotificationCallback
 from protocol.commands.leases import ReleaseResult, RenewResult
 from protocol.commands.shards import GetManifestResult, ShardResult
-from protocol.errors import CancelledRequestError, ShoalError, UnreachableError
+from protocol.commands.tasks import VerifyShardResult
+from protocol.errors import (
+    CancelledRequestError,
+    InvalidShardError,
+    ShardNotFoundError,
+    ShoalError,
+    UnreachableError,
+)
 from protocol.manifest import Manifest, ShardEntry
 from protocol.sync_client import SyncClient
+from torch_bridge.shards.integrity import as_published, check_parquet
 from torch_bridge.shards.source import FetchedFile, OnProgress
 
 log = logging.getLogger(__name__)
@@ -26,6 +36,10 @@ R = TypeVar("R")
 _RECONNECT_S = 60.0
 """How long a node that is gone is waited for, in one call."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
+_ANSWER_S = 10.0
+"""How long a node may take for what moves no bytes."""
+_LOOK_S = 0.2
+"""Whether a fetch is still wanted is looked at so often."""
 
 
 class NodeSource:
@@ -76,22 +90,43 @@ class NodeSource:
             if on_progress and isinstance(params, dict) and "bytes_done" in params:
                 on_progress(int(params["bytes_done"]), int(params["bytes_total"]))
 
-        found = self._call("FETCH_SHARD", self._shard(entry) | {"ttl_s": self._ttl_s}, ShardResult, tell, stop)
-        with self._guard:
-            self._held[entry.shard_id] = entry
-        return FetchedFile(Path(found.path), found.source, found.seconds, found.bytes_by_source)
+        for _ in range(2):
+            params = self._shard(entry) | {"ttl_s": self._ttl_s}
+            found = self._call("FETCH_SHARD", params, ShardResult, tell=tell, stop=stop)
+            with self._guard:
+                self._held[entry.shard_id] = entry
+            path = Path(found.path)
+            try:
+                if entry.kind == "parquet":
+                    check_parquet(path)
+                return FetchedFile(path, found.source, found.seconds, found.bytes_by_source)
+            except InvalidShardError as err:
+                why = err.message
+            except OSError as err:
+                why = (
+                    f"{path} of the node at {self.address} cannot be read here ({err.strerror}): is it this machine's?"
+                )
+            if not self.distrust(entry, why):
+                break
+        with contextlib.suppress(ShoalError):
+            self.discard(entry)
+        raise as_published(entry, why)
 
-    def distrust(self, entry: ShardEntry, why: str) -> None:
-        """The node checks its file again, and sets it aside where it is wrong."""
+    def distrust(self, entry: ShardEntry, why: str) -> bool:
+        """The node hashes its file again, and sets it aside where it is wrong."""
         log.warning("%s is verified again by the node at %s: %s", entry.filename, self.address, why)
         params = {"task_type": "verify_shard", "dataset": self.dataset, "shard_id": entry.shard_id}
-        self._call("EXECUTE_TASK", params, dict)
+        try:
+            return not self._call("EXECUTE_TASK", params, VerifyShardResult).valid
+        except ShardNotFoundError:
+            return True
 
     def discard(self, entry: ShardEntry) -> bool:
         self._in_this_process()
         with self._guard:
             self._held.pop(entry.shard_id, None)
-        found = self._call("RELEASE", self._shard(entry) | {"evict": True}, ReleaseResult)
+        params = self._shard(entry) | {"evict": True}
+        found = self._call("RELEASE", params, ReleaseResult, patience_s=0.0, answer_s=_ANSWER_S)
         return all(shard.gone for shard in found.shards)
 
     def close(self) -> None:
@@ -116,47 +151,51 @@ class NodeSource:
 
     def _in_this_process(self) -> None:
         """A lease and a renewing thread of this process's own, also after a fork."""
-        if self._process == os.getpid() and not self._closed.is_set():
-            return
-        manifest = self._manifest
-        self._hang_up()
-        self._begin()
-        self._manifest, self._process = manifest, os.getpid()
-        self._lease = f"{socket.gethostname()[:60]}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
-        threading.Thread(target=self._renew, args=(self._closed,), name="shard-leases", daemon=True).start()
+        with _beginning:
+            if self._process == os.getpid() and not self._closed.is_set():
+                return
+            manifest = self._manifest
+            self._hang_up()
+            self._begin()
+            self._manifest, self._process = manifest, os.getpid()
+            self._lease = f"{socket.gethostname()[:60]}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+            threading.Thread(target=self._renew, args=(self._closed,), name="shard-leases", daemon=True).start()
 
     def _renew(self, closed: threading.Event) -> None:
         while not closed.wait(self._ttl_s / 3):
             try:
                 self._renew_once(closed)
             except ShoalError as err:
-                log.warning("the lease at the node %s was not renewed: %s", self.address, err)
+                if not closed.is_set():
+                    log.warning("the lease at the node %s was not renewed: %s", self.address, err)
 
     def _renew_once(self, closed: threading.Event) -> None:
+        times: dict[str, Any] = {"patience_s": self._ttl_s / 3, "answer_s": min(_ANSWER_S, self._ttl_s)}
         params = {"lease": self._lease, "ttl_s": self._ttl_s}
-        known = {shard.shard_id for shard in self._call("RENEW", params, RenewResult, stop=closed).shards}
+        known = {shard.shard_id for shard in self._call("RENEW", params, RenewResult, stop=closed, **times).shards}
         with self._guard:
             lost = [entry for number, entry in self._held.items() if number not in known]
         for entry in lost:  # the node was restarted: what is still there is held again, and no byte moves
-            self._call("FETCH_SHARD", self._shard(entry) | {"ttl_s": self._ttl_s}, ShardResult, stop=closed)
+            params = self._shard(entry) | {"ttl_s": self._ttl_s, "wait": False}
+            self._call("FETCH_SHARD", params, ShardResult, stop=closed, **times)
 
     # The connection: one a thread
 
     def _connect(self) -> SyncClient:
         host, _, port = self.address.rpartition(":")
         client = SyncClient(host.strip("[]"), int(port))
-        self._clients.append(client)
+        self._clients = [one for one in self._clients if not one.is_closed] + [client]
         return client
 
     def _call(
-        self,
-        method: str,
-        params: dict[str, Any],
-        result: type[R],
-        tell: Any = None,
-        stop: threading.Event | None = None,
-    ) -> R:
-        """Ask the node; one that is gone is waited for. Raises what the node says, UnreachableError in the end."""
+        self, method: str, params: dict[str, Any], result: type[R], *, tell: NotificationCallback | None = None,
+        stop: threading.Event | None = None, patience_s: float | None = None, answer_s: float | None = None,
+    ) -> R:  # fmt: skip
+        """Ask the node; one that is gone is waited for, `patience_s` long. `answer_s`: until it has answered.
+
+        Raises what the node says, UnreachableError or TimedOutError in the end, CancelledRequestError by `stop`.
+        """
+        patience_s = self._reconnect_s if patience_s is None else patience_s
         began, pause_s = time.monotonic(), _FIRST_PAUSE_S
         while True:
             if stop is not None and stop.is_set():
@@ -166,12 +205,13 @@ class NodeSource:
                 if kept is None or kept[0] != os.getpid():
                     self._local.client = kept = os.getpid(), self._connect()
                 client: SyncClient = kept[1]
-                return client.call(method, params, result_type=result, on_notification=tell)
+                with _interrupted_by(stop, client):
+                    return client.call(method, params, result_type=result, on_notification=tell, timeout_s=answer_s)
             except UnreachableError as err:
                 self._local.client = None
-                if time.monotonic() - began > self._reconnect_s:
+                if time.monotonic() - began + pause_s > patience_s:
                     raise UnreachableError(
-                        f"the node at {self.address} is gone for {self._reconnect_s:g} s: {err}"
+                        f"the node at {self.address} did not come back within {patience_s:g} s: {err.message}"
                     ) from None
                 (stop or self._closed).wait(pause_s)
                 pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
@@ -182,3 +222,37 @@ class NodeSource:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin()
+
+
+_beginning = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _beginning
+    _beginning = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+@contextlib.contextmanager
+def _interrupted_by(stop: threading.Event | None, client: SyncClient) -> Iterator[None]:
+    """While this is open, `stop` ends the call that the client makes, also where the node says nothing."""
+    if stop is None:
+        yield
+        return
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_LOOK_S):
+            if stop.is_set():
+                client.interrupt()
+                return
+
+    watcher = threading.Thread(target=watch, name="shard-stop", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()

@@ -34,7 +34,7 @@ def download(
     hasher = ContentHasher(entry.size)
     ahead: deque[Future[bytes]] = deque()
     moved = 0
-    with part.open("a+b") as file:
+    with part.open("a+b", buffering=0) as file:  # nothing is left in a buffer that a full disk would not take
         file.seek(0)
         if os.fstat(file.fileno()).st_size > entry.size:
             file.truncate(0)
@@ -49,8 +49,9 @@ def download(
                     asked = end
                 body = _wait(ahead[0], stop, entry.filename)
                 ahead.popleft()
-                file.write(body)
-                file.flush()
+                left = memoryview(body)
+                while left:
+                    left = left[file.write(left) :]
                 hasher.update(body)
                 moved += len(body)
                 if on_progress:

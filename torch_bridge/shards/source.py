@@ -45,8 +45,10 @@ class ShardSource(Protocol):
         whether it may pass), CancelledRequestError where `stop` was set.
         """
 
-    def distrust(self, entry: ShardEntry, why: str) -> None:
-        """The file of a shard turned out wrong: it is set aside, and the next `fetch` brings it from elsewhere."""
+    def distrust(self, entry: ShardEntry, why: str) -> bool:
+        """A reader could not read the file. It is hashed again; a wrong one is set aside, and the next `fetch` brings
+        it anew. False: its bytes are those that were published, and it stays where it is.
+        """
 
     def discard(self, entry: ShardEntry) -> bool:
         """Delete a shard from disk, unless somebody else on this machine still holds it. Whether it is gone."""
