@@ -15,7 +15,13 @@ import pytest
 
 from node.cli.demo.s3_server import S3Server
 from protocol.content import hash_file
-from protocol.errors import InsufficientDiskError, OriginCorruptError, OriginNotFoundError, TimedOutError
+from protocol.errors import (
+    InsufficientDiskError,
+    InvalidShardError,
+    OriginCorruptError,
+    OriginNotFoundError,
+    TimedOutError,
+)
 from protocol.manifest import Manifest
 from scripts.origin_proxy import Fault, OriginProxy
 from tests.integration.origin_server import s3_server
@@ -98,6 +104,22 @@ def test_a_wrong_byte_is_never_handed_out(
     assert source.distrust(entry, "a reader says so") is True
     assert source.fetch(entry).source == "origin"
     assert hash_file(path).content_id == entry.content_id
+
+
+def test_a_reader_that_cannot_decode_a_file_gets_it_anew_once(
+    published: tuple[S3Server, Manifest], proxy: OriginProxy, tmp_path: Path
+) -> None:
+    server, manifest = published
+    entry = manifest.shards[3]
+    with StreamingDownloader(source_of(proxy, server, tmp_path), [entry], stop_free_bytes=0) as shards:
+        overwrite_in_the_middle(shards.wait_for_shard(entry, 20))
+        shards.distrust(entry, "a row group does not decode")
+        assert hash_file(shards.wait_for_shard(entry, 20)).content_id == entry.content_id
+        shards.distrust(entry, "it still does not decode")
+        with pytest.raises(InvalidShardError, match="still does not decode"):
+            shards.wait_for_shard(entry, 20)
+    assert (tmp_path / f"{entry.filename}.bad-1").exists()
+    assert proxy.ledger.payload_bytes("/shards/") == 2 * entry.size
 
 
 def test_a_full_disk_is_said_before_a_byte_moves(

@@ -13,7 +13,7 @@ import pytest
 
 from protocol.errors import InsufficientDiskError, InvalidShardError, ShardInUseError
 from tests.torch_bridge.shards_parts import parquet_files
-from torch_bridge.shards import downloader
+from torch_bridge.shards import disk
 from torch_bridge.shards.buffer import adapted_size
 from torch_bridge.shards.downloader import StreamingDownloader
 from torch_bridge.shards.integrity import check_parquet
@@ -94,9 +94,18 @@ def test_state_goes_by_name_and_pinned_shards_stay(tmp_path: Path) -> None:
         assert "shard_00000.parquet" not in again.status().ready
 
 
+def test_a_distrusted_file_of_a_folder_is_one_error(tmp_path: Path) -> None:
+    parquet_files(tmp_path, 1)
+    with StreamingDownloader(LocalSource(tmp_path), stop_free_bytes=0) as shards:
+        shards.wait_for_shard(0, 10)
+        shards.distrust(0, "its rows do not decode")
+        with pytest.raises(InvalidShardError, match="no other source: its rows do not decode"):
+            shards.wait_for_shard(0, 10)
+
+
 def test_a_full_disk_with_nothing_left_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parquet_files(tmp_path, 1)
-    monkeypatch.setattr(downloader, "free_bytes", lambda _: 10)
+    monkeypatch.setattr(disk, "free_bytes", lambda _: 10)
     shards = StreamingDownloader(LocalSource(tmp_path), disk_patience_s=0.2)
     with shards, pytest.raises(InsufficientDiskError, match="10 bytes are free"):
         shards.wait_for_shard(0, 10)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from protocol.errors import InsufficientDiskError
 
+log = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _KEEP_SIZE = 1
 """FALLOC_FL_KEEP_SIZE of fallocate(2): room behind the file's end, which the size does not tell."""
@@ -33,6 +38,52 @@ def require_space(folder: Path, needed: int, kept: int, what: str) -> None:
             "free some, or keep fewer shards",
             {"free_bytes": free, "needed_bytes": needed},
         )
+
+
+class FreeSpace:
+    """Whether there is room for one more download; not for threads at once. `str()` of it says how much is free."""
+
+    def __init__(self, folder: Path, warn_bytes: int, stop_bytes: int) -> None:
+        self._folder, self._warn_bytes, self._stop_bytes = folder, warn_bytes, stop_bytes
+        self._warned = False
+        self._full_since: float | None = None
+
+    def is_enough(self) -> bool:
+        """Look. Below `warn_bytes` it warns once."""
+        free = self.free_bytes()
+        if free < self._warn_bytes and not self._warned:
+            self._warned = True
+            log.warning("%s has %d bytes free: below %d no shard is fetched", self._folder, free, self._stop_bytes)
+        if free >= self._stop_bytes:
+            self._full_since = None
+            return True
+        self._full_since = self._full_since or time.monotonic()
+        return False
+
+    @property
+    def full_s(self) -> float:
+        """For how long there has been too little; 0 where there is enough."""
+        return time.monotonic() - self._full_since if self._full_since else 0.0
+
+    def free_bytes(self) -> int:
+        return free_bytes(self._folder)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.free_bytes()} bytes are free in {self._folder}, below {self._stop_bytes}; free some, or lower "
+            "stop_free_bytes or keep_behind"
+        )
+
+
+@contextmanager
+def saying_where_full(folder: Path) -> Iterator[None]:
+    """OSError of a full disk becomes InsufficientDiskError."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno not in FULL:
+            raise
+        raise InsufficientDiskError(f"the disk of {folder} is full: free some") from None
 
 
 def reserve(part: Path, size: int, kept: int, what: str) -> None:

@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from protocol import errors
 from protocol.errors import CancelledRequestError, InsufficientDiskError, InvalidParamsError, ShoalError, TimedOutError
 from protocol.manifest import ShardEntry
-from torch_bridge.shards.buffer import adapted_size, smoothed
-from torch_bridge.shards.disk import free_bytes
-from torch_bridge.shards.failures import Failure
-from torch_bridge.shards.plan import next_to_fetch
-from torch_bridge.shards.readers import Ledger, Reader
+from torch_bridge.shards.disk import FreeSpace, saying_where_full
+from torch_bridge.shards.integrity import as_published
+from torch_bridge.shards.measures import Measures
+from torch_bridge.shards.readers import Ledger
 from torch_bridge.shards.source import FetchedFile, ShardSource
 from torch_bridge.shards.status import StreamingStatus
+from torch_bridge.shards.window import Window
 
 log = logging.getLogger(__name__)
 
@@ -50,29 +51,18 @@ class StreamingDownloader:
         self._by_name = {entry.filename: entry for entry in source.manifest().shards}
         self._by_id = {entry.shard_id: entry for entry in self._by_name.values()}
         chosen = self._by_name.values() if shards is None else shards
-        self._order = [self._entry(shard).filename for shard in chosen]
-        self._pinned = tuple(self._entry(shard).filename for shard in pinned)
-        self._size, self._smallest, self._largest = buffer_size, min_buffer, max_buffer
-        self._keep_behind, self._warn_free, self._stop_free = keep_behind, warn_free_bytes, stop_free_bytes
-        self._run, self._reader, self._expected = run, reader, expected_readers
+        order = [self._entry(shard).filename for shard in chosen]
+        held = tuple(self._entry(shard).filename for shard in pinned)
+        self._window = Window(order, held, keep_behind, expected_readers)
+        self._measures = Measures(buffer_size, min_buffer, max_buffer)
+        self._space = FreeSpace(source.folder, warn_free_bytes, stop_free_bytes)
+        self._run, self._reader = run, reader
         self._at_once, self._retry_total_s, self._disk_patience_s = at_once, retry_total_s, disk_patience_s
         self._changed = threading.Condition()
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self._ledger: Ledger | None = None
-        self._epoch = 0
-        self._consumed: list[str] = []
-        self._here: dict[str, FetchedFile] = {}
-        self._on_the_way: set[str] = set()
-        self._failed: dict[str, Failure] = {}
-        self._wanted: list[str] = []
-        self._undeleted: list[str] = []
         self._deleted = 0
-        self._warned = False
-        self._full_since: float | None = None
-        self._download_s = self._consume_s = self._rate = self._waits_s = 0.0
-        self._last_consumed_at: float | None = None
-        self._moved: dict[str, int] = {}
 
     def start(self) -> None:
         """Begin to fetch. Raises ShardInUseError where another process reads under this name."""
@@ -81,7 +71,7 @@ class StreamingDownloader:
         self._stopping.clear()
         self._source.folder.mkdir(parents=True, exist_ok=True)
         self._ledger = Ledger(self._source.folder, self._run, self._reader)
-        with self._changed:
+        with self._changed, saying_where_full(self._source.folder):
             self._write()
         self._threads = [
             threading.Thread(target=self._work, name=f"shards-{number}", daemon=True) for number in range(self._at_once)
@@ -100,7 +90,7 @@ class StreamingDownloader:
         alive = [thread for thread in self._threads if thread.is_alive()]
         if alive:
             raise TimedOutError(
-                f"{len(alive)} downloads did not end within {timeout_s:g} s: {sorted(self._on_the_way)}"
+                f"{len(alive)} downloads did not end within {timeout_s:g} s: {sorted(self._window.on_the_way)}"
             )
         self._threads = []
         if self._ledger:
@@ -111,11 +101,8 @@ class StreamingDownloader:
         """The next epoch: its shards in order; none of them is consumed yet."""
         order = [self._entry(shard).filename for shard in shards]
         with self._changed:
-            self._order, self._epoch, self._consumed = order, self._epoch + 1, []
-            self._failed.clear()
-            self._last_consumed_at = None
-            self._write()
-            self._changed.notify_all()
+            self._measures.pause()
+            self._read_on(order, self._window.epoch + 1, [])
 
     def wait_for_shard(self, shard: Shard, timeout_s: float | None = None) -> Path:
         """The shard's file, fetched now if it is not here. It stays until `consumed`.
@@ -125,63 +112,75 @@ class StreamingDownloader:
         name = self._entry(shard).filename
         began = time.monotonic()
         with self._changed:
-            self._wanted.append(name)
+            self._window.wanted.append(name)
             self._changed.notify_all()
             try:
-                while name not in self._here:
+                while name not in self._window.here:
                     self._raise_if_hopeless(name)
                     left_s = _LOOK_S if timeout_s is None else min(_LOOK_S, began + timeout_s - time.monotonic())
                     if left_s <= 0:
                         raise TimedOutError(f"{name} was not here within {timeout_s:g} s: {self._what_goes_on(name)}")
                     self._changed.wait(left_s)
-                return self._here[name].path
+                return self._window.here[name].path
             finally:
-                self._wanted.remove(name)
-                self._waits_s += time.monotonic() - began
+                self._window.wanted.remove(name)
+                self._measures.waits_s += time.monotonic() - began
 
     def consumed(self, shard: Shard) -> None:
         """This reader is past the shard: it may be deleted once all are."""
         name = self._entry(shard).filename
         with self._changed:
-            now = time.monotonic()
-            if self._last_consumed_at is not None:
-                self._consume_s = smoothed(self._consume_s, now - self._last_consumed_at)
-                bounds = self._smallest, self._largest
-                self._size = adapted_size(self._size, *bounds, self._download_s, self._consume_s)
-            self._last_consumed_at = now
-            if name not in self._consumed:
-                self._consumed.append(name)
-            self._here.pop(name, None)
-            self._undeleted = [*(other for other in self._undeleted if other != name), name]
-            self._write()
+            self._measures.consumed()
+            self._window.past(name)
+            self._say()
             self._delete()
             self._changed.notify_all()
+
+    def distrust(self, shard: Shard, why: str) -> None:
+        """A reader could not decode the file: the next `wait_for_shard` brings it anew where its bytes are wrong.
+
+        Where they are those that were published, it is handed out once more (another process may have mended it), and
+        from the second time on `wait_for_shard` raises InvalidShardError.
+        """
+        name = (entry := self._entry(shard)).filename
+        with self._changed:
+            while name in self._window.on_the_way and not self._stopping.is_set():
+                self._changed.wait(_LOOK_S)
+            known = self._window.distrust(name)
+        failure: ShoalError | None = None
+        try:
+            if not self._source.distrust(entry, why) and known:
+                failure = as_published(entry, why)
+        except ShoalError as err:
+            failure = err
+        finally:
+            with self._changed:
+                self._window.on_the_way.discard(name)
+                if failure:
+                    self._window.did_not_come(name, failure, self._retry_total_s)
+                self._say()
+                self._changed.notify_all()
 
     def status(self) -> StreamingStatus:
         with self._changed:
             return StreamingStatus(
-                tuple(self._here), tuple(sorted(self._on_the_way)),
-                {name: str(failure.error) for name, failure in self._failed.items()}, len(self._consumed),
-                self._deleted, free_bytes(self._source.folder), self._size, self._rate, self._waits_s,
-                dict(self._moved),
+                tuple(self._window.here), tuple(sorted(self._window.on_the_way)),
+                self._window.errors(), len(self._window.consumed),
+                self._deleted, self._space.free_bytes(), self._measures.size, self._measures.rate_bytes_s,
+                self._measures.waits_s, dict(self._measures.moved),
             )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able: what this reader is past, by file name."""
         with self._changed:
-            return {"version": 1, "epoch": self._epoch, "order": list(self._order), "consumed": list(self._consumed)}
+            return self._window.state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. Raises InvalidParamsError for a shard that the manifest does not have."""
         order = [self._entry(name).filename for name in state["order"]]
         consumed = [self._entry(name).filename for name in state["consumed"]]
         with self._changed:
-            self._epoch, self._order, self._consumed = int(state["epoch"]), order, consumed
-            for name in consumed:
-                self._here.pop(name, None)
-            self._undeleted = list(consumed)
-            self._write()
-            self._changed.notify_all()
+            self._read_on(order, int(state["epoch"]), consumed)
 
     def __enter__(self) -> Self:
         self.start()
@@ -194,103 +193,101 @@ class StreamingDownloader:
 
     def _work(self) -> None:
         while not self._stopping.is_set():
-            with self._changed:
-                name = self._next()
-                if name is None:
-                    self._changed.wait(_LOOK_S)
-                    continue
-                self._on_the_way.add(name)
-                self._write()  # before the fetch: what is on its way to this reader is nobody's to delete
             try:
-                found: FetchedFile | ShoalError = self._source.fetch(self._by_name[name], stop=self._stopping)
-            except ShoalError as err:
-                found = err
-            except OSError as err:
-                found = InsufficientDiskError(f"{name} could not be written: {err}")
+                self._fetch_one()
+            except Exception as err:  # a thread that died would leave its reader waiting for ever
+                log.warning("no shard is fetched for now: %s", err, exc_info=not isinstance(err, OSError | ShoalError))
+                self._stopping.wait(_LOOK_S * 4)
+
+    def _fetch_one(self) -> None:
+        with self._changed:
+            name = self._next()
+            if name is None:
+                self._changed.wait(_LOOK_S)
+                return
+            self._window.on_the_way.add(name)
+            try:
+                self._write()  # before the fetch: what is on its way to this reader is nobody's to delete
+            except BaseException:
+                self._window.on_the_way.discard(name)
+                raise
+        found: FetchedFile | ShoalError = CancelledRequestError(f"{name} was not fetched")
+        try:
+            found = self._source.fetch(self._by_name[name], stop=self._stopping)
+        except ShoalError as err:
+            found = err
+        except OSError as err:
+            found = InsufficientDiskError(f"{name} could not be written: {err}")
+        except Exception as err:
+            found = errors.InternalError(f"{name} could not be fetched: {type(err).__name__}: {err}")
+            raise
+        finally:
             with self._changed:
-                self._on_the_way.discard(name)
                 self._take(name, found)
-                self._write()
+                self._say()
                 self._delete()
                 self._changed.notify_all()
 
     def _next(self) -> str | None:
-        free = free_bytes(self._source.folder)
-        if free < self._warn_free and not self._warned:
-            self._warned = True
-            log.warning(
-                "%s has %d bytes free: below %d no shard is fetched", self._source.folder, free, self._stop_free
-            )
-        if free < self._stop_free:
-            self._full_since = self._full_since or time.monotonic()
+        if not self._space.is_enough():
             self._delete()
             return None
-        self._full_since = None
-        now = time.monotonic()
-        return next_to_fetch(
-            self._order, pinned=self._pinned, here=self._here, on_the_way=self._on_the_way,
-            consumed=set(self._consumed), wanted=self._wanted, ahead=self._size,
-            not_now=[name for name, failure in self._failed.items() if failure.for_good or now < failure.again_at],
-        )  # fmt: skip
+        return self._window.next(time.monotonic(), self._measures.size)
 
     def _take(self, name: str, found: FetchedFile | ShoalError) -> None:
+        self._window.on_the_way.discard(name)
         if isinstance(found, FetchedFile):
-            self._failed.pop(name, None)
-            if name not in self._consumed or name in self._pinned or name in self._wanted:
-                self._here[name] = found
-            for source, moved in found.bytes_by_source.items():
-                self._moved[source] = self._moved.get(source, 0) + moved
-            if moved := sum(found.bytes_by_source.values()):
-                self._download_s = smoothed(self._download_s, found.seconds)
-                self._rate = smoothed(self._rate, moved / max(found.seconds, 1e-3))
-        elif not isinstance(found, CancelledRequestError):
-            before = self._failed.get(name)
-            self._failed[name] = failure = Failure(found, before, self._retry_total_s)
+            self._measures.came(found)
+            self._window.came(name, found)
+        elif failure := self._window.did_not_come(name, found, self._retry_total_s):
             log.warning("%s %s: %s", name, "is given up" if failure.for_good else "is tried again", found)
 
+    def _read_on(self, order: list[str], epoch: int, consumed: list[str]) -> None:
+        self._window.read_on(order, epoch, consumed)
+        self._say()
+        self._delete()
+        self._changed.notify_all()
+
+    def _say(self) -> None:
+        """Write what holds nothing more than before: where the disk is full, the old words hold too much, no harm."""
+        try:
+            self._write()
+        except OSError as err:
+            log.warning("what this reader is past is not noted in %s: %s", self._source.folder, err)
+
     def _write(self) -> None:
-        if self._ledger is None:
-            return
-        past, behind = set(self._consumed), self._consumed[-self._keep_behind or len(self._consumed) :]
-        self._ledger.write(
-            Reader(
-                expected=self._expected,
-                epoch=self._epoch,
-                remaining=tuple(name for name in self._order if name not in past),
-                held=tuple({*self._here, *self._on_the_way, *behind, *self._pinned}),
-            )
-        )
+        if self._ledger is not None:
+            self._ledger.write(self._window.reader())
 
     def _delete(self) -> None:
-        if self._ledger is None or not self._undeleted:
+        if self._ledger is None or not self._window.undeleted:
             return
-        gone = self._ledger.delete(self._undeleted, lambda name: self._source.discard(self._by_name[name]))
+        gone = self._ledger.delete(self._window.undeleted, self._discard)
         self._deleted += len(gone)
-        self._undeleted = [name for name in self._undeleted if name not in gone]
+        self._window.undeleted = [name for name in self._window.undeleted if name not in gone]
+
+    def _discard(self, name: str) -> bool:
+        try:
+            return self._source.discard(self._by_name[name])
+        except (ShoalError, OSError) as err:
+            log.warning("%s is deleted later: %s", name, err)
+            return False
 
     # What a waiter is told
 
     def _raise_if_hopeless(self, name: str) -> None:
         if not self._threads or self._stopping.is_set():
             raise CancelledRequestError(f"{name} is not fetched: the downloader does not run; call start()")
-        failure = self._failed.get(name)
+        failure = self._window.failed.get(name)
         if failure and failure.for_good:
             raise failure.error
-        full_s = time.monotonic() - self._full_since if self._full_since else 0.0
-        if full_s > self._disk_patience_s and not self._on_the_way:
-            raise InsufficientDiskError(
-                f"{name} cannot be fetched: {free_bytes(self._source.folder)} bytes are free in {self._source.folder}, "
-                f"below {self._stop_free}, for {full_s:.0f} s; free some, or lower stop_free_bytes or keep_behind"
-            )
+        if self._space.full_s > self._disk_patience_s and not self._window.on_the_way:
+            raise InsufficientDiskError(f"{name} cannot be fetched: {self._space}, for {self._space.full_s:.0f} s")
 
     def _what_goes_on(self, name: str) -> str:
-        if name in self._on_the_way:
-            return f"it is being downloaded, at {self._rate / 1e6:.1f} MB/s lately"
-        if failure := self._failed.get(name):
-            return f"the last try failed: {failure.error}"
-        if self._full_since:
-            return f"no download begins below {self._stop_free} free bytes"
-        return f"others are downloaded first: {sorted(self._on_the_way)}"
+        if self._space.full_s and name not in self._window.on_the_way:
+            return f"no download begins: {self._space}"
+        return self._window.what_goes_on(name, self._measures.rate_bytes_s)
 
     def _entry(self, shard: Shard) -> ShardEntry:
         name = shard.filename if isinstance(shard, ShardEntry) else shard

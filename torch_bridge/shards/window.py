@@ -1,0 +1,107 @@
+"""One reader's window on its shards: what is here, on its way, failed, behind it. No I/O; not for threads at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from protocol.errors import CancelledRequestError, ShoalError
+from torch_bridge.shards.failures import Failure
+from torch_bridge.shards.plan import next_to_fetch
+from torch_bridge.shards.readers import Reader
+from torch_bridge.shards.source import FetchedFile
+
+
+class Window:
+    """Shards by their file names."""
+
+    def __init__(self, order: list[str], pinned: tuple[str, ...], keep_behind: int, expected: int) -> None:
+        self.order, self.pinned = order, pinned
+        self.epoch = 0
+        self.consumed: list[str] = []
+        self.here: dict[str, FetchedFile] = {}
+        self.on_the_way: set[str] = set()
+        self.failed: dict[str, Failure] = {}
+        self.wanted: list[str] = []
+        """Somebody waits for these."""
+        self.undeleted: list[str] = []
+        """This reader is past them, and they may still be there."""
+        self._distrusted: set[str] = set()
+        self._keep_behind, self._expected = keep_behind, expected
+
+    def next(self, now_s: float, ahead: int) -> str | None:
+        """What to fetch now, on the monotonic clock."""
+        return next_to_fetch(
+            self.order, pinned=self.pinned, here=self.here, on_the_way=self.on_the_way, consumed=set(self.consumed),
+            wanted=self.wanted, ahead=ahead,
+            not_now=[name for name, failure in self.failed.items() if failure.for_good or now_s < failure.again_at],
+        )  # fmt: skip
+
+    def came(self, name: str, found: FetchedFile) -> None:
+        """It is here; where the order changed while it was on its way, only to be deleted."""
+        self.failed.pop(name, None)
+        if self._is_needed(name):
+            self.here[name] = found
+        else:
+            self.undeleted.append(name)
+
+    def did_not_come(self, name: str, error: ShoalError, total_s: float) -> Failure | None:
+        """How it goes on; None where this reader itself stopped it."""
+        if isinstance(error, CancelledRequestError):
+            return None
+        self.failed[name] = failure = Failure(error, self.failed.get(name), total_s)
+        return failure
+
+    def distrust(self, name: str) -> bool:
+        """It is not handed out any more, and on its way until that is cleared; whether this is the second time."""
+        self.here.pop(name, None)
+        self.on_the_way.add(name)
+        known = name in self._distrusted
+        self._distrusted.add(name)
+        return known
+
+    def past(self, name: str) -> None:
+        """The reader is past it."""
+        if name not in self.consumed:
+            self.consumed.append(name)
+        self.here.pop(name, None)
+        self.undeleted = [*(other for other in self.undeleted if other != name), name]
+
+    def read_on(self, order: list[str], epoch: int, consumed: Sequence[str]) -> None:
+        """Another order, or another place in it: what it does not need is let go."""
+        self.order, self.epoch, self.consumed = order, epoch, list(consumed)
+        self.failed.clear()
+        left = [name for name in self.here if not self._is_needed(name)]
+        for name in left:
+            del self.here[name]
+        self.undeleted = list(dict.fromkeys([*self.undeleted, *left, *consumed]))
+
+    def reader(self) -> Reader:
+        """As the ledger is told."""
+        past = set(self.consumed)
+        behind = self.consumed[-self._keep_behind :] if self._keep_behind else []
+        return Reader(
+            expected=self._expected,
+            epoch=self.epoch,
+            remaining=tuple(name for name in self.order if name not in past),
+            held=tuple({*self.here, *self.on_the_way, *behind, *self.pinned}),
+        )
+
+    def errors(self) -> Mapping[str, str]:
+        """What the source last said, of each shard that did not come."""
+        return {name: str(failure.error) for name, failure in self.failed.items()}
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able: what `read_on` goes on with."""
+        return {"version": 1, "epoch": self.epoch, "order": list(self.order), "consumed": list(self.consumed)}
+
+    def what_goes_on(self, name: str, rate_bytes_s: float) -> str:
+        """For who waits for a shard that is not here."""
+        if name in self.on_the_way:
+            return f"it is being downloaded, at {rate_bytes_s / 1e6:.1f} MB/s lately"
+        if failure := self.failed.get(name):
+            return f"the last try failed: {failure.error}"
+        return f"others are downloaded first: {sorted(self.on_the_way)}"
+
+    def _is_needed(self, name: str) -> bool:
+        return name in self.pinned or name in self.wanted or (name in self.order and name not in self.consumed)
