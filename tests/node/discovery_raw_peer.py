@@ -21,6 +21,8 @@ class RawPeer(asyncio.DatagramProtocol):
         self.id = contact_id(self.key.node_id)
         self.answers = {"identify": self.prove, "find_node": lambda *_: [], "find_value": lambda *_: []}
         self.asked: list[str] = []
+        """Once for each request; it is sent again where the answer is slow."""
+        self.seen: set[bytes] = set()
         self.replies: asyncio.Queue[bytes] = asyncio.Queue()
 
     def connection_made(self, transport):
@@ -32,7 +34,9 @@ class RawPeer(asyncio.DatagramProtocol):
             self.replies.put_nowait(data)
             return
         method, args = msgpack.unpackb(data[21:])
-        self.asked.append(method)
+        if data[1:21] not in self.seen:
+            self.seen.add(data[1:21])
+            self.asked.append(method)
         if method in self.answers:
             self.transport.sendto(b"\x01" + data[1:21] + msgpack.packb(self.answers[method](*args)), addr)
 
