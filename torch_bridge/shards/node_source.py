@@ -131,11 +131,10 @@ class NodeSource:
 
     def close(self) -> None:
         """Release the lease; files stay with the node, which may evict them then."""
-        if self._process != os.getpid():
-            return
-        self._closed.set()
-        with contextlib.suppress(ShoalError), self._connect() as client:
-            client.call("RELEASE", {"lease": self._lease}, timeout_s=5)
+        if self._process == os.getpid() and not self._closed.is_set():
+            self._closed.set()
+            with contextlib.suppress(ShoalError), self._connect() as client:
+                client.call("RELEASE", {"lease": self._lease}, timeout_s=5)
         self._hang_up()
 
     def _hang_up(self) -> None:
@@ -184,7 +183,8 @@ class NodeSource:
     def _connect(self) -> SyncClient:
         host, _, port = self.address.rpartition(":")
         client = SyncClient(host.strip("[]"), int(port))
-        self._clients = [one for one in self._clients if not one.is_closed] + [client]
+        with self._guard:
+            self._clients = [one for one in self._clients if not one.is_closed] + [client]
         return client
 
     def _call(
@@ -200,15 +200,18 @@ class NodeSource:
         while True:
             if stop is not None and stop.is_set():
                 raise CancelledRequestError(f"{method} was stopped here")
+            kept = getattr(self._local, "client", None)
+            is_new = kept is None or kept[0] != os.getpid()
             try:
-                kept = getattr(self._local, "client", None)
-                if kept is None or kept[0] != os.getpid():
-                    self._local.client = kept = os.getpid(), self._connect()
-                client: SyncClient = kept[1]
+                if is_new:
+                    self._local.client = os.getpid(), self._connect()
+                client: SyncClient = self._local.client[1]
                 with _interrupted_by(stop, client):
                     return client.call(method, params, result_type=result, on_notification=tell, timeout_s=answer_s)
             except UnreachableError as err:
                 self._local.client = None
+                if not is_new:
+                    continue  # the node was restarted since this connection was used: it may be there
                 if time.monotonic() - began + pause_s > patience_s:
                     raise UnreachableError(
                         f"the node at {self.address} did not come back within {patience_s:g} s: {err.message}"
