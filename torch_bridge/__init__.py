@@ -28,6 +28,7 @@ _FROM = {
     "O3Dataset": "objects.dataset",
     "StreamingDownloader": "shards.downloader",
     "StreamingShardDataset": "streaming.dataset",
+    "TextLoader": "streaming.text_loader",
     "StreamingBatchDataset": "batches.dataset",
     "O3CheckpointManager": "checkpoints.o3_checkpoints",
 }

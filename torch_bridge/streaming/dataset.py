@@ -5,21 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 import torch.distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
-from protocol.errors import InvalidParamsError, InvalidShardError
+from protocol.errors import InvalidParamsError
 from protocol.manifest import ShardEntry
 from torch_bridge.shards.downloader import StreamingDownloader
 from torch_bridge.shards.source import ShardSource
-from torch_bridge.streaming.order import Batch, EpochOrder, OrderSettings
-from torch_bridge.streaming.position import Position, Turn, continued, saved
-from torch_bridge.streaming.rows import RowReader, as_arrays
+from torch_bridge.streaming.order import EpochOrder, OrderSettings, Span, open_at_once
+from torch_bridge.streaming.position import Place, Position, Turn, continued, saved
+from torch_bridge.streaming.reading import ShardRows, start
+from torch_bridge.streaming.rows import DecodedGroups, RowReader, as_arrays
 
 Transform = Callable[[dict[str, Any]], Any]
 
@@ -30,120 +31,164 @@ class StreamingShardDataset(IterableDataset[Any]):
     `source`: where shards come from. `columns`: None for all. `transform`: gets a dict of numpy arrays (numbers) and
     lists (all else), and what it returns is yielded. `rank`, `world_size`: those of torch.distributed, or of the
     environment, where not given. `local_world_size`: ranks on this machine; a shard is deleted when all have read it.
-    `validation_shard`: its file name; it is fetched first, stays on disk, and is not trained on. `lanes`: see
-    docs/training/streaming_dataset.md. Raises InvalidParamsError for a shard whose rows the manifest does not tell.
+    `buffer_size`: shards that are fetched beyond those being read, which grows to `max_buffer` where downloads are slow
+    (None: at least 16). `kept_bytes`: decoded row groups in the memory of each worker. `validation_shard`: its file
+    name; it is fetched first, stays on disk, and is not trained on. `lanes`, `block_rows`, `window`: see
+    docs/training/streaming_dataset.md.
+
+    Raises InvalidParamsError for a shard whose rows the manifest does not tell; while it is read, InvalidShardError for
+    one whose file has other rows, or cannot be read although it is as it was published.
     """
 
     def __init__(
         self, source: ShardSource, *, batch_size: int, columns: Sequence[str] | None = None, seed: int = 0,
         shuffle: bool = True, window: int = 8192, lanes: int = 8, block_rows: int = 1024,
         transform: Transform | None = None, rank: int | None = None, world_size: int | None = None,
-        local_world_size: int | None = None, buffer_size: int = 3, keep_behind: int = 0, drop_last: bool = False,
-        validation_shard: str | None = None, run: str = "default", shard_timeout_s: float | None = None,
+        local_world_size: int | None = None, buffer_size: int = 3, max_buffer: int | None = None, keep_behind: int = 0,
+        drop_last: bool = False, validation_shard: str | None = None, run: str = "default",
+        shard_timeout_s: float | None = None, kept_bytes: int = 256_000_000,
     ) -> None:  # fmt: skip
         self._source, self._columns, self._transform = source, columns, transform
         self._settings = OrderSettings(batch_size, seed, 0, shuffle, lanes, block_rows, window, drop_last)
         self._rank, self._ranks = _ranks(rank, world_size)
         self._local_ranks = local_world_size or int(os.environ.get("LOCAL_WORLD_SIZE", self._ranks))
-        self._buffer_size, self._keep_behind, self._run = buffer_size, keep_behind, run
+        self._buffer_size, self._max_buffer = buffer_size, max_buffer or max(16, buffer_size)
+        self._keep_behind, self._run, self._kept_bytes = keep_behind, run, kept_bytes
         self._validation, self._shard_timeout_s = validation_shard, shard_timeout_s
+        if not 1 <= self._buffer_size <= self._max_buffer:
+            raise InvalidParamsError(f"buffer_size {buffer_size} must lie in [1, max_buffer {self._max_buffer}]")
         entries = sorted(source.manifest().shards, key=lambda entry: entry.filename)
         if validation_shard and validation_shard not in {entry.filename for entry in entries}:
             raise InvalidParamsError(f"no shard {validation_shard} in the data set: name one of its files")
         self._entries = tuple(entry for entry in entries if entry.filename != validation_shard)
         self._rows = tuple(_rows(entry) for entry in self._entries)
         self._contents = {entry.filename: str(entry.content_id) for entry in self._entries}
-        self._position = Position()
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see set_epoch by it
+        self._place: Place | None = None
+        self._loaded = False
+        self._open = 0
+
+    @property
+    def epoch(self) -> int:
+        """What `set_epoch` or a loaded state said last."""
+        return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Another epoch starts at its first batch; the same one goes on where it is."""
-        if epoch != self._settings.epoch:
-            self._settings, self._position = replace(self._settings, epoch=epoch), Position()
+        """Another epoch starts at its first batch; the one of a loaded state goes on where that was saved.
 
-    def order(self) -> EpochOrder:
-        """The order of the epoch."""
-        return EpochOrder(self._rows, self._settings)
+        Workers see it when their next iteration begins, persistent ones too.
+        """
+        if epoch < 0:
+            raise InvalidParamsError(f"epoch {epoch} must not be negative")
+        if epoch != self.epoch:
+            self._epoch.fill_(epoch)
+            self._place, self._loaded = None, False
+
+    def order(self, epoch: int | None = None) -> EpochOrder:
+        """The order of an epoch; None: of this one."""
+        return EpochOrder(self._rows, replace(self._settings, epoch=self.epoch if epoch is None else epoch))
 
     def state_dict(self) -> dict[str, Any]:
-        """After the batch that this process was given last. In a worker it is that worker's own."""
-        return saved(self._position, self._turn(), self._settings, self._contents)
+        """After the batch that this process was given last. In a worker it is that worker's own.
+
+        After an epoch's last batch it is that epoch's end: what is continued from it is empty, and the next epoch
+        begins by `set_epoch`.
+        """
+        place = self._place or Place(self.epoch)
+        return saved(place.position, self._turn(), replace(self._settings, epoch=place.epoch), self._contents)
 
     def state_at(self, batches: int) -> dict[str, Any]:
         """After so many batches that this rank took since the epoch began or was continued; ranks go in lock-step.
 
         For a plain DataLoader with workers, and to continue with other numbers of workers or ranks.
         """
-        turn = Turn(self._rank, self._ranks)
-        return saved(Position(self._position.base, batches), turn, self._settings, self._contents)
+        place = self._place or Place(self.epoch)
+        turn, settings = Turn(self._rank, self._ranks), replace(self._settings, epoch=place.epoch)
+        return saved(Position(place.position.base, batches), turn, settings, self._contents)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises InvalidParamsError where the state cannot be continued exactly, and says why."""
-        self._position = continued(state, self._turn(), self._settings, self._contents)
-        self._settings = replace(self._settings, epoch=int(state["epoch"]))
+        """The next iteration continues there; one after it starts its epoch anew.
+
+        A state of an epoch that is over does not undo a `set_epoch` to a later one. Raises InvalidParamsError where the
+        state cannot be continued exactly, and says why.
+        """
+        turn, epoch = self._turn(), int(state["epoch"])
+        position = continued(state, turn, self._settings, self._contents)
+        order = self.order(epoch)
+        if turn.workers == 1 and epoch < self.epoch and position.base + turn.rank >= order.end(0, 1):
+            return
+        self._epoch.fill_(max(epoch, self.epoch) if get_worker_info() else epoch)
+        self._place, self._loaded = Place(epoch, position), True
+
+    def validation_batches(self) -> Iterator[Any]:
+        """The validation shard in its own order, on every rank alike, fetched where it is not here."""
+        entry = next((entry for entry in self._source.manifest().shards if entry.filename == self._validation), None)
+        if entry is None:
+            raise InvalidParamsError("no validation shard: name its file by validation_shard=")
+        reader = RowReader(
+            self._source.fetch(entry).path, self._columns, groups=DecodedGroups(self._kept_bytes), rows=entry.rows
+        )
+        try:
+            for start in range(0, _rows(entry), self._settings.batch_size):
+                stop = min(start + self._settings.batch_size, _rows(entry))
+                yield self._given(reader.take(np.arange(start, stop)))
+        finally:
+            reader.close()
 
     def __iter__(self) -> Iterator[Any]:
-        turn, order, began = self._turn(), self.order(), self._position
-        following = began.base + turn.rank + turn.ranks * (turn.worker + turn.workers * began.own)
+        if self._place is None or not self._loaded:
+            self._place = Place(self.epoch)
+        self._loaded = False  # a state is continued once
+        return self._batches(self._place, self._turn())
+
+    def _batches(self, began: Place, turn: Turn) -> Iterator[Any]:
+        base, own, order = began.position.base, began.position.own, self.order(began.epoch)
+        following = base + turn.rank + turn.ranks * (turn.worker + turn.workers * own)
         spans = [span for span in order.spans() if span.last >= following]
+        downloader = self._downloader(spans, began.epoch, turn)
+        start(downloader, patient=not self._open, what={"run": self._run, "reader": _reader(turn)})
+        self._open += 1
+        rows = ShardRows(self._entries, downloader, self._columns, self._kept_bytes, self._shard_timeout_s)
+        due = sorted(spans, key=lambda span: span.last, reverse=True)
+        try:
+            batches = order.taken_by(
+                base, rank=turn.rank, ranks=turn.ranks, worker=turn.worker, workers=turn.workers, skip=own
+            )
+            for done, batch in enumerate(batches, 1):
+                while due and due[-1].last < batch.number:
+                    rows.leave(due.pop().shard)
+                given = self._given(rows.table(batch))
+                self._place = Place(began.epoch, Position(base, own + done))
+                yield given
+            while due:
+                rows.leave(due.pop().shard)
+        finally:
+            self._open -= 1
+            rows.close()
+            downloader.stop()
+
+    def _given(self, table: pa.Table) -> Any:
+        columns = as_arrays(table)
+        return self._transform(columns) if self._transform else columns
+
+    def _downloader(self, spans: Sequence[Span], epoch: int, turn: Turn) -> StreamingDownloader:
         names = [self._entries[span.shard].filename for span in spans]
+        reading = open_at_once(spans)
         downloader = StreamingDownloader(
-            self._source, names, buffer_size=self._buffer_size, keep_behind=self._keep_behind, run=self._run,
-            max_buffer=max(16, self._buffer_size), reader=f"rank{turn.rank}-worker{turn.worker}",
+            self._source, names, min_buffer=reading + 1, buffer_size=reading + self._buffer_size,
+            max_buffer=reading + self._max_buffer, keep_behind=self._keep_behind, run=self._run, reader=_reader(turn),
             expected_readers=self._local_ranks * turn.workers, pinned=[self._validation] if self._validation else [],
         )  # fmt: skip
-        due = sorted(spans, key=lambda span: span.last)
-        readers: dict[int, RowReader] = {}
-        with downloader:
-            try:
-                batches = order.taken_by(
-                    began.base, rank=turn.rank, ranks=turn.ranks, worker=turn.worker, workers=turn.workers,
-                    skip=began.own,
-                )  # fmt: skip
-                for done, batch in enumerate(batches, 1):
-                    while due and due[0].last < batch.number:
-                        self._leave(due.pop(0).shard, readers, downloader)
-                    columns = as_arrays(self._table(batch, readers, downloader))
-                    self._position = Position(began.base, began.own + done)
-                    yield self._transform(columns) if self._transform else columns
-                for span in due:
-                    self._leave(span.shard, readers, downloader)
-            finally:
-                for reader in readers.values():
-                    reader.close()
-        self._position = Position()
-
-    def _table(self, batch: Batch, readers: dict[int, RowReader], downloader: StreamingDownloader) -> pa.Table:
-        parts, places = [], []
-        for shard in np.unique(batch.shards).tolist():
-            mine = np.flatnonzero(batch.shards == shard)
-            parts.append(self._take(shard, batch.rows[mine], readers, downloader))
-            places.append(mine)
-        if len(parts) == 1:
-            return parts[0]
-        return pa.concat_tables(parts).take(pa.array(np.argsort(np.concatenate(places))))
-
-    def _take(self, shard: int, rows: Any, readers: dict[int, RowReader], downloader: StreamingDownloader) -> pa.Table:
-        entry = self._entries[shard]
-        try:
-            if shard not in readers:
-                path = downloader.wait_for_shard(entry, self._shard_timeout_s)
-                readers[shard] = RowReader(path, self._columns)
-            return readers[shard].take(rows)
-        except InvalidShardError as error:
-            self._source.distrust(entry, str(error))
-            if shard in readers:
-                readers.pop(shard).close()
-            readers[shard] = RowReader(Path(self._source.fetch(entry).path), self._columns)
-            return readers[shard].take(rows)
-
-    def _leave(self, shard: int, readers: dict[int, RowReader], downloader: StreamingDownloader) -> None:
-        if shard in readers:
-            readers.pop(shard).close()
-        downloader.consumed(self._entries[shard])
+        downloader.load_state_dict({"epoch": epoch, "order": names, "consumed": []})
+        return downloader
 
     def _turn(self) -> Turn:
         info = get_worker_info()
         return Turn(self._rank, self._ranks, info.id, info.num_workers) if info else Turn(self._rank, self._ranks)
+
+
+def _reader(turn: Turn) -> str:
+    return f"rank{turn.rank}-worker{turn.worker}"
 
 
 def _rows(entry: ShardEntry) -> int:

@@ -10,6 +10,7 @@ import heapq
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,8 @@ class OrderSettings:
     window: int = 8192
     """Samples of one lane that are mixed with each other."""
     drop_last: bool = False
-    """Leave out each lane's last batch where it is smaller than the others."""
+    """Leave out each lane's last batch where it is smaller than the others, and the epoch's last ones where they do not
+    suffice for every rank."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "lanes", "block_rows", "window"):
@@ -111,9 +113,15 @@ class EpochOrder:
         Memory O(window) for each lane that it reads. Nothing is computed for what lies before.
         """
         shuffled: dict[int, tuple[int, Indices]] = {}
-        for number in range(base + rank + ranks * (worker + workers * skip), self.batches, ranks * workers):
+        first = base + rank + ranks * (worker + workers * skip)
+        for number in range(first, self.end(base, ranks), ranks * workers):
             lane, turn = self.place(number)
             yield self._batch(number, lane, turn, shuffled)
+
+    def end(self, base: int, ranks: int) -> int:
+        """The number behind the last batch that is read by ranks that began at `base`."""
+        left_out = (self.batches - base) % ranks if self.settings.drop_last and base < self.batches else 0
+        return self.batches - left_out
 
     def spans(self) -> list[Span]:
         """When each shard is read, by first use."""
@@ -151,6 +159,12 @@ class EpochOrder:
         start = window * self.settings.window
         places = np.arange(start, min(start + self.settings.window, self.lanes[lane].rows))
         return _generator(self.settings, 1, lane, window).permutation(places)
+
+
+def open_at_once(spans: Sequence[Span]) -> int:
+    """The most shards whose spans a batch lies in."""
+    turns = sorted([(span.first, 1) for span in spans] + [(span.last + 1, -1) for span in spans])
+    return max(accumulate((turn for _, turn in turns), initial=0))
 
 
 def _deal(shard_rows: Sequence[int], settings: OrderSettings) -> tuple[Lane, ...]:

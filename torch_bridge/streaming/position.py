@@ -31,6 +31,14 @@ class Position:
     own: int = 0
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where in which epoch."""
+
+    epoch: int
+    position: Position = Position()
+
+
 def saved(position: Position, turn: Turn, settings: OrderSettings, shards: Mapping[str, str]) -> dict[str, Any]:
     """JSON-able. `shards`: content id by name."""
     return {

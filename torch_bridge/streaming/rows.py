@@ -14,11 +14,44 @@ from protocol.errors import InvalidParamsError, InvalidShardError
 from torch_bridge.streaming.order import Indices
 
 
-class RowReader:
-    """One open file. `groups_kept`: row groups that stay decoded in memory, the longest unused goes first."""
+class DecodedGroups:
+    """Row groups that stay decoded in memory, of all files together: the longest unused go first.
 
-    def __init__(self, path: Path, columns: Sequence[str] | None = None, *, groups_kept: int = 16) -> None:
-        self._path, self._groups_kept = path, groups_kept
+    The one that was decoded last stays even where it alone is above `limit_bytes`.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        if limit_bytes < 0:
+            raise InvalidParamsError(f"the memory for row groups must not be negative: {limit_bytes} bytes")
+        self._limit_bytes = limit_bytes
+        self._tables: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
+        self.size_bytes = 0
+
+    def get(self, path: Path, group: int) -> pa.Table | None:
+        table = self._tables.get((path, group))
+        if table is not None:
+            self._tables.move_to_end((path, group))
+        return table
+
+    def keep(self, path: Path, group: int, table: pa.Table) -> None:
+        self._tables[path, group] = table
+        self.size_bytes += table.nbytes
+        while self.size_bytes > self._limit_bytes and len(self._tables) > 1:
+            self.size_bytes -= self._tables.popitem(last=False)[1].nbytes
+
+    def forget(self, path: Path) -> None:
+        for key in [key for key in self._tables if key[0] == path]:
+            self.size_bytes -= self._tables.pop(key).nbytes
+
+
+class RowReader:
+    """One open file. `groups`: where its decoded row groups are kept. `rows`: what its manifest promised."""
+
+    def __init__(
+        self, path: Path, columns: Sequence[str] | None = None, *, groups: DecodedGroups, rows: int | None = None
+    ) -> None:
+        """Raises InvalidShardError where the file is damaged or has other rows, InvalidParamsError for a column."""
+        self._path, self._groups = path, groups
         self._columns = None if columns is None else list(columns)
         try:
             self._file = pq.ParquetFile(path)
@@ -32,14 +65,15 @@ class RowReader:
             )
         meta = self._file.metadata
         self._starts = np.cumsum([0, *(meta.row_group(group).num_rows for group in range(meta.num_row_groups))])
-        self._groups: OrderedDict[int, pa.Table] = OrderedDict()
+        if rows is not None and rows != int(self._starts[-1]):
+            self._file.close()
+            raise InvalidShardError(
+                f"{path.name} has {self._starts[-1]} rows by its footer, and its manifest says {rows}: "
+                "the data set has to be published again with the rows that it has"
+            )
 
     def take(self, rows: Indices) -> pa.Table:
-        """The rows in the order asked for. Raises InvalidShardError where the file is damaged or has fewer rows."""
-        if rows.size and int(rows.max()) >= int(self._starts[-1]):
-            raise InvalidShardError(
-                f"{self._path.name} has {self._starts[-1]} rows, its manifest promised row {rows.max()}: fetch it again"
-            )
+        """The rows in the order asked for. Raises InvalidShardError where the file is damaged."""
         groups = np.searchsorted(self._starts, rows, side="right") - 1
         parts, places = [], []
         for group in np.unique(groups).tolist():
@@ -51,20 +85,17 @@ class RowReader:
         return pa.concat_tables(parts).take(pa.array(np.argsort(np.concatenate(places))))
 
     def close(self) -> None:
-        self._groups.clear()
+        self._groups.forget(self._path)
         self._file.close()
 
     def _group(self, group: int) -> pa.Table:
-        if group in self._groups:
-            self._groups.move_to_end(group)
-            return self._groups[group]
-        try:
-            table = self._file.read_row_group(group, columns=self._columns, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            raise _damaged(self._path, error) from error
-        self._groups[group] = table
-        if len(self._groups) > self._groups_kept:
-            self._groups.popitem(last=False)
+        table = self._groups.get(self._path, group)
+        if table is None:
+            try:
+                table = self._file.read_row_group(group, columns=self._columns, use_threads=False)
+            except (pa.ArrowException, OSError) as error:
+                raise _damaged(self._path, error) from error
+            self._groups.keep(self._path, group, table)
         return table
 
 

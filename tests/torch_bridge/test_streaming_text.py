@@ -1,0 +1,145 @@
+"""TextLoader: every token once, no padding, and the same batches from any state that it yielded."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from protocol.errors import InvalidParamsError
+from torch_bridge.shards.local_source import LocalSource
+from torch_bridge.streaming.dataset import StreamingShardDataset
+from torch_bridge.streaming.text_loader import TextLoader
+
+BOS = 256
+WORDS = [f"{number} says " + "x" * (number * 37 % 90) for number in range(120)]
+
+
+def as_bytes(texts: list[str]) -> list[list[int]]:
+    return [list(text.encode()) for text in texts]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for shard in range(4):
+        texts = WORDS[shard * 30 : shard * 30 + 30]
+        pq.write_table(pa.table({"text": [None, *texts]}), tmp_path / f"shard_{shard:05d}.parquet", row_group_size=7)
+    return tmp_path
+
+
+def loader(folder: Path, *, epochs: int | None = 2, tokenise: Any = as_bytes, **more: Any) -> TextLoader:
+    settings: dict[str, Any] = {"batch_size": 8, "columns": ["text"], "lanes": 2, "block_rows": 10, "window": 24} | more
+    data = StreamingShardDataset(LocalSource(folder), **settings)
+    return TextLoader(data, tokenise, bos=BOS, batch_rows=3, row_tokens=50, epochs=epochs)
+
+
+def taken(batches: Any) -> list[tuple[list[list[int]], list[list[int]]]]:
+    return [(inputs.tolist(), targets.tolist()) for inputs, targets, _ in batches]
+
+
+def documents(batches: Any) -> list[str]:
+    """What lies between BOS and BOS; the last, which may be cut, is left out."""
+    run = [token for inputs, _, _ in batches for token in inputs.flatten().tolist()]
+    starts = [place for place, token in enumerate(run) if token == BOS]
+    return [bytes(run[start + 1 : end]).decode() for start, end in itertools.pairwise(starts)]
+
+
+def test_each_document_once_an_epoch_behind_one_bos_and_no_padding(folder: Path) -> None:
+    batches = list(loader(folder, epochs=1))
+    whole = sum(len(text.encode()) + 1 for text in WORDS)
+    assert len(batches) == (whole - 1) // 150
+    found = documents(batches)
+    assert len(found) == len(set(found)) > 110
+    assert set(found) <= set(WORDS)
+    assert found != WORDS[: len(found)]
+    inputs, targets, _ = batches[0]
+    assert inputs.dtype == targets.dtype == torch.int64
+    assert inputs.shape == targets.shape == (3, 50)
+
+
+def test_targets_are_one_token_ahead_across_rows_and_batches(folder: Path) -> None:
+    batches = list(loader(folder))
+    inputs = torch.cat([inputs.flatten() for inputs, _, _ in batches])
+    targets = torch.cat([targets.flatten() for _, targets, _ in batches])
+    assert torch.equal(inputs[1:], targets[:-1])
+
+
+def test_the_second_epoch_has_another_order(folder: Path) -> None:
+    found = documents(loader(folder))
+    assert len(set(found)) == len(WORDS)
+    assert found[: len(WORDS)] != found[len(WORDS) :]
+
+
+def test_continued_at_any_batch(folder: Path) -> None:
+    batches = list(loader(folder))
+    expected = taken(batches)
+    for done, (_, _, state) in enumerate(batches, 1):
+        again = loader(folder)
+        again.load_state_dict(json.loads(json.dumps(state)))
+        assert taken(itertools.islice(again, 3)) == expected[done : done + 3]
+    again = loader(folder)
+    again.load_state_dict(batches[3][2])
+    assert taken(again) == expected[4:]
+
+
+def test_continued_twice_from_states_of_a_continued_loader(folder: Path) -> None:
+    expected = taken(loader(folder))
+    first = list(itertools.islice(loader(folder), 7))
+    second = loader(folder)
+    second.load_state_dict(first[-1][2])
+    middle = list(itertools.islice(second, 1))
+    third = loader(folder)
+    third.load_state_dict(middle[-1][2])
+    assert taken(first) + taken(middle) + taken(third) == expected
+
+
+def test_ranks_share_the_documents_and_continue_each_from_its_own_state(folder: Path) -> None:
+    found: list[str] = []
+    for rank in range(2):
+        mine = {"rank": rank, "world_size": 2, "local_world_size": 1}
+        batches = list(loader(folder, epochs=1, **mine))
+        found += documents(batches)
+        again = loader(folder, epochs=1, **mine)
+        again.load_state_dict(batches[2][2])
+        assert taken(again) == taken(batches)[3:]
+    assert len(found) == len(set(found)) > 100
+
+
+def test_another_rank_or_number_of_ranks_cannot_continue(folder: Path) -> None:
+    _, _, state = next(iter(loader(folder, rank=0, world_size=2, local_world_size=1)))
+    for rank, ranks in ((1, 2), (0, 1)):
+        other = loader(folder, rank=rank, world_size=ranks, local_world_size=1)
+        with pytest.raises(InvalidParamsError, match="rank 0's of 2"):
+            other.load_state_dict(state)
+
+
+def test_another_tokeniser_cannot_continue(folder: Path) -> None:
+    _, _, state = next(iter(loader(folder)))
+    again = loader(folder, tokenise=lambda texts: [list(text.upper().encode()) for text in texts])
+    again.load_state_dict(state)
+    with pytest.raises(InvalidParamsError, match="the same tokeniser"):
+        next(iter(again))
+
+
+def test_a_rank_without_documents_says_so(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["only one"]}), tmp_path / "shard_00000.parquet")
+    with pytest.raises(InvalidParamsError, match="no text for rank 1 of 2"):
+        next(iter(loader(tmp_path, epochs=None, rank=1, world_size=2, local_world_size=1)))
+
+
+def test_without_a_downloader_the_same_batches(folder: Path) -> None:
+    assert taken(loader(folder, streaming=False)) == taken(loader(folder))
+    assert not any(loader(folder, streaming=False, shards=["shard_00001.parquet"], epochs=0))
+
+
+def test_only_the_named_shards(folder: Path) -> None:
+    found = documents(loader(folder, shards=["shard_00001.parquet"], epochs=3))
+    assert set(found) == set(WORDS[30:60])
+    with pytest.raises(InvalidParamsError, match="no shard other"):
+        loader(folder, shards=["other"])

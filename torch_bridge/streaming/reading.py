@@ -1,0 +1,90 @@
+"""Rows of the shards that one iteration reads: waited for, opened, brought anew where they are damaged, left behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from protocol.errors import InvalidShardError, ShardInUseError
+from protocol.manifest import ShardEntry
+from torch_bridge.shards.downloader import StreamingDownloader
+from torch_bridge.streaming.order import Batch, Indices
+from torch_bridge.streaming.rows import DecodedGroups, RowReader
+
+LEAVING_S = 15.0
+"""For how long an earlier iteration may still be ending: a DataLoader starts new workers before the old ones are gone."""
+_LOOK_S = 0.1
+_BROUGHT_ANEW = 3
+"""How often one shard is brought anew in an iteration, on a disk that damages it again and again."""
+
+
+class ShardRows:
+    """Not for several threads at once. `entries`: what the shards of a batch are places in."""
+
+    def __init__(
+        self, entries: Sequence[ShardEntry], downloader: StreamingDownloader, columns: Sequence[str] | None,
+        kept_bytes: int, timeout_s: float | None,
+    ) -> None:  # fmt: skip
+        self._entries, self._downloader = entries, downloader
+        self._columns, self._timeout_s = columns, timeout_s
+        self._groups = DecodedGroups(kept_bytes)
+        self._open: dict[int, RowReader] = {}
+
+    def table(self, batch: Batch) -> pa.Table:
+        """The batch's rows in its order. Raises what `wait_for_shard` does for a shard that does not come."""
+        parts, places = [], []
+        for shard in np.unique(batch.shards).tolist():
+            mine = np.flatnonzero(batch.shards == shard)
+            parts.append(self._take(shard, batch.rows[mine]))
+            places.append(mine)
+        if len(parts) == 1:
+            return parts[0]
+        return pa.concat_tables(parts).take(pa.array(np.argsort(np.concatenate(places))))
+
+    def leave(self, shard: int) -> None:
+        """Nothing of it is read again in this iteration."""
+        self._shut(shard)
+        self._downloader.consumed(self._entries[shard])
+
+    def close(self) -> None:
+        for shard in list(self._open):
+            self._shut(shard)
+
+    def _take(self, shard: int, rows: Indices) -> pa.Table:
+        entry = self._entries[shard]
+        for anew in range(_BROUGHT_ANEW + 1):
+            path = None if shard in self._open else self._downloader.wait_for_shard(entry, self._timeout_s)
+            try:
+                if path is not None:
+                    self._open[shard] = RowReader(path, self._columns, groups=self._groups, rows=entry.rows)
+                return self._open[shard].take(rows)
+            except InvalidShardError as error:
+                self._shut(shard)
+                if anew == _BROUGHT_ANEW:
+                    raise
+                self._downloader.distrust(entry, error.message)
+        raise AssertionError("the loop returns or raises")
+
+    def _shut(self, shard: int) -> None:
+        if shard in self._open:
+            self._open.pop(shard).close()
+
+
+def start(downloader: StreamingDownloader, *, patient: bool, what: dict[str, Any]) -> None:
+    """Start it; an earlier iteration that is ending is waited for, where `patient`. Raises ShardInUseError."""
+    deadline = time.monotonic() + LEAVING_S
+    while True:
+        try:
+            return downloader.start()
+        except ShardInUseError as error:
+            if not patient or time.monotonic() > deadline:
+                raise ShardInUseError(
+                    f"an iteration over this data set is still open as reader {what['reader']!r} of run "
+                    f"{what['run']!r}: let go of its iterator (`del`) before the next one begins, or give the second "
+                    f"data set a run= of its own ({error.message})"
+                ) from None
+            time.sleep(_LOOK_S)

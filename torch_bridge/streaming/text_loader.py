@@ -1,0 +1,156 @@
+"""TextLoader: documents of a text column as token batches without padding, and a state after each that continues it.
+
+Each document is tokenised and follows a BOS token; all of them form one run of tokens, which batches cut. A state names
+the documents that the oldest unread token came with, and how many of their tokens are read: it stays small whatever
+lies in the buffer, and a continued loader tokenises those documents again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from protocol.errors import InvalidParamsError
+from torch_bridge.streaming.dataset import StreamingShardDataset
+
+Tokens = NDArray[np.int64]
+Tokenise = Callable[[list[str]], Iterable[Sequence[int] | NDArray[Any]]]
+"""The tokens of each text, without BOS."""
+TextBatch = tuple[torch.Tensor, torch.Tensor, dict[str, Any]]
+VERSION = 1
+_CHECKED = 16
+"""Tokens of a state that a continued loader must find again."""
+
+
+@dataclass
+class _Documents:
+    """Tokens of documents that came together."""
+
+    before: dict[str, Any]
+    """The data set's state before they were taken."""
+    tokens: Tokens
+    used: int = 0
+
+
+class TextLoader:
+    """Iterates `(inputs, targets, state)`: int64 tensors (batch_rows, row_tokens), where `targets` is one token ahead.
+
+    `dataset`: batches of it are tokenised together; it gives the order, the rank and the epoch. `column`: of text;
+    nulls are left out. `epochs`: read those below it; None: for ever. The last tokens of the last epoch are
+    dropped where they fill no batch. One iteration at a time.
+    """
+
+    def __init__(
+        self, dataset: StreamingShardDataset, tokenise: Tokenise, *, bos: int, batch_rows: int, row_tokens: int,
+        column: str = "text", epochs: int | None = None,
+    ) -> None:  # fmt: skip
+        for name, value in (("batch_rows", batch_rows), ("row_tokens", row_tokens)):
+            if value < 1:
+                raise InvalidParamsError(f"{name} must be at least 1, not {value}")
+        self._dataset, self._tokenise, self._bos, self._column = dataset, tokenise, bos, column
+        self._rows, self._row_tokens, self._epochs = batch_rows, row_tokens, epochs
+        self._continued: Mapping[str, Any] | None = None
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The next iteration goes on behind the batch that `state` came with.
+
+        Raises InvalidParamsError where that is not possible exactly, and says why.
+        """
+        if state.get("version") != VERSION:
+            raise InvalidParamsError(f"the state has version {state.get('version')}, this release reads {VERSION}")
+        here = [self._dataset.rank, self._dataset.ranks]
+        if [state["rank"], state["dataset"]["ranks"]] != here:
+            raise InvalidParamsError(
+                f"the state is rank {state['rank']}'s of {state['dataset']['ranks']}, this is rank {here[0]} of "
+                f"{here[1]}: ranks are at different documents, so each continues from its own, among as many"
+            )
+        self._dataset.load_state_dict(state["dataset"])
+        self._continued = state
+
+    def __iter__(self) -> Iterator[TextBatch]:
+        size = self._rows * self._row_tokens
+        buffer: deque[_Documents] = deque()
+        held = 0
+        for documents in self._documents():
+            buffer.append(documents)
+            held += documents.tokens.size - documents.used
+            while held > size:
+                run = torch.from_numpy(_peek(buffer, size + 1))
+                _advance(buffer, size)
+                held -= size
+                shape = (self._rows, self._row_tokens)
+                yield run[:-1].reshape(shape), run[1:].reshape(shape).clone(), self._state(buffer)
+
+    def _documents(self) -> Iterator[_Documents]:
+        """What is tokenised together, over all epochs; the first without what was read before the state."""
+        continued, self._continued = self._continued, None
+        epochs_without = 0
+        while self._epochs is None or self._dataset.epoch < self._epochs:
+            epochs_without += 1
+            before = self._dataset.state_dict()
+            with closing(iter(self._dataset)) as batches:  # type: ignore[type-var]
+                for batch in batches:
+                    documents = _Documents(before, self._tokens(batch))
+                    if continued is not None:
+                        documents, continued = _behind(documents, continued), None
+                    if documents.tokens.size > documents.used:
+                        epochs_without = 0
+                        yield documents
+                    before = self._dataset.state_dict()
+            if epochs_without == 2:  # the first may have been continued at its end
+                raise InvalidParamsError(
+                    f"no text for rank {self._dataset.rank} of {self._dataset.ranks} in a whole epoch: it takes fewer "
+                    "ranks, smaller batches of documents, or more shards"
+                )
+            self._dataset.set_epoch(self._dataset.epoch + 1)
+
+    def _tokens(self, batch: Mapping[str, Any]) -> Tokens:
+        texts = [text for text in batch[self._column] if text is not None]
+        parts: list[Tokens] = []
+        for tokens in self._tokenise(texts):
+            parts += [np.array([self._bos], np.int64), np.asarray(tokens, dtype=np.int64)]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def _state(self, buffer: deque[_Documents]) -> dict[str, Any]:
+        oldest = buffer[0]
+        following = oldest.tokens[oldest.used : oldest.used + _CHECKED]
+        return {
+            "version": VERSION, "rank": self._dataset.rank, "dataset": oldest.before, "used_tokens": oldest.used,
+            "next_tokens": following.tolist(),
+        }  # fmt: skip
+
+
+def _behind(documents: _Documents, state: Mapping[str, Any]) -> _Documents:
+    used, following = int(state["used_tokens"]), list(state["next_tokens"])
+    if documents.tokens[used : used + len(following)].tolist() != following:
+        raise InvalidParamsError(
+            "the texts where the state continues give other tokens than when it was saved: use the same tokeniser"
+        )
+    return _Documents(documents.before, documents.tokens, used)
+
+
+def _peek(buffer: deque[_Documents], count: int) -> Tokens:
+    """The next tokens, which stay there."""
+    parts, missing = [], count
+    for documents in buffer:
+        part = documents.tokens[documents.used : documents.used + missing]
+        parts.append(part)
+        missing -= part.size
+        if not missing:
+            break
+    return np.concatenate(parts)
+
+
+def _advance(buffer: deque[_Documents], count: int) -> None:
+    """`count` tokens are read; fewer than there are."""
+    while count >= (left := buffer[0].tokens.size - buffer[0].used):
+        buffer.popleft()
+        count -= left
+    buffer[0].used += count
