@@ -1,0 +1,268 @@
+"""O3CheckpointManager: checkpoints that a run cannot lose, at an origin, and where there is a node, in the swarm."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Mapping, MutableMapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self, TypeAlias
+
+import msgspec
+
+from protocol.commands.publishing import PublishResult
+from protocol.errors import InvalidParamsError, ShoalError
+from protocol.ids import NodeId
+from protocol.signing import SigningKey
+from protocol.sync_client import SyncClient
+from torch_bridge.checkpoints.commit import Commit, checked_place, checked_run_id
+from torch_bridge.checkpoints.restoring import DAMAGE, CheckpointNotFoundError, commits, missing_part, read_state
+from torch_bridge.checkpoints.rng import rng_state, set_rng_state
+from torch_bridge.checkpoints.saving import PartFiles, Snapshot, take_snapshot, upload, write_parts
+from torch_bridge.o3_client import O3Client
+from torch_bridge.stores import Store
+
+log = logging.getLogger(__name__)
+
+
+class Stateful(Protocol):
+    """A model, optimizer, scheduler or loader."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state_dict: Any) -> Any: ...
+
+
+StateOf: TypeAlias = "Stateful | MutableMapping[str, Any]"
+"""An object with a state, or the state itself: a dict, which a restore fills anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What `load_checkpoint` found."""
+
+    run_id: str
+    epoch: int
+    step: int | None
+    extra: Any
+    """As it was given to `save_checkpoint`."""
+    state: Mapping[str, Any]
+    """The states by member ("model", "optimizer", "scheduler", "loader", "rng"), tensors on the CPU."""
+    key: str
+    """The commit object's name at the origin."""
+    digest: str
+    fell_back_from: tuple[tuple[str, str], ...] = ()
+    """Newer commits that were not whole: name, and why."""
+
+
+class O3CheckpointManager:
+    """Saves and restores checkpoints under one URL of an origin. Each call is made from one thread at a time.
+
+    A save copies the state and returns; one thread sends it meanwhile. A save that fails says so in the next call, in
+    `wait` or in `close`. At an origin nothing is ever written twice: parts lie under their content ids, and the commit
+    of a checkpoint comes last, so the newest valid commit is a whole checkpoint.
+    """
+
+    def __init__(
+        self,
+        url_or_store: str | Store,
+        *,
+        client: O3Client | None = None,
+        key_file: Path | str,
+        trusted: Collection[str] | None = None,
+        node: str | None = None,
+        cache_dir: Path | str | None = None,
+    ) -> None:
+        """`key_file` holds the Ed25519 key that signs commits, and is made where it is not there. `trusted` are the
+        node ids whose commits count; this key's alone unless given. `node` is the address of this machine's node
+        ("127.0.0.1:7400"): parts come from its peers first, and are seeded after a save. `cache_dir` takes a
+        checkpoint's parts while they are sent; a node must be allowed to read it. Raises ValueError for a damaged key.
+        """
+        self._store = url_or_store if isinstance(url_or_store, Store) else (client or O3Client()).at(url_or_store)
+        path = Path(key_file).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._key = SigningKey.load_or_create(path)
+        self._trusted = frozenset(NodeId(one) for one in ([self._key.node_id] if trusted is None else trusted))
+        self._node = node
+        self._cache_dir = Path(cache_dir) if cache_dir else Path(tempfile.gettempdir())
+        self._process = os.getpid()
+        self._sender = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._sending: Future[Commit] | None = None
+        self._is_closed = False
+
+    @property
+    def node_id(self) -> NodeId:
+        """Of the key that signs here: what others put into `trusted`."""
+        return self._key.node_id
+
+    def save_checkpoint(
+        self,
+        model: StateOf,
+        optimizer: StateOf | None,
+        epoch: int,
+        *,
+        run_id: str,
+        step: int | None = None,
+        scheduler: StateOf | None = None,
+        loader: StateOf | None = None,
+        extra: Any = None,
+        rng: bool = True,
+        wait: bool = False,
+    ) -> None:
+        """Save what is given; with `wait`, return when it is committed, else when it is copied.
+
+        Waits for a save before it. Raises UnsayableStateError where a state could be kept by pickle only, what the save
+        before failed with, and with `wait` OriginError.
+        """
+        self._expect_usable()
+        checked_run_id(run_id)
+        checked_place(epoch, step)
+        self.wait()
+        given = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader}
+        state = {name: _state_of(one) for name, one in given.items() if one is not None}
+        state["extra"] = extra
+        if rng:
+            state["rng"] = rng_state()
+        self._sending = self._sender.submit(self._send, take_snapshot(run_id, epoch, step, state))
+        if wait:
+            self.wait()
+
+    def load_checkpoint(
+        self,
+        run_id: str,
+        epoch: int | None = None,
+        *,
+        model: StateOf | None = None,
+        optimizer: StateOf | None = None,
+        scheduler: StateOf | None = None,
+        loader: StateOf | None = None,
+        restore_rng: bool = True,
+    ) -> Checkpoint:
+        """Load the newest checkpoint that is whole, or the newest of `epoch`, into what is given.
+
+        Nothing is loaded into anything before all parts are here and checked. Raises CheckpointNotFoundError; for an
+        `epoch` one of `restoring.DAMAGE` where it is not whole; OriginError where the origin does not answer;
+        InvalidParamsError where a state is asked for that was not saved.
+        """
+        self._expect_usable()
+        self.wait()
+        found = self._read(checked_run_id(run_id), epoch)
+        given = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader}
+        wanted = {name: one for name, one in given.items() if one is not None}
+        if lacking := sorted(wanted.keys() - found.state.keys()):
+            raise InvalidParamsError(
+                f"{found.key} holds {', '.join(sorted(found.state))}, and no {' and no '.join(lacking)}: load it"
+                " without, or save it with the next checkpoint"
+            )
+        for name, one in wanted.items():
+            if isinstance(one, MutableMapping):
+                one.clear()
+                one.update(found.state[name])
+            else:
+                one.load_state_dict(found.state[name])
+        if restore_rng and "rng" in found.state:
+            set_rng_state(found.state["rng"])
+        return found
+
+    def latest(self, run_id: str) -> Commit | None:
+        """The newest valid commit whose parts are all there, by name and size; None where there is none."""
+        self._expect_usable()
+        for commit in commits(self._store, run_id, self._trusted):
+            if not (why := missing_part(self._store, commit)):
+                return commit
+            log.warning("the checkpoint %s is not whole, an older one is looked for: %s", commit.key, why)
+        return None
+
+    def checkpoints(self, run_id: str) -> tuple[Commit, ...]:
+        """All valid commits of a run, newest first; whether their parts are there is not looked at."""
+        self._expect_usable()
+        return tuple(commits(self._store, run_id, self._trusted))
+
+    def wait(self) -> None:
+        """Until the save in progress is committed. Raises what it failed with, once."""
+        self._expect_process()
+        sending, self._sending = self._sending, None
+        if sending is not None:
+            try:
+                sending.result()
+            except KeyboardInterrupt:
+                self._sending = sending
+                raise
+
+    def close(self) -> None:
+        """Wait for the save in progress, and let go of the thread. Raises what the save failed with."""
+        self._expect_process()
+        self._is_closed = True
+        try:
+            self.wait()
+        finally:
+            self._sender.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _send(self, snapshot: Snapshot) -> Commit:
+        """On the sender's thread."""
+        self._cache_dir.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="shoal-checkpoint-", dir=self._cache_dir))
+        try:
+            parts = write_parts(snapshot, folder, self._key)
+            commit = upload(self._store, snapshot, parts, self._key)
+            if self._node:
+                self._seed(self._node, parts)
+            return commit
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _seed(self, address: str, parts: PartFiles) -> None:
+        """Give the parts to the node. The checkpoint is committed by then: a node that fails is a line in the log."""
+        manifest = parts.signed.manifest
+        host, _, port = address.rpartition(":")
+        asked = {"path": str(parts.folder.absolute()), "manifest": msgspec.to_builtins(manifest)}
+        try:
+            with SyncClient(host.strip("[]"), int(port)) as client:
+                client.call("PUBLISH", asked, result_type=PublishResult, timeout_s=None)
+        except ShoalError as err:
+            log.warning("%s is at the origin, and is not seeded by the node %s: %s", manifest.name, address, err)
+
+    def _read(self, run_id: str, epoch: int | None) -> Checkpoint:
+        failed: list[tuple[str, str]] = []
+        for commit in commits(self._store, run_id, self._trusted, epoch):
+            try:
+                state = read_state(self._store, commit, self._node)
+            except DAMAGE as err:
+                if epoch is not None:
+                    raise
+                log.warning("the checkpoint %s IS DAMAGED, an older one is taken: %s", commit.key, err)
+                failed.append((commit.key, str(err)))
+                continue
+            extra = state.pop("extra", None)
+            return Checkpoint(
+                run_id, commit.epoch, commit.step, extra, state, commit.key, commit.digest, tuple(failed)
+            )  # fmt: skip
+        which = "no checkpoint" if epoch is None else f"no checkpoint of epoch {epoch}"
+        damaged = "".join(f"; {key} is damaged: {why}" for key, why in failed)
+        raise CheckpointNotFoundError(
+            f"the run {run_id!r} has {which} at {self._store.url} signed by {' or '.join(sorted(self._trusted))}"
+            f"{damaged}"
+        )
+
+    def _expect_process(self) -> None:
+        if self._process != os.getpid():
+            raise RuntimeError("this O3CheckpointManager is of another process, from which this one was forked")
+
+    def _expect_usable(self) -> None:
+        self._expect_process()
+        if self._is_closed:
+            raise RuntimeError("this O3CheckpointManager is closed")
+
+
+def _state_of(one: StateOf) -> Any:
+    return one if isinstance(one, Mapping) else one.state_dict()

@@ -1,0 +1,124 @@
+"""A checkpoint on its way back: which commit counts, and its parts, from peers first, each checked by content id."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from node.origin.layout import shard_key
+from protocol.commands.shards import ShardResult
+from protocol.errors import OriginCorruptError, OriginError, OriginNotFoundError, ShoalError
+from protocol.ids import NodeId
+from protocol.manifest import ShardEntry
+from protocol.sync_client import SyncClient
+from torch_bridge.checkpoints.commit import (
+    MAX_COMMIT_BYTES,
+    Commit,
+    CommitKey,
+    InvalidCommitError,
+    commit_folder,
+    decode_commit,
+    parse_commit_key,
+)
+from torch_bridge.checkpoints.parts import DamagedPartError, unpack
+from torch_bridge.checkpoints.saving import check_parts_there
+from torch_bridge.checkpoints.tree import InvalidStructureError, rebuild
+from torch_bridge.stores import Store
+
+log = logging.getLogger(__name__)
+
+DAMAGE = (OriginNotFoundError, OriginCorruptError, DamagedPartError, InvalidStructureError, SafetensorError)
+"""What says that a checkpoint is not whole any more; an origin that does not answer says nothing of the kind."""
+
+
+class CheckpointNotFoundError(LookupError):
+    """Raised when a run has no valid checkpoint, or none of the epoch that was asked for, or none that is whole."""
+
+
+def commits(store: Store, run_id: str, trusted: frozenset[NodeId], epoch: int | None = None) -> Iterator[Commit]:
+    """The valid commits of a run, newest first; what is none is left out, with a line in the log."""
+    listed = store.list(commit_folder(run_id))
+    named: list[CommitKey] = []
+    for info in listed:
+        key = parse_commit_key(info.key)
+        if key is None or info.size > MAX_COMMIT_BYTES:
+            log.warning("%s at %s is no commit by its name and size; it is ignored", info.key, store.url)
+        elif epoch in (None, key.epoch):
+            named.append(key)
+    for key in sorted(named, reverse=True):
+        try:
+            yield decode_commit(store.get(key.key), key, run_id, trusted)
+        except (InvalidCommitError, OriginNotFoundError, OriginCorruptError) as err:
+            log.warning("%s at %s is ignored: %s", key.key, store.url, err)
+
+
+def missing_part(store: Store, commit: Commit) -> str:
+    """Why a commit's parts are not all at the origin; empty where they are. Their bytes are not read.
+
+    Raises OriginError where the origin does not say.
+    """
+    try:
+        store.begin(lambda backing: check_parts_there(backing, commit.manifest.manifest)).result()
+    except (OriginNotFoundError, OriginCorruptError) as err:
+        return str(err)
+    return ""
+
+
+def read_state(store: Store, commit: Commit, node: str | None) -> Any:
+    """The state of a checkpoint. Raises one of DAMAGE, or OriginError where the origin does not answer."""
+    tensors: dict[str, torch.Tensor] = {}
+    peers = _NodeParts(node, commit) if node else None
+    try:
+        for entry in commit.manifest.manifest.shards:
+            found = peers.read(entry) if peers else None
+            tensors |= _from_origin(store, entry) if found is None else found
+    finally:
+        if peers:
+            peers.close()
+    return rebuild(commit.structure, tensors)
+
+
+def _from_origin(store: Store, entry: ShardEntry) -> dict[str, torch.Tensor]:
+    body = store.get_range(shard_key(entry.content_id), 0, entry.size)
+    return unpack(body, entry.content_id)
+
+
+class _NodeParts:
+    """Parts of one checkpoint through this machine's node."""
+
+    def __init__(self, address: str, commit: Commit) -> None:
+        manifest = commit.manifest
+        self._address, self._dataset = address, f"{manifest.manifest.name}@{manifest.digest}"
+        self._client: SyncClient | None = None
+        self._gone = False
+
+    def read(self, entry: ShardEntry) -> dict[str, torch.Tensor] | None:
+        """None where the node does not have it, or has it wrong: then the origin is asked."""
+        if self._gone:
+            return None
+        try:
+            if self._client is None:
+                host, _, port = self._address.rpartition(":")
+                self._client = SyncClient(host.strip("[]"), int(port))
+            asked = {"dataset": self._dataset, "shard_id": entry.shard_id}
+            found = self._client.call("FETCH_SHARD", asked, result_type=ShardResult, timeout_s=None)
+            return unpack(Path(found.path).read_bytes(), entry.content_id)
+        except (ShoalError, OSError, *DAMAGE) as err:
+            log.warning(
+                "%s does not come through the node %s, the origin is asked: %s", entry.filename, self._address, err
+            )
+            self._gone = self._client is None or self._client.is_closed or not isinstance(err, (OSError, *DAMAGE))
+            return None
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+
+
+def is_damage(error: Exception) -> bool:
+    return isinstance(error, DAMAGE) and not (isinstance(error, OriginError) and error.retryable)
