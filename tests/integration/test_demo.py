@@ -7,13 +7,17 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+
+from node.cli.demo import command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(110)]
 
@@ -46,9 +50,9 @@ def left_behind(home: Path) -> list[str]:
     """Processes whose command line names the demo's folder, and what lies in it."""
     processes = []
     for process in psutil.process_iter(["cmdline"]):
-        command = " ".join(process.info["cmdline"] or [])
-        if str(home) in command and process.pid != os.getpid():
-            processes.append(command)
+        line = " ".join(process.info["cmdline"] or [])
+        if str(home) in line and process.pid != os.getpid():
+            processes.append(line)
     return processes + [str(path) for path in home.glob("shoal-demo-*")]
 
 
@@ -61,14 +65,51 @@ def test_a_short_demo_succeeds_and_cleans_up(tmp_path: Path) -> None:
     assert re.search(r"alpha +0 .* local ", output)
     assert re.search(r"beta +1 .* peers +\d+\.\d", output)
     assert re.search(r"time to first token \d+ ms", output)
+    _, _, second = output.partition("Stop alpha")
+    assert re.search(r"beta +shard 1 loaded, from origin ", second)
+    assert re.search(r"source: origin, [1-9]\d*\.\d MiB.*, ready after \d", second)
+    assert left_behind(tmp_path) == []
+
+
+def test_tokens_that_differ_are_told_and_the_exit_status_is_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = command._reference
+    asked: list[list[int]] = []
+
+    async def other_at_the_end(*arguments: Any) -> dict[str, Any]:
+        found = await real(*arguments)
+        asked.append(found["tokens"])
+        return found | {"tokens": [*found["tokens"][:-1], found["tokens"][-1] + 1]}
+
+    monkeypatch.setattr(command, "_reference", other_at_the_end)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        command.demo(model_gguf=None, prompt="Hi", max_tokens=3)
+    output = capsys.readouterr().out
+    assert ended.value.code == 1
+    assert output.rstrip().endswith("tokens identical to one process: no")
+    ((first, second, third),) = asked
+    assert f"pipeline    [{first}, {second}, {third}]" in output
+    assert f"one process [{first}, {second}, {third + 1}]" in output
     assert left_behind(tmp_path) == []
 
 
 @pytest.mark.parametrize(
-    "until", ["Cut", "Start three nodes", "rpc 127.0.0.1", "EXECUTE_TASK: a chat", "The same by one"]
+    ("until", "max_tokens"),
+    [
+        ("Cut", 3),
+        ("Start three nodes", 3),
+        ("rpc 127.0.0.1", 3),
+        ("EXECUTE_TASK: a chat", 300),
+        ("The same by one", 300),
+        ("Publish the shards", 3),
+        ("Stop alpha", 3),
+    ],
 )
-def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, until: str) -> None:
-    with running_demo(tmp_path, "--max-tokens", "300") as process:
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, until: str, max_tokens: int) -> None:
+    with running_demo(tmp_path, "--max-tokens", str(max_tokens)) as process:
         deadline = time.monotonic() + 60
         while until not in said(tmp_path):
             assert process.poll() is None, said(tmp_path)
@@ -79,6 +120,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, until: str) -> None:
         assert process.wait(15) == 130, said(tmp_path)
     assert "Traceback" not in said(tmp_path)
     assert "the nodes are stopped" in said(tmp_path)
+    assert "tokens identical" not in said(tmp_path)
     assert left_behind(tmp_path) == []
 
 

@@ -93,7 +93,9 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
     try:
         async with asyncio.timeout(STOP_TIMEOUT_S):
             await process.wait()
-    except (TimeoutError, asyncio.CancelledError):
+    except TimeoutError:
+        pass
+    finally:  # cancelled too: it ends now, and who stops it hears of the cancellation
         if process.returncode is None:
             process.kill()
         await process.wait()
