@@ -131,15 +131,3 @@ def test_a_rank_without_documents_says_so(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["only one"]}), tmp_path / "shard_00000.parquet")
     with pytest.raises(InvalidParamsError, match="no text for rank 1 of 2"):
         next(iter(loader(tmp_path, epochs=None, rank=1, world_size=2, local_world_size=1)))
-
-
-def test_without_a_downloader_the_same_batches(folder: Path) -> None:
-    assert taken(loader(folder, streaming=False)) == taken(loader(folder))
-    assert not any(loader(folder, streaming=False, shards=["shard_00001.parquet"], epochs=0))
-
-
-def test_only_the_named_shards(folder: Path) -> None:
-    found = documents(loader(folder, shards=["shard_00001.parquet"], epochs=3))
-    assert set(found) == set(WORDS[30:60])
-    with pytest.raises(InvalidParamsError, match="no shard other"):
-        loader(folder, shards=["other"])

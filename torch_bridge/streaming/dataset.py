@@ -17,6 +17,7 @@ from protocol.errors import InvalidParamsError
 from protocol.manifest import ShardEntry
 from torch_bridge.shards.downloader import StreamingDownloader
 from torch_bridge.shards.source import ShardSource
+from torch_bridge.shards.status import StreamingStatus
 from torch_bridge.streaming.order import EpochOrder, OrderSettings, Span, open_at_once
 from torch_bridge.streaming.position import Place, Position, Turn, continued, saved
 from torch_bridge.streaming.reading import ShardRows, start
@@ -50,8 +51,8 @@ class StreamingShardDataset(IterableDataset[Any]):
     ) -> None:  # fmt: skip
         self._source, self._columns, self._transform = source, columns, transform
         self._settings = OrderSettings(batch_size, seed, 0, shuffle, lanes, block_rows, window, drop_last)
-        self._rank, self._ranks = _ranks(rank, world_size)
-        self._local_ranks = local_world_size or int(os.environ.get("LOCAL_WORLD_SIZE", self._ranks))
+        self.rank, self.ranks = _ranks(rank, world_size)
+        self._local_ranks = local_world_size or int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks))
         self._buffer_size, self._max_buffer = buffer_size, max_buffer or max(16, buffer_size)
         self._keep_behind, self._run, self._kept_bytes = keep_behind, run, kept_bytes
         self._validation, self._shard_timeout_s = validation_shard, shard_timeout_s
@@ -67,6 +68,7 @@ class StreamingShardDataset(IterableDataset[Any]):
         self._place: Place | None = None
         self._loaded = False
         self._open = 0
+        self._reading: StreamingDownloader | None = None
 
     @property
     def epoch(self) -> int:
@@ -83,6 +85,10 @@ class StreamingShardDataset(IterableDataset[Any]):
         if epoch != self.epoch:
             self._epoch.fill_(epoch)
             self._place, self._loaded = None, False
+
+    def status(self) -> StreamingStatus | None:
+        """Of the downloader of this process's iteration; None where none goes on."""
+        return self._reading.status() if self._reading else None
 
     def order(self, epoch: int | None = None) -> EpochOrder:
         """The order of an epoch; None: of this one."""
@@ -103,7 +109,7 @@ class StreamingShardDataset(IterableDataset[Any]):
         For a plain DataLoader with workers, and to continue with other numbers of workers or ranks.
         """
         place = self._place or Place(self.epoch)
-        turn, settings = Turn(self._rank, self._ranks), replace(self._settings, epoch=place.epoch)
+        turn, settings = Turn(self.rank, self.ranks), replace(self._settings, epoch=place.epoch)
         return saved(Position(place.position.base, batches), turn, settings, self._contents)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -148,6 +154,7 @@ class StreamingShardDataset(IterableDataset[Any]):
         downloader = self._downloader(spans, began.epoch, turn)
         start(downloader, patient=not self._open, what={"run": self._run, "reader": _reader(turn)})
         self._open += 1
+        self._reading = downloader
         rows = ShardRows(self._entries, downloader, self._columns, self._kept_bytes, self._shard_timeout_s)
         due = sorted(spans, key=lambda span: span.last, reverse=True)
         try:
@@ -164,6 +171,7 @@ class StreamingShardDataset(IterableDataset[Any]):
                 rows.leave(due.pop().shard)
         finally:
             self._open -= 1
+            self._reading = None
             rows.close()
             downloader.stop()
 
@@ -182,9 +190,12 @@ class StreamingShardDataset(IterableDataset[Any]):
         downloader.load_state_dict({"epoch": epoch, "order": names, "consumed": []})
         return downloader
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reading": None}
+
     def _turn(self) -> Turn:
         info = get_worker_info()
-        return Turn(self._rank, self._ranks, info.id, info.num_workers) if info else Turn(self._rank, self._ranks)
+        return Turn(self.rank, self.ranks, info.id, info.num_workers) if info else Turn(self.rank, self.ranks)
 
 
 def _reader(turn: Turn) -> str:

@@ -94,8 +94,8 @@ class TextLoader:
         epochs_without = 0
         while self._epochs is None or self._dataset.epoch < self._epochs:
             epochs_without += 1
-            before = self._dataset.state_dict()
             with closing(iter(self._dataset)) as batches:  # type: ignore[type-var]
+                before = self._dataset.state_dict()
                 for batch in batches:
                     documents = _Documents(before, self._tokens(batch))
                     if continued is not None:
