@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import logging
@@ -9,7 +10,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from protocol.errors import InsufficientDiskError
@@ -75,7 +75,7 @@ class FreeSpace:
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def saying_where_full(folder: Path) -> Iterator[None]:
     """OSError of a full disk becomes InsufficientDiskError."""
     try:
@@ -106,6 +106,15 @@ def reserve(part: Path, size: int, kept: int, what: str) -> None:
             if not seen.st_size:
                 part.unlink(missing_ok=True)
             raise
+
+
+def release(part: Path) -> None:
+    """Give back what was reserved and not written; the file goes where nothing was."""
+    with contextlib.suppress(FileNotFoundError):
+        if size := part.stat().st_size:
+            os.truncate(part, size)
+        else:
+            part.unlink()
 
 
 def _allocate(fd: int, size: int) -> int:

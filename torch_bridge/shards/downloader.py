@@ -65,14 +65,13 @@ class StreamingDownloader:
         self._deleted = 0
 
     def start(self) -> None:
-        """Begin to fetch. Raises ShardInUseError where another process reads under this name."""
+        """Begin to fetch. Raises ShardInUseError where a process reads under this name, InsufficientDiskError."""
         if self._threads:
             return
         self._stopping.clear()
-        self._source.folder.mkdir(parents=True, exist_ok=True)
-        self._ledger = Ledger(self._source.folder, self._run, self._reader)
-        with self._changed, saying_where_full(self._source.folder):
-            self._write()
+        with saying_where_full(self._source.folder):
+            self._source.folder.mkdir(parents=True, exist_ok=True)
+            self._ledger = Ledger(self._source.folder, self._run, self._reader, self._window.reader())
         self._threads = [
             threading.Thread(target=self._work, name=f"shards-{number}", daemon=True) for number in range(self._at_once)
         ]

@@ -16,7 +16,7 @@ from protocol.content import hash_file
 from protocol.errors import InvalidShardError, OriginCorruptError, OriginError, OriginNotFoundError
 from protocol.manifest import Manifest, ShardEntry, safe_filename
 from torch_bridge.o3_client import O3Client
-from torch_bridge.shards.disk import reserve
+from torch_bridge.shards.disk import release, reserve
 from torch_bridge.shards.integrity import as_published, check_parquet
 from torch_bridge.shards.locks import locked
 from torch_bridge.shards.named_origins import NamedOrigins
@@ -74,7 +74,11 @@ class OriginSource:
             if self._is_here(entry, path):
                 return FetchedFile(path, "local", time.monotonic() - began)
             part = path.with_name(f"{path.name}.part")
-            moved = self._bring(entry, part, stop, on_progress)
+            try:
+                moved = self._bring(entry, part, stop, on_progress)
+            except BaseException:
+                release(part)
+                raise
             os.replace(part, path)
             _sync_folder(self._folder)
             self._remember(entry, path)
@@ -187,8 +191,6 @@ class OriginSource:
                 log.warning("%s", failure)
                 if not resumed:
                     break
-        if part.exists() and not part.stat().st_size:
-            part.unlink()  # what was reserved for it
         raise failure or OriginNotFoundError(f"no origin is named for {entry.filename}")
 
     def _download(

@@ -58,10 +58,12 @@ def deletable(candidates: Iterable[str], needs: Collection[str] | None) -> list[
 class Ledger:
     """One reader's hand in the ledger of a folder."""
 
-    def __init__(self, folder: Path, run: str, reader: str, *, give_up_after_s: float = 600.0) -> None:
-        """Registers. `give_up_after_s`: for how long readers that have not registered are waited for.
+    def __init__(
+        self, folder: Path, run: str, reader: str, state: Reader | None = None, *, give_up_after_s: float = 600.0
+    ) -> None:
+        """Registers, with what it needs. `give_up_after_s`: so long readers that have not registered are waited for.
 
-        Raises ShardInUseError where a living process is this reader already.
+        Raises ShardInUseError where a living process is this reader already, OSError of the disk.
         """
         self._root = folder / ".readers"
         self._mine = self._root / quote(run, safe="") / quote(reader, safe="")
@@ -80,6 +82,12 @@ class Ledger:
                     f"another process reads as {reader!r} of run {run!r} in {folder}: give each its own "
                     "reader= (rank and worker), and each run its own (run=)"
                 )
+            if state is not None:
+                try:
+                    self.write(state)
+                except OSError:
+                    self._lock.leave()
+                    raise
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -99,8 +107,12 @@ class Ledger:
         """Say what this reader needs."""
         with self.alone():
             new = self._mine.with_name(self._mine.name + ".new")
-            new.write_bytes(msgspec.json.encode(state))
-            os.replace(new, self._mine.with_name(self._mine.name + ".json"))
+            try:
+                new.write_bytes(msgspec.json.encode(state))
+                os.replace(new, self._mine.with_name(self._mine.name + ".json"))
+            except OSError:
+                new.unlink(missing_ok=True)
+                raise
 
     def delete(self, candidates: Sequence[str], discard: Callable[[str], bool]) -> list[str]:
         """Call `discard` for those that no live reader of any run needs; the names of those that went."""
