@@ -19,14 +19,16 @@ START_S = 40.0
 
 
 @contextlib.contextmanager
-def s3_server(folder: Path, *, secret_key: str = "not-so-secret-key-of-the-tests") -> Iterator[S3Server]:
+def s3_server(
+    folder: Path, *, access_key: str = "access-of-the-tests", secret_key: str = "not-so-secret-key-of-the-tests"
+) -> Iterator[S3Server]:
     """Run SeaweedFS in an event loop of its own; its thread lives as long as it, since the server ends with it."""
     found: list[S3Server] = []
     ready, done = threading.Event(), asyncio.Event()
     loop = asyncio.new_event_loop()
 
     async def serve() -> None:
-        async with running_s3(folder, access_key="access-of-the-tests", secret_key=secret_key) as server:
+        async with running_s3(folder, access_key=access_key, secret_key=secret_key) as server:
             found.append(server)
             ready.set()
             await done.wait()
