@@ -64,7 +64,8 @@ class StreamingShardDataset(IterableDataset[Any]):
         self._entries = tuple(entry for entry in entries if entry.filename != validation_shard)
         self._rows = tuple(_rows(entry) for entry in self._entries)
         self._contents = {entry.filename: str(entry.content_id) for entry in self._entries}
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see set_epoch by it
+        # In shared memory: workers that live on see set_epoch.
+        self._epoch: torch.Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._place: Place | None = None
         self._loaded = False
         self._open = 0

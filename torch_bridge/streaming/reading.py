@@ -16,7 +16,7 @@ from torch_bridge.streaming.order import Batch, Indices
 from torch_bridge.streaming.rows import DecodedGroups, RowReader
 
 LEAVING_S = 15.0
-"""For how long an earlier iteration may still be ending: a DataLoader starts new workers before the old ones are gone."""
+"""How long an earlier iteration may take to end: a DataLoader starts new workers before the old ones are gone."""
 _LOOK_S = 0.1
 _BROUGHT_ANEW = 3
 """How often one shard is brought anew in an iteration, on a disk that damages it again and again."""
