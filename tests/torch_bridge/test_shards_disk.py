@@ -15,7 +15,7 @@ from node.origin.settings import OriginSettings
 from protocol.content import hash_file
 from protocol.errors import InsufficientDiskError
 from protocol.manifest import Manifest, ShardEntry
-from tests.torch_bridge.shards_parts import parquet_files, publish_at
+from tests.torch_bridge.bridge_shards import parquet_files, publish_at
 from torch_bridge import O3Client, RetryPolicy, StreamingDownloader
 from torch_bridge.shards import disk, ranged_file
 from torch_bridge.shards.origin_source import OriginSource

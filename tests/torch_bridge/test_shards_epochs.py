@@ -12,7 +12,7 @@ import pytest
 from node.origin.settings import OriginSettings
 from protocol.content import hash_file
 from protocol.manifest import Manifest
-from tests.torch_bridge.shards_parts import parquet_files, publish_at
+from tests.torch_bridge.bridge_shards import parquet_files, publish_at
 from torch_bridge import O3Client, StreamingDownloader
 from torch_bridge.shards.origin_source import OriginSource
 

@@ -25,8 +25,8 @@ from protocol.errors import (
 from protocol.manifest import Manifest
 from scripts.origin_proxy import Fault, OriginProxy
 from tests.integration.origin_server import s3_server
+from tests.torch_bridge.bridge_shards import overwrite_in_the_middle, parquet_files, publish_at
 from tests.torch_bridge.o3_client_parts import client_of, served
-from tests.torch_bridge.shards_parts import overwrite_in_the_middle, parquet_files, publish_at
 from torch_bridge import O3Client, RetryPolicy
 from torch_bridge.shards import disk, ranged_file
 from torch_bridge.shards.downloader import StreamingDownloader

@@ -14,8 +14,8 @@ from protocol.manifest import Manifest
 from scripts.origin_proxy import OriginProxy
 from tests.integration.origin_server import s3_server
 from tests.integration.origin_servers import hub_stand_in
+from tests.torch_bridge.bridge_shards import parquet_files, publish_at
 from tests.torch_bridge.o3_client_parts import client_of, served
-from tests.torch_bridge.shards_parts import parquet_files, publish_at
 from torch_bridge import O3Client, RetryPolicy, StreamingDownloader
 from torch_bridge.shards.origin_source import OriginSource
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from protocol.errors import InsufficientDiskError, InvalidShardError, ShardInUseError
-from tests.torch_bridge.shards_parts import parquet_files
+from tests.torch_bridge.bridge_shards import parquet_files
 from torch_bridge.shards import disk
 from torch_bridge.shards.buffer import adapted_size
 from torch_bridge.shards.downloader import StreamingDownloader
