@@ -136,7 +136,7 @@ def encode_commit(commit: Commit, key: SigningKey, min_bytes: int) -> tuple[str,
             written_ms=commit.written_ms,
             manifest_digest=commit.manifest.digest,
             manifest=msgspec.Raw(msgspec.json.encode(commit.manifest)),
-            root_cids=dict(commit.root_cids),
+            root_cids={str(part): cid for part, cid in commit.root_cids.items()},
             structure=msgspec.Raw(json.dumps(commit.structure, allow_nan=False).encode()),
         )
     )

@@ -58,7 +58,7 @@ class IndexKey(NamedTuple):
 class Inline(msgspec.Struct, frozen=True, tag="inline"):
     """Bytes that stand in the index."""
 
-    body: bytes
+    body: Annotated[bytes, msgspec.Meta(max_length=INLINE_BYTES)]
 
 
 class Kept(msgspec.Struct, frozen=True, tag="object"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Collection, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,20 +12,24 @@ from pathlib import Path
 from typing import Any, Protocol, Self, TypeAlias
 
 import msgspec
+from platformdirs import user_data_dir
 
 from protocol.commands.publishing import PublishResult
 from protocol.errors import InvalidParamsError, ShoalError
-from protocol.ids import NodeId
+from protocol.ids import ContentId, NodeId
 from protocol.signing import SigningKey
 from protocol.sync_client import SyncClient
 from torch_bridge.checkpoints.commit import Commit, checked_place, checked_run_id
 from torch_bridge.checkpoints.restoring import DAMAGE, CheckpointNotFoundError, commits, missing_part, read_state
 from torch_bridge.checkpoints.rng import rng_state, set_rng_state
 from torch_bridge.checkpoints.saving import PartFiles, Snapshot, take_snapshot, upload, write_parts
+from torch_bridge.checkpoints.scratch import own_folder
 from torch_bridge.o3_client import O3Client
 from torch_bridge.stores import Store
 
 log = logging.getLogger(__name__)
+
+KEY_FILENAME = "checkpoints.key"
 
 
 class Stateful(Protocol):
@@ -72,23 +75,25 @@ class O3CheckpointManager:
         url_or_store: str | Store,
         *,
         client: O3Client | None = None,
-        key_file: Path | str,
+        key_file: Path | str | None = None,
         trusted: Collection[str] | None = None,
         node: str | None = None,
         cache_dir: Path | str | None = None,
     ) -> None:
-        """`key_file` holds the Ed25519 key that signs commits, and is made where it is not there. `trusted` are the
-        node ids whose commits count; this key's alone unless given. `node` is the address of this machine's node
+        """`key_file` holds the Ed25519 key that signs commits, and is made where it is not there; one for all runs of
+        this user unless given. A run that goes on on another machine takes it along, or is trusted there: `trusted`
+        are the node ids whose commits count; this key's alone unless given. `node` is the address of this machine's node
         ("127.0.0.1:7400"): parts come from its peers first, and are seeded after a save. `cache_dir` takes a
         checkpoint's parts while they are sent; a node must be allowed to read it. Raises ValueError for a damaged key.
         """
         self._store = url_or_store if isinstance(url_or_store, Store) else (client or O3Client()).at(url_or_store)
-        path = Path(key_file).expanduser()
+        path = Path(key_file).expanduser() if key_file else Path(user_data_dir("shoal", appauthor=False), KEY_FILENAME)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._key = SigningKey.load_or_create(path)
         self._trusted = frozenset(NodeId(one) for one in ([self._key.node_id] if trusted is None else trusted))
         self._node = node
         self._cache_dir = Path(cache_dir) if cache_dir else Path(tempfile.gettempdir())
+        self._damaged: set[ContentId] = set()
         self._process = os.getpid()
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._sending: Future[Commit] | None = None
@@ -210,16 +215,14 @@ class O3CheckpointManager:
 
     def _send(self, snapshot: Snapshot) -> Commit:
         """On the sender's thread."""
-        self._cache_dir.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="shoal-checkpoint-", dir=self._cache_dir))
-        try:
+        damaged = frozenset(self._damaged)
+        with own_folder(self._cache_dir) as folder:
             parts = write_parts(snapshot, folder, self._key)
-            commit = upload(self._store, snapshot, parts, self._key)
+            commit = upload(self._store, snapshot, parts, self._key, damaged)
+            self._damaged -= damaged & parts.files.keys()
             if self._node:
                 self._seed(self._node, parts)
             return commit
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _seed(self, address: str, parts: PartFiles) -> None:
         """Give the parts to the node. The checkpoint is committed by then: a node that fails is a line in the log."""
@@ -236,7 +239,7 @@ class O3CheckpointManager:
         failed: list[tuple[str, str]] = []
         for commit in commits(self._store, run_id, self._trusted, epoch):
             try:
-                state = read_state(self._store, commit, self._node)
+                state = read_state(self._store, commit, self._node, self._damaged)
             except DAMAGE as err:
                 if epoch is not None:
                     raise

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 
 from node.origin.layout import shard_key
 from protocol.commands.shards import ShardResult
-from protocol.errors import OriginCorruptError, OriginError, OriginNotFoundError, ShoalError
-from protocol.ids import NodeId
+from protocol.errors import NoSourceError, OriginCorruptError, OriginNotFoundError, ShardNotFoundError, ShoalError
+from protocol.ids import ContentId, NodeId
 from protocol.manifest import ShardEntry
 from protocol.sync_client import SyncClient
 from torch_bridge.checkpoints.commit import (
@@ -34,6 +34,12 @@ log = logging.getLogger(__name__)
 
 DAMAGE = (OriginNotFoundError, OriginCorruptError, DamagedPartError, InvalidStructureError, SafetensorError)
 """What says that a checkpoint is not whole any more; an origin that does not answer says nothing of the kind."""
+
+
+_PART_S = 300.0
+"""How long a node may take for one part."""
+_NODE_FAILURES = 3
+"""Parts that a node does not have, until it is not asked for more of a checkpoint."""
 
 
 class CheckpointNotFoundError(LookupError):
@@ -69,23 +75,29 @@ def missing_part(store: Store, commit: Commit) -> str:
     return ""
 
 
-def read_state(store: Store, commit: Commit, node: str | None) -> Any:
-    """The state of a checkpoint. Raises one of DAMAGE, or OriginError where the origin does not answer."""
+def read_state(store: Store, commit: Commit, node: str | None, damaged: set[ContentId]) -> Any:
+    """The state of a checkpoint. Parts that the origin has wrong are added to `damaged`.
+
+    Raises one of DAMAGE, or OriginError where the origin does not answer.
+    """
     tensors: dict[str, torch.Tensor] = {}
     peers = _NodeParts(node, commit) if node else None
     try:
         for entry in commit.manifest.manifest.shards:
             found = peers.read(entry) if peers else None
-            tensors |= _from_origin(store, entry) if found is None else found
+            tensors |= _from_origin(store, entry, damaged) if found is None else found
     finally:
         if peers:
             peers.close()
     return rebuild(commit.structure, tensors)
 
 
-def _from_origin(store: Store, entry: ShardEntry) -> dict[str, torch.Tensor]:
-    body = store.get_range(shard_key(entry.content_id), 0, entry.size)
-    return unpack(body, entry.content_id)
+def _from_origin(store: Store, entry: ShardEntry, damaged: set[ContentId]) -> dict[str, torch.Tensor]:
+    try:
+        return unpack(store.get_range(shard_key(entry.content_id), 0, entry.size), entry.content_id)
+    except (DamagedPartError, OriginCorruptError):
+        damaged.add(entry.content_id)
+        raise
 
 
 class _NodeParts:
@@ -95,30 +107,27 @@ class _NodeParts:
         manifest = commit.manifest
         self._address, self._dataset = address, f"{manifest.manifest.name}@{manifest.digest}"
         self._client: SyncClient | None = None
-        self._gone = False
+        self._failed = 0
 
     def read(self, entry: ShardEntry) -> dict[str, torch.Tensor] | None:
         """None where the node does not have it, or has it wrong: then the origin is asked."""
-        if self._gone:
+        if self._failed >= _NODE_FAILURES:
             return None
         try:
             if self._client is None:
                 host, _, port = self._address.rpartition(":")
                 self._client = SyncClient(host.strip("[]"), int(port))
             asked = {"dataset": self._dataset, "shard_id": entry.shard_id}
-            found = self._client.call("FETCH_SHARD", asked, result_type=ShardResult, timeout_s=None)
+            found = self._client.call("FETCH_SHARD", asked, result_type=ShardResult, timeout_s=_PART_S)
             return unpack(Path(found.path).read_bytes(), entry.content_id)
         except (ShoalError, OSError, *DAMAGE) as err:
             log.warning(
                 "%s does not come through the node %s, the origin is asked: %s", entry.filename, self._address, err
             )
-            self._gone = self._client is None or self._client.is_closed or not isinstance(err, (OSError, *DAMAGE))
+            known = isinstance(err, NoSourceError | ShardNotFoundError | OSError | DAMAGE)
+            self._failed += 1 if known else _NODE_FAILURES
             return None
 
     def close(self) -> None:
         if self._client is not None:
             self._client.close()
-
-
-def is_damage(error: Exception) -> bool:
-    return isinstance(error, DAMAGE) and not (isinstance(error, OriginError) and error.retryable)

@@ -23,7 +23,7 @@ def rng_state() -> dict[str, Any]:
         kind, words, position, has_gauss, gauss = np.random.get_state()
         words_le = np.asarray(words, dtype="<u4").tobytes()
         state["numpy"] = (str(kind), words_le, int(position), int(has_gauss), float(gauss))
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = [_bytes_of(one) for one in torch.cuda.get_rng_state_all()]
     return state
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,6 @@ from torch_bridge.checkpoints.parts import PART_BYTES, Part, content_id_of, pack
 from torch_bridge.checkpoints.tree import FlatState, flatten
 from torch_bridge.loop import loop_thread
 from torch_bridge.stores import Store
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +92,20 @@ def manifest_name(snapshot: Snapshot) -> str:
     return f"{snapshot.run_id}/epoch-{snapshot.epoch}{step}"
 
 
-def upload(store: Store, snapshot: Snapshot, parts: PartFiles, key: SigningKey) -> Commit:
+def upload(
+    store: Store, snapshot: Snapshot, parts: PartFiles, key: SigningKey, damaged: AbstractSet[ContentId] = frozenset()
+) -> Commit:
     """Put the parts that are not there, then their manifest, then, once all of it is there, the commit.
+
+    `damaged`: parts of which the origin is known to have something else; they are written again.
 
     Raises OriginError, InvalidShardError.
     """
 
     async def send(backing: ObjectStore) -> dict[ContentId, str]:
         manifest = parts.signed.manifest
+        for part in damaged & parts.files.keys():
+            await backing.delete(shard_key(part))
         # Torrent files take libtorrent to make; nodes take shards without one whole.
         missing = [Missing(one.entry, True, False) for one in await missing_at(backing, manifest) if one.shard]
         await publish(backing, parts.signed, missing, parts.files, {})
