@@ -44,7 +44,11 @@ def offer(client: O3Client, url: str, folder: Path | None) -> dict[str, Any]:
         return dict(there)
     records = {split: read_split(folder, split) for split in SPLITS}
     index = {
-        split: {"records": len(found), "record_bytes": RECORD_BYTES, "sha256": hashlib.sha256(found).hexdigest()}
+        split: {
+            "records": len(found),
+            "record_bytes": RECORD_BYTES,
+            "sha256": hashlib.sha256(found.tobytes()).hexdigest(),
+        }
         for split, found in records.items()
     }
     if there is None:

