@@ -124,7 +124,7 @@ class _NodeParts:
             log.warning(
                 "%s does not come through the node %s, the origin is asked: %s", entry.filename, self._address, err
             )
-            known = isinstance(err, NoSourceError | ShardNotFoundError | OSError | DAMAGE)
+            known = isinstance(err, (NoSourceError, ShardNotFoundError, OSError, *DAMAGE))
             self._failed += 1 if known else _NODE_FAILURES
             return None
 
