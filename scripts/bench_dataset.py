@@ -28,9 +28,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from node.cli.demo.s3_server import running_s3
-from scripts.bench_dataset_ours import OURS, SAMPLE_BYTES, Job, publish_parquet, upload, write_local
-from scripts.bench_dataset_peers import CACHELESS, PEERS, WRITERS, environment
+from node.cli.demo.s3_server import running_s3  # noqa: E402
+from scripts.bench_dataset_ours import OURS, SAMPLE_BYTES, Job, publish_parquet, upload, write_local  # noqa: E402
+from scripts.bench_dataset_peers import CACHELESS, PEERS, WRITERS, environment  # noqa: E402
 
 WARM_EPOCHS = 4
 TIMEOUT_S = 120
@@ -193,7 +193,7 @@ def main() -> None:
     sys.stdout.write(f"{_table(figures)}\n\n" + "\n".join(_goals(figures)) + "\n\n")
     sys.stdout.write(
         f"Medians of {settings.rounds} rounds, {samples:,} samples of 64 KiB, {settings.workers} workers, "
-        f"{os.cpu_count()} cores, load average {loads[0]:.1f} before and {loads[1]:.1f} after. Without a cache on disk, "
+        f"{os.cpu_count()} cores, load average {loads[0]:.1f} before and {loads[1]:.1f} after. Without a cache, "
         f"so that warm is cold again: {', '.join(CACHELESS)}.\n"
     )
     if settings.json:
