@@ -1,0 +1,54 @@
+"""Some shards of a source, as a source: for a run that needs fewer tokens than the data set has."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from protocol.errors import InvalidParamsError
+from protocol.manifest import Manifest, ShardEntry
+from torch_bridge.shards.source import FetchedFile, OnProgress, ShardSource
+
+
+class ChosenShards:
+    """Those of these file names. `folder`: for the state of readers, where the source's own is not to be written to.
+
+    Raises InvalidParamsError for a name that the data set has not.
+    """
+
+    def __init__(self, source: ShardSource, names: Sequence[str], *, folder: Path | None = None) -> None:
+        self._source, self._folder = source, folder
+        whole = source.manifest()
+        absent = sorted(set(names) - {entry.filename for entry in whole.shards})
+        if absent or not names:
+            raise InvalidParamsError(
+                f"{whole.name} has no shard {absent[0] if absent else ''!r}: name some of its {len(whole.shards)}"
+            )
+        self._manifest = msgspec.structs.replace(
+            whole, shards=tuple(entry for entry in whole.shards if entry.filename in set(names))
+        )
+
+    @property
+    def folder(self) -> Path:
+        return self._folder or self._source.folder
+
+    def manifest(self) -> Manifest:
+        """With the chosen shards alone, under the ids that they have in the whole."""
+        return self._manifest
+
+    def fetch(
+        self, entry: ShardEntry, *, stop: threading.Event | None = None, on_progress: OnProgress | None = None
+    ) -> FetchedFile:
+        return self._source.fetch(entry, stop=stop, on_progress=on_progress)
+
+    def distrust(self, entry: ShardEntry, why: str) -> bool:
+        return self._source.distrust(entry, why)
+
+    def discard(self, entry: ShardEntry) -> bool:
+        return self._source.discard(entry)
+
+    def close(self) -> None:
+        self._source.close()
