@@ -198,6 +198,7 @@ def test_killed_in_an_epoch_the_rest_is_exactly_the_rest(server: S3Server, tmp_p
         (out / "resume.json").write_text(json.dumps(lines(log)[-1]["state"]))
         log.unlink()
     assert seen == alone
+    assert here(folder) == [], "what a killed one left is deleted by the next"
 
 
 @pytest.mark.slow

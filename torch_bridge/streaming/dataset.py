@@ -152,7 +152,8 @@ class StreamingShardDataset(IterableDataset[Any]):
         base, own, order = began.position.base, began.position.own, self.order(began.epoch)
         following = base + turn.rank + turn.ranks * (turn.worker + turn.workers * own)
         spans = [span for span in order.spans() if span.last >= following]
-        downloader = self._downloader(spans, began.epoch, turn)
+        past = [span for span in order.spans() if span.last < following]
+        downloader = self._downloader(spans, past, began.epoch, turn)
         start(downloader, patient=not self._open, what={"run": self._run, "reader": _reader(turn)})
         self._open += 1
         self._reading = downloader
@@ -180,15 +181,17 @@ class StreamingShardDataset(IterableDataset[Any]):
         columns = as_arrays(table)
         return self._transform(columns) if self._transform else columns
 
-    def _downloader(self, spans: Sequence[Span], epoch: int, turn: Turn) -> StreamingDownloader:
+    def _downloader(self, spans: Sequence[Span], past: Sequence[Span], epoch: int, turn: Turn) -> StreamingDownloader:
         names = [self._entries[span.shard].filename for span in spans]
+        before = [self._entries[span.shard].filename for span in past]
+        left = [name for name in before if (self._source.folder / name).exists()]  # by a run that was killed
         reading = open_at_once(spans)
         downloader = StreamingDownloader(
             self._source, names, min_buffer=reading + 1, buffer_size=reading + self._buffer_size,
             max_buffer=reading + self._max_buffer, keep_behind=self._keep_behind, run=self._run, reader=_reader(turn),
             expected_readers=self._local_ranks * turn.workers, pinned=[self._validation] if self._validation else [],
         )  # fmt: skip
-        downloader.load_state_dict({"epoch": epoch, "order": names, "consumed": []})
+        downloader.load_state_dict({"epoch": epoch, "order": [*left, *names], "consumed": left})
         return downloader
 
     def __getstate__(self) -> dict[str, Any]:
