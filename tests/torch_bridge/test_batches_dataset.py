@@ -132,7 +132,7 @@ def test_another_number_of_workers_goes_on_with_what_the_folder_knows(origin: An
     assert sorted(begun + list(loader)) == NAMES
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=[pytest.mark.slow, pytest.mark.timeout(180)])])
 def test_workers_share_the_files_and_the_disk(origin: Any, tmp_path: Path, context: str) -> None:
     cache = tmp_path / "cache"
     files = dataset(origin, cache, samples_ahead=3)

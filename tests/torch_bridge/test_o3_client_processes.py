@@ -149,7 +149,7 @@ class Ranges(Dataset[torch.Tensor]):
         )
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=[pytest.mark.slow, pytest.mark.timeout(180)])])
 def test_workers_of_a_data_loader(bucket: Store, weed: S3Server, context: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in credentials(weed).items():
         monkeypatch.setenv(name, value)

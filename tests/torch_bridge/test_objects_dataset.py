@@ -76,7 +76,7 @@ def as_tensor(record: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(record), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=[pytest.mark.slow, pytest.mark.timeout(180)])])
 def test_workers_of_both_kinds_fetch_each_byte_once_and_a_second_epoch_fetches_none(
     weed: S3Server, proxy: OriginProxy, client: O3Client, tmp_path: Path, method: str
 ) -> None:

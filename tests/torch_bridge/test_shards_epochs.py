@@ -109,7 +109,7 @@ def _epochs(source: OriginSource, reader: int, said: Any) -> None:
     said.put(read)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=[pytest.mark.slow, pytest.mark.timeout(180)])])
 def test_two_workers_read_two_epochs(published: tuple[OriginSource, Manifest], method: str) -> None:
     source, manifest = published
     source.manifest()

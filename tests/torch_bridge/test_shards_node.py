@@ -84,7 +84,7 @@ def _fetch(source: NodeSource, entry: ShardEntry, said: Any, go_on: Any) -> None
     source.close()
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=[pytest.mark.slow, pytest.mark.timeout(180)])])
 def test_each_process_has_a_lease_of_its_own(trainer: Daemon, source: ShardSource, method: str) -> None:
     entry = source.manifest().shards[1]
     path = source.fetch(entry).path
@@ -157,6 +157,8 @@ def test_a_node_that_says_nothing_does_not_hold_up_a_stop(trainer: Daemon, sourc
     source.discard(entry)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(180)
 def test_a_node_that_is_restarted_is_asked_again_and_its_leases_are_taken_again(
     seed: Daemon, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
