@@ -82,9 +82,10 @@ class O3CheckpointManager:
     ) -> None:
         """`key_file` holds the Ed25519 key that signs commits, and is made where it is not there; one for all runs of
         this user unless given. A run that goes on on another machine takes it along, or is trusted there: `trusted`
-        are the node ids whose commits count; this key's alone unless given. `node` is the address of this machine's node
-        ("127.0.0.1:7400"): parts come from its peers first, and are seeded after a save. `cache_dir` takes a
-        checkpoint's parts while they are sent; a node must be allowed to read it. Raises ValueError for a damaged key.
+        are the node ids whose commits count; this key's alone unless given. `node` is the address of this machine's
+        node ("127.0.0.1:7400"): parts come from its peers first, and are seeded after a save. `cache_dir`, $TMPDIR
+        unless given, takes a checkpoint's parts while they are sent; the node takes nothing out of a hidden folder.
+        Raises ValueError for a damaged key.
         """
         self._store = url_or_store if isinstance(url_or_store, Store) else (client or O3Client()).at(url_or_store)
         path = Path(key_file).expanduser() if key_file else Path(user_data_dir("shoal", appauthor=False), KEY_FILENAME)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from safetensors.torch import save
 from node.origin.interface import ObjectStore
 from node.origin.layout import shard_key
 from node.origin.publishing import AT_ONCE, Missing, Source, missing_at, publish
-from protocol.errors import OriginCorruptError
+from protocol.errors import InvalidShardError, OriginCorruptError
 from protocol.ids import ContentId, ShardId
 from protocol.manifest import Manifest, ShardEntry, SignedManifest, sign_manifest
 from protocol.signing import SigningKey
@@ -26,6 +27,8 @@ from torch_bridge.checkpoints.parts import PART_BYTES, Part, content_id_of, pack
 from torch_bridge.checkpoints.tree import FlatState, flatten
 from torch_bridge.loop import loop_thread
 from torch_bridge.stores import Store
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,7 @@ def upload(
         for part in damaged & parts.files.keys():
             await backing.delete(shard_key(part))
         # Torrent files take libtorrent to make; nodes take shards without one whole.
-        missing = [Missing(one.entry, True, False) for one in await missing_at(backing, manifest) if one.shard]
+        missing = [Missing(one.entry, True, False) for one in await _missing(backing, manifest) if one.shard]
         await publish(backing, parts.signed, missing, parts.files, {})
         return await check_parts_there(backing, manifest)
 
@@ -149,6 +152,17 @@ async def check_parts_there(store: ObjectStore, manifest: Manifest) -> dict[Cont
 
     found = await asyncio.gather(*(look(entry) for entry in manifest.shards))
     return {entry.content_id: cid for entry, cid in zip(manifest.shards, found, strict=True) if cid}
+
+
+async def _missing(store: ObjectStore, manifest: Manifest) -> list[Missing]:
+    """What is missing, after what is not as long as the part of its name is taken away."""
+    for _ in manifest.shards:
+        try:
+            return await missing_at(store, manifest)
+        except InvalidShardError as err:
+            log.warning("%s; it is written again", err)
+            await store.delete(str(err.details["key"]))
+    return await missing_at(store, manifest)
 
 
 async def _least_bytes(store: Store) -> int:
