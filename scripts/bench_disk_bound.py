@@ -119,7 +119,7 @@ def publish_numbered(client: O3Client, s3: S3Server, work: Path, shards: int, ro
     return manifest
 
 
-def stream(source: OriginSource, total: int, rows: int, arguments: argparse.Namespace) -> list[str]:
+def stream(source: OriginSource, total: int, rows: int, use: DiskUse, arguments: argparse.Namespace) -> list[str]:
     """Both epochs; what was wrong."""
     data = StreamingShardDataset(
         source,
@@ -142,7 +142,8 @@ def stream(source: OriginSource, total: int, rows: int, arguments: argparse.Name
         seconds = time.monotonic() - began
         print(
             f"epoch {epoch}: {int(seen.sum())} samples in {seconds:.1f} s ({seen.sum() / seconds:.0f} samples/s); "
-            f"missing {int((seen == 0).sum())}, twice {int((seen > 1).sum())}",
+            f"missing {int((seen == 0).sum())}, twice {int((seen > 1).sum())}; "
+            f"most on disk so far {use.most_bytes} bytes",
             flush=True,
         )
         if (seen != 1).any():
@@ -166,7 +167,7 @@ async def main(arguments: argparse.Namespace) -> int:
             use = DiskUse(folder / "shards")
             source = OriginSource(f"o3://{s3.bucket}", folder / "shards", dataset=NAME, client=client)
             with use.watched():
-                wrong = await asyncio.to_thread(stream, source, shards * rows, rows, arguments)
+                wrong = await asyncio.to_thread(stream, source, shards * rows, rows, use, arguments)
     print(
         f"most on disk: {use.most_bytes} bytes of {use.samples} samples: {manifest.total_bytes / use.most_bytes:.1f} "
         f"times less than the data set, {use.most_bytes / limit:.2f} of the limit"
@@ -181,7 +182,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--total-mb", type=int, default=240)
     parser.add_argument("--limit-mb", type=int, default=10)
-    parser.add_argument("--shard-kb", type=int, default=500)
+    parser.add_argument("--shard-kb", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=2)
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torch's own DataLoader

@@ -123,9 +123,11 @@ def test_a_second_loader_waits_for_the_first_ones_workers(server: S3Server, tmp_
     loader = DataLoader(data, batch_size=None, num_workers=2)
     batches = iter(loader)
     first = next(batches)["id"].tolist()
-    batches = iter(loader)  # its workers start before those of the one before end
-    assert next(batches)["id"].tolist() == first
-    assert sorted(first + flat(ids(batches))) == ALL
+    again = iter(loader)
+    time.sleep(1.5)  # its workers ask for what those of the one before still hold
+    del batches
+    assert next(again)["id"].tolist() == first
+    assert sorted(first + flat(ids(again))) == ALL
 
 
 def test_two_iterations_at_once_are_refused_in_words(server: S3Server, tmp_path: Path) -> None:
