@@ -162,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     cuda = torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    torch.set_num_threads(settings.threads)  # beside other work, one thread too many waits for all others, spinning
     try:
         accumulation(settings, world)
         if world > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ class Settings:
     column: str
     run: str
     seed: int
+    threads: int
     log_every: int
     save: Path | None
     save_every: int
@@ -72,6 +74,7 @@ def parsed(arguments: Sequence[str] | None, about: str, default_folder: Path) ->
     add("--column", default="text", help="of the shards")
     add("--run", default="base_train", help="another name for a second run at the same time, in the same folder")
     add("--seed", type=int, default=0, help="of the weights and of the order")
+    add("--threads", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="on a CPU; half of the cores")
     add("--log_every", type=int, default=10, help="steps between lines of loss")
     add("--save", type=Path, help="a folder for the state of the run: step_00050.pt")
     add("--save_every", type=int, default=-1, help="steps between states; -1: one at the end")
@@ -87,7 +90,7 @@ def refusal(settings: Settings) -> str | None:
     """What is wrong with the flags; None where nothing is."""
     for name in (
         "depth", "max_seq_len", "device_batch_size", "total_batch_size", "num_iterations", "streaming_buffer_size",
-        "streaming_total_shards", "log_every",
+        "streaming_total_shards", "log_every", "threads",
     ):  # fmt: skip
         if getattr(settings, name) < 1:
             return f"--{name}={getattr(settings, name)}: at least 1"
