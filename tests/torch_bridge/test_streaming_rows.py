@@ -32,4 +32,4 @@ def test_one_group_above_the_bound_is_still_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": range(10)}), tmp_path / "a.parquet", row_group_size=5)
     reader = RowReader(tmp_path / "a.parquet", groups=groups)
     assert reader.take(np.array([7, 1, 9]))["id"].to_pylist() == [7, 1, 9]
-    assert groups.size_bytes == 40
+    assert 40 <= groups.size_bytes < 80, "of one group"
