@@ -226,12 +226,7 @@ def main() -> int:
     wanted = _arguments()
     try:
         settings = replace(
-            OriginSettings.from_environment(
-                o3_endpoint=wanted.endpoint or os.environ.get("SHOAL_O3_ENDPOINT") or None,
-                o3_region=os.environ.get("SHOAL_O3_REGION") or None,
-                akave_node=os.environ.get("SHOAL_AKAVE_NODE") or None,
-                akave_ipc=os.environ.get("SHOAL_AKAVE_IPC") or None,
-            ),
+            OriginSettings.from_environment(o3_endpoint=wanted.endpoint or None),
             connect_timeout_s=CONNECT_S,
             read_timeout_s=READ_S,
         )

@@ -63,12 +63,16 @@ class OriginSettings:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ, **overrides: Any) -> OriginSettings:
-        """Credentials, and what S3 tools take from the environment beside them; `overrides` are fields of this class.
+        """Credentials, a daemon's SHOAL_* of Akave, and what S3 tools take from the environment beside them.
 
-        An override that is None leaves the default. Raises InvalidParamsError.
+        `overrides` are fields of this class; one that is None leaves the default. Raises InvalidParamsError.
         """
         found: dict[str, Any] = {
             "credentials": Credentials.from_environment(env),
+            "o3_endpoint": env.get("SHOAL_O3_ENDPOINT"),
+            "o3_region": env.get("SHOAL_O3_REGION"),
+            "akave_node": env.get("SHOAL_AKAVE_NODE"),
+            "akave_ipc": env.get("SHOAL_AKAVE_IPC"),
             "s3_endpoint": env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL"),
             "s3_region": env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION"),
             "hf_endpoint": env.get("HF_ENDPOINT"),
