@@ -22,6 +22,8 @@ from tests.torch_bridge.o3_client_parts import in_fork
 from torch_bridge.batches.metadata import MetadataOf, read_table
 from torch_bridge.batches.plan import RemoteFile
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]  # servers and processes of their own
+
 FILES = bodies(9)
 NAMES = sorted(key.rpartition("/")[2] for key in FILES)
 

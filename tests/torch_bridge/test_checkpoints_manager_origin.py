@@ -22,6 +22,8 @@ from tests.torch_bridge.checkpoints_training import RUN, Training, assert_same_t
 from tests.torch_bridge.o3_client_parts import client_of, served
 from torch_bridge import O3CheckpointManager, O3Client, RetryPolicy
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]  # servers and processes of their own
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:

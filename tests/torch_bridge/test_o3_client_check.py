@@ -15,6 +15,8 @@ from node.cli.demo.s3_server import S3Server
 from tests.integration.origin_server import credentials, s3_server
 from tests.torch_bridge.o3_client_parts import client_of
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]  # servers and processes of their own
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "check_o3.py"
 STEPS = ["credentials", "bucket create", "bucket list", "put", "ranged get", "head", "delete", "bucket delete"]
 

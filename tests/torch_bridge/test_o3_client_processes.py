@@ -31,6 +31,8 @@ from torch_bridge import O3Client
 from torch_bridge.loop import loop_thread
 from torch_bridge.stores import Store
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]  # servers and processes of their own
+
 
 @pytest.fixture(scope="module")
 def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:

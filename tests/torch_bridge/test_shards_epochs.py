@@ -16,6 +16,8 @@ from tests.torch_bridge.bridge_shards import parquet_files, publish_at
 from torch_bridge import O3Client, StreamingDownloader
 from torch_bridge.shards.origin_source import OriginSource
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]  # servers and processes of their own
+
 NAME = "tests/text"
 SHARDS = 14
 

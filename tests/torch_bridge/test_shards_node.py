@@ -24,6 +24,8 @@ from torch_bridge.shards.node_source import NodeSource
 from torch_bridge.shards.opening import open_source
 from torch_bridge.shards.source import ShardSource
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]  # servers and processes of their own
+
 
 @pytest.fixture(scope="module")
 def seed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
