@@ -1,9 +1,12 @@
-"""The real model that the tests run, and its shards, cut once a run."""
+"""The real model that the tests run, its shards, cut once a run, and disks that are small."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,3 +38,20 @@ def shards_copy(smollm2_shards: Path, tmp_path: Path) -> Path:
     home = tmp_path / "seed"
     shutil.copytree(smollm2_shards, home / "shards" / "smol")
     return home
+
+
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a file system of so many bytes, as mount(8) writes them, and takes it down again at the end."""
+    folder = tmp_path / "disk"
+
+    def mount(size: str) -> Path:
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("this account may not mount a file system")
+        return folder
+
+    yield mount
+    if os.path.ismount(folder):
+        subprocess.run(["umount", "-l", str(folder)], check=True)

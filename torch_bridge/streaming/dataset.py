@@ -136,9 +136,9 @@ class StreamingShardDataset(IterableDataset[Any]):
             self._source.fetch(entry).path, self._columns, groups=DecodedGroups(self._kept_bytes), rows=entry.rows
         )
         try:
-            for start in range(0, _rows(entry), self._settings.batch_size):
-                stop = min(start + self._settings.batch_size, _rows(entry))
-                yield self._given(reader.take(np.arange(start, stop)))
+            for first in range(0, _rows(entry), self._settings.batch_size):
+                end = min(first + self._settings.batch_size, _rows(entry))
+                yield self._given(reader.take(np.arange(first, end)))
         finally:
             reader.close()
 
