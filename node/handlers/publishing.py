@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from node.background import Background
 from node.config import Settings, is_loopback
+from node.handlers.shards import MAX_BACKGROUND
 from node.origin.configured import origin_settings
 from node.origin.interface import ObjectStore
 from node.origin.opening import open_store
@@ -100,6 +102,8 @@ class PublishHandlers:
         """PUBLISH."""
         if self.turns.locked():
             raise BusyError(f"{MAX_PUBLICATIONS} publications are in progress already; wait for one")
+        if not params.wait and self.background.requests >= MAX_BACKGROUND:  # those that wait for a turn are bounded too
+            raise BusyError(f"{MAX_BACKGROUND} requests go on in the background already; wait for one")
         urls = self._origins(params.origins)
         paths = await asyncio.to_thread(self._checked_paths, Path(params.path))
         if params.wait:
@@ -208,13 +212,13 @@ class PublishHandlers:
         return (published.uploaded_bytes, published.manifest_url), chosen
 
 
-def _tell(call: Call, shard_id: int, phase: str, done: int, total: int) -> None:
+def _tell(call: Call, shard_id: int, phase: Literal["verifying", "uploading"], done: int, total: int) -> None:
     call.notify(
         "PROGRESS",
         Progress(
             request_id=call.request_id,
             shard_id=shard_id,
-            phase="uploading" if phase == "uploading" else "verifying",
+            phase=phase,
             bytes_done=done,
             bytes_total=total,
             rate_bytes_s=0.0,
