@@ -92,6 +92,7 @@ def rest_came_from_the_origin(outcome: Outcome) -> None:
     assert outcome.answer["bytes_by_source"]["peers"] >= outcome.had
 
 
+@pytest.mark.slow
 async def test_the_only_peer_is_killed_in_the_middle(stock: Stock, tmp_path: Path) -> None:
     rest_came_from_the_origin(await fetch_while_peers_die(stock, tmp_path, seeds=1, rate="5MB", number=signal.SIGKILL))
 

@@ -22,6 +22,8 @@ from protocol.errors import OriginDeniedError, ShoalError
 from protocol.ids import ManifestDigest
 from protocol.signing import SigningKey
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]  # daemons and servers of their own
+
 SECRET = "sEcRet-of-the-leak-test/+0123456789"  # with signs that are escaped in URLs and JSON
 WRONG = "wRong-secret-of-the-leak-test/+98765"
 ACCESS_KEY = "access-of-the-leak-test"

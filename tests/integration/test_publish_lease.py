@@ -15,6 +15,8 @@ from daemons import Daemon, daemon, shoal, wait_until
 from protocol.content import hash_file
 from protocol.errors import InvalidParamsError, InvalidShardError, ShardInUseError
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]  # daemons and servers of their own
+
 ROWS = (100, 250, 50)
 
 
@@ -78,8 +80,6 @@ def test_a_leased_shard_stays_until_it_is_released_or_expires(trainer: Daemon) -
     assert not Path(fetched["path"]).exists()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_a_lease_that_the_node_does_not_know_is_an_answer_and_a_fetch_takes_it_again(
     seed: Daemon, tmp_path: Path
 ) -> None:
@@ -163,8 +163,6 @@ def test_leases_of_many_clients_expire_by_themselves(trainer: Daemon) -> None:
     assert trainer.call("EVICT_SHARD", which(2))["status"] == "evicted"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_what_is_published_by_rpc_is_found_by_others_and_at_the_origin(tmp_path: Path) -> None:
     origin = f"file://{tmp_path}/origin"
     folder = tmp_path / "made"
@@ -205,8 +203,6 @@ def test_what_is_published_by_rpc_is_found_by_others_and_at_the_origin(tmp_path:
             node.call("PUBLISH", {"path": str(folder), "manifest": manifest | {"name": "wrong", "shards": wrong}})
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_a_request_cannot_make_the_node_give_away_what_it_should_not(tmp_path: Path) -> None:
     secret = tmp_path / ".ssh" / "id"
     secret.parent.mkdir()

@@ -25,6 +25,8 @@ from protocol.errors import InvalidShardError, OriginNotFoundError
 from protocol.manifest import Manifest, ShardEntry, manifest_from_wire, sign_manifest
 from protocol.signing import SigningKey
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]  # daemons and servers of their own
+
 KEY = SigningKey.generate()
 
 

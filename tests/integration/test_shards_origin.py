@@ -116,6 +116,7 @@ async def test_three_cold_nodes_take_one_copy_from_the_origin(tmp_path: Path) ->
         assert sum(node.swarm.stats().uploaded_bytes for node in nodes) > MB
 
 
+@pytest.mark.slow
 async def test_the_origin_gives_the_rest_when_all_peers_are_killed_in_the_middle(tmp_path: Path) -> None:
     shard = publish(tmp_path / "origin", 8 * MB)
     place, network = shard.place(), Network()
@@ -266,6 +267,7 @@ async def test_a_part_in_which_nothing_counts_gives_its_room_to_the_whole_shard(
         assert (await fetching).source == "origin"
 
 
+@pytest.mark.slow
 async def test_the_blocks_of_a_fetcher_that_died_are_taken_over_when_its_lease_ends(tmp_path: Path) -> None:
     shard = publish(tmp_path / "origin", 8 * MB)
     place, network = shard.place(), Network()
@@ -285,6 +287,7 @@ async def test_the_blocks_of_a_fetcher_that_died_are_taken_over_when_its_lease_e
     assert place.out_bytes == shard.entry.size
 
 
+@pytest.mark.slow
 async def test_a_fetcher_that_the_origin_denies_does_not_hold_blocks(tmp_path: Path) -> None:
     shard = publish(tmp_path / "origin", 8 * MB)
     place, network = shard.place(), Network()

@@ -226,6 +226,7 @@ CHILD = """
 """
 
 
+@pytest.mark.slow
 def test_kill_9_and_the_same_order_goes_on_with_what_is_whole(origin: Any, tmp_path: Path) -> None:
     whole = list(dataset(origin, tmp_path / "whole"))
     cache, seen = tmp_path / "cache", []

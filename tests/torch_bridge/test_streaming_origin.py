@@ -32,7 +32,11 @@ from tests.torch_bridge.streaming_parts import (
     train,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torch's own DataLoader
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(180),  # daemons and servers of their own
+    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning"),  # torch's own DataLoader
+]
 ROWS = [60, 35, 80, 52, 40, 60, 20, 75, 61, 60]
 ROOT = Path(__file__).resolve().parents[2]
 
