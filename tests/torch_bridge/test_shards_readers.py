@@ -62,6 +62,25 @@ def test_a_reader_that_was_killed_needs_nothing(tmp_path: Path) -> None:
     mine.close()
 
 
+def test_a_reader_that_was_through_before_another_began_counts_as_registered(tmp_path: Path) -> None:
+    """Ranks start at different times, and a small epoch may be over for one before the other has imported torch."""
+    early = Ledger(tmp_path, "run", "rank0", reader("a", expected=2))
+    early.write(reader("", expected=2))
+    assert early.delete(["a"], lambda _: True) == []
+    early.close()
+    late = Ledger(tmp_path, "run", "rank1", reader("", expected=2))
+    assert late.delete(["a"], lambda _: True) == ["a"]
+    late.close()
+    broken_off = Ledger(tmp_path, "other", "rank0", reader("a", expected=2))
+    broken_off.close()
+    alone = Ledger(tmp_path, "other", "rank1", reader("", expected=2))
+    assert alone.delete(["a"], lambda _: True) == [], "one that was killed in its epoch comes again"
+    alone.close()
+    next_epoch = Ledger(tmp_path, "run", "rank1", reader("", expected=2, epoch=1))
+    assert next_epoch.delete(["a"], lambda _: True) == []
+    next_epoch.close()
+
+
 def test_two_runs_in_one_folder_delete_nothing_of_each_other(tmp_path: Path) -> None:
     parquet_files(tmp_path, 3)
     source = LocalSource(tmp_path, deletes=True)

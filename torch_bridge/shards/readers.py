@@ -74,8 +74,10 @@ class Ledger:
         self._mine.parent.mkdir(parents=True, exist_ok=True)
         with self.alone():
             if not any(_is_held(path) for path in self._mine.parent.glob("*.lock")):
+                kept = () if state is None else tuple(self._finished(state.epoch))
                 for stale in self._mine.parent.iterdir():  # of an earlier start that is over
-                    stale.unlink(missing_ok=True)
+                    if not stale.name.startswith(kept):
+                        stale.unlink(missing_ok=True)
                 self._mine.with_name("began").touch()
             if not self._lock.take():
                 raise ShardInUseError(
@@ -122,6 +124,13 @@ class Ledger:
     def close(self) -> None:
         """This reader is gone; it stays counted as one that had registered."""
         self._lock.leave()
+
+    def _finished(self, epoch: int) -> Iterator[str]:
+        """Readers that were through with this epoch before another had begun: they count as registered."""
+        for path in self._mine.parent.glob("*.json"):
+            state, age_s = _read(path), time.time() - path.stat().st_mtime
+            if state and state.epoch == epoch and not state.remaining and age_s < self._give_up_after_s:
+                yield f"{path.stem}."
 
     def _needed(self) -> frozenset[str] | None:
         runs: dict[str, list[Reader]] = {}
