@@ -32,6 +32,7 @@ from scripts.base_train_data import Data, opened
 from scripts.base_train_report import Report
 from scripts.base_train_settings import Settings, accumulation, evaluation_batches, learning_rate, parsed
 from scripts.gpt_model import Gpt, GptSettings
+from torch_bridge.ranks import Ranks
 
 STATUS_EVERY = 100
 """Steps between two lines of the streaming status."""
@@ -42,7 +43,7 @@ class Run:
 
     def __init__(self, settings: Settings, data: Data, device: torch.device) -> None:
         self.settings, self.data, self.device = settings, data, device
-        self.world, self.rank = data.documents.ranks, data.documents.rank
+        self.world, self.rank = data.documents.ranks.world_size, data.documents.ranks.rank
         self.micro_batches = accumulation(settings, self.world)
         torch.manual_seed(settings.seed)  # the same weights on every rank
         shape = GptSettings(settings.depth, byte_tokenizer.VOCABULARY, settings.max_seq_len)
@@ -158,20 +159,19 @@ def train(run: Run, report: Report) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """1 where the run failed, with one line that says why."""
     settings = parsed(arguments, __doc__ or "", Path(platformdirs.user_cache_dir("shoal")) / "base_train")
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     cuda = torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     torch.set_num_threads(settings.threads)  # beside other work, one thread too many waits for all others, spinning
     try:
-        accumulation(settings, world)
-        if world > 1:
+        ranks = Ranks.found()
+        accumulation(settings, ranks.world_size)
+        if ranks.world_size > 1:
             dist.init_process_group("nccl" if cuda else "gloo")
-        data = _opened(settings, world, local_world, rank)
+        data = _opened(settings, ranks)
         run = Run(settings, data, device)
         if settings.resume:
             run.load(settings.resume)
-        with Report(as_json=settings.json, speaks=rank == 0, steps=settings.num_iterations) as report:
+        with Report(as_json=settings.json, speaks=ranks.rank == 0, steps=settings.num_iterations) as report:
             _tell(run, report)
             train(run, report)
     except (ShoalError, OSError, RuntimeError, ValueError) as err:
@@ -186,15 +186,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _opened(settings: Settings, world: int, local_world: int, rank: int) -> Data:
+def _opened(settings: Settings, ranks: Ranks) -> Data:
     """Rank 0 first: it makes and fetches what the others then find."""
-    if world == 1:
-        return opened(settings, world, local_world, rank)
-    if rank == 0:
-        data = opened(settings, world, local_world, rank)
+    if ranks.world_size == 1:
+        return opened(settings, ranks)
+    if ranks.rank == 0:
+        data = opened(settings, ranks)
     dist.barrier()
-    if rank != 0:
-        data = opened(settings, world, local_world, rank)
+    if ranks.rank != 0:
+        data = opened(settings, ranks)
     return data
 
 

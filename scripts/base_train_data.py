@@ -14,11 +14,13 @@ from protocol.errors import InvalidShardError
 from protocol.manifest import ShardEntry
 from scripts import byte_tokenizer, text_corpus
 from scripts.base_train_settings import Settings, expected_tokens, shards_needed
+from torch_bridge.ranks import Ranks
 from torch_bridge.shards.local_source import LocalSource
 from torch_bridge.shards.opening import open_source
 from torch_bridge.shards.source import ShardSource
 from torch_bridge.streaming.chosen import ChosenShards
 from torch_bridge.streaming.dataset import StreamingShardDataset
+from torch_bridge.streaming.settings import Buffering, Ordering
 from torch_bridge.streaming.text_loader import TextLoader
 
 _DOCUMENTS = 8
@@ -67,7 +69,7 @@ def made_corpus(settings: Settings) -> tuple[str, str | None, Path]:
     return f"file://{(made / 'origin').resolve()}", text_corpus.NAME, made / "window"
 
 
-def opened(settings: Settings, world: int, local_world: int, rank: int) -> Data:
+def opened(settings: Settings, ranks: Ranks) -> Data:
     """Raises ShoalError where the source, its data set or a shard is not there, or has no two shards."""
     if settings.source is None:
         where, dataset, folder = made_corpus(settings)
@@ -85,15 +87,17 @@ def opened(settings: Settings, world: int, local_world: int, rank: int) -> Data:
     names = [entry.filename for entry in training[:count]]
     mixed = min(_WINDOW, *(entry.rows or _WINDOW for entry in training[:count]))
     state = folder if isinstance(source, LocalSource) else None
-    common = {"columns": [settings.column], "rank": rank, "world_size": world, "local_world_size": local_world}
+    ahead = settings.streaming_buffer_size if settings.streaming_mode else len(names)
     documents = StreamingShardDataset(
         ChosenShards(source, [*names, validation.filename], folder=state), batch_size=min(_DOCUMENTS, mixed),
-        seed=settings.seed, lanes=1, window=max(mixed, 1), validation_shard=validation.filename, run=settings.run,
-        buffer_size=settings.streaming_buffer_size if settings.streaming_mode else len(names), **common,
+        seed=settings.seed, columns=[settings.column], validation_shard=validation.filename,
+        ordering=Ordering(lanes=1, window=max(mixed, 1)), buffering=Buffering(buffer_size=ahead), ranks=ranks,
+        run=settings.run,
     )  # fmt: skip
     unshuffled = StreamingShardDataset(
-        ChosenShards(source, [validation.filename], folder=state), batch_size=1, shuffle=False, lanes=1,
-        run=f"{settings.run}-validation", keep_behind=1, **common,
+        ChosenShards(source, [validation.filename], folder=state), batch_size=1, columns=[settings.column],
+        ordering=Ordering(shuffle=False, lanes=1), buffering=Buffering(keep_behind=1), ranks=ranks,
+        run=f"{settings.run}-validation",
     )  # fmt: skip
     return Data(
         told, tuple(names), validation.filename, sum(expected[:count]), documents, _loader(documents, settings),

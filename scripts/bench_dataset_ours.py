@@ -155,11 +155,16 @@ def _stacked(columns: dict[str, Any]) -> torch.Tensor:
 def streaming_shards(job: Job) -> Batches:
     from torch_bridge.shards.origin_source import OriginSource
     from torch_bridge.streaming.dataset import StreamingShardDataset
+    from torch_bridge.streaming.settings import Buffering, Ordering
 
     source = OriginSource(f"o3://{job.bucket}", Path(job.cache), dataset=NAME, client=client_of(job))
     # keep_behind: the files stay for the warm reading.
     data = StreamingShardDataset(
-        source, batch_size=job.batch_size, shuffle=False, transform=_stacked, keep_behind=job.shards
+        source,
+        batch_size=job.batch_size,
+        transform=_stacked,
+        ordering=Ordering(shuffle=False),
+        buffering=Buffering(keep_behind=job.shards),
     )
     loader = in_torch(data, job, None)
 

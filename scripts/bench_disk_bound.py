@@ -43,6 +43,7 @@ from torch_bridge import O3Client  # noqa: E402
 from torch_bridge.loop import loop_thread  # noqa: E402
 from torch_bridge.shards.origin_source import OriginSource  # noqa: E402
 from torch_bridge.streaming.dataset import StreamingShardDataset  # noqa: E402
+from torch_bridge.streaming.settings import Buffering, Ordering  # noqa: E402
 
 NAME = "bench/numbers"
 ROW_BYTES = 1000
@@ -124,13 +125,9 @@ def stream(source: OriginSource, total: int, rows: int, use: DiskUse, arguments:
     data = StreamingShardDataset(
         source,
         batch_size=100,
-        lanes=2,
-        block_rows=rows,
-        window=rows,
-        buffer_size=2,
-        max_buffer=4,
-        kept_bytes=10_000_000,
-    )  # fmt: skip
+        ordering=Ordering(lanes=2, block_rows=rows, window=rows),
+        buffering=Buffering(buffer_size=2, max_buffer=4, decoded_bytes=10_000_000),
+    )
     loader = DataLoader(data, batch_size=None, num_workers=arguments.workers, persistent_workers=arguments.workers > 0)
     wrong = []
     for epoch in range(arguments.epochs):

@@ -8,6 +8,7 @@ objects      O3Dataset: a map-style data set of objects read by ranges, with a c
 shards       where data shards come from (node or origin), StreamingDownloader, and when a shard may be deleted
 streaming    StreamingShardDataset: an exact order over shards, resumable; a tokenising loader
 batches      StreamingBatchDataset: large files in batches, fetched, used, deleted
+ranks        Ranks: which training process this is
 checkpoints  O3CheckpointManager, and storage for torch.distributed.checkpoint
 """
 
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch_bridge.o3_client import O3Client as O3Client
+    from torch_bridge.ranks import Ranks as Ranks
     from torch_bridge.retry import RetryPolicy as RetryPolicy
     from torch_bridge.stores import Store as Store
 
@@ -25,9 +27,12 @@ _FROM = {
     "O3Client": "o3_client",
     "RetryPolicy": "retry",
     "Store": "stores",
+    "Ranks": "ranks",
     "O3Dataset": "objects.dataset",
     "StreamingDownloader": "shards.downloader",
     "StreamingShardDataset": "streaming.dataset",
+    "Ordering": "streaming.settings",
+    "Buffering": "streaming.settings",
     "TextLoader": "streaming.text_loader",
     "StreamingBatchDataset": "batches.dataset",
     "O3CheckpointManager": "checkpoints.o3_checkpoints",

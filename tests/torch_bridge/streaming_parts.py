@@ -22,10 +22,14 @@ from protocol.signing import SigningKey
 from torch_bridge import O3Client, RetryPolicy
 from torch_bridge.loop import loop_thread
 from torch_bridge.shards.origin_source import OriginSource
+from torch_bridge.shards.source import ShardSource
 from torch_bridge.stores import Store
 from torch_bridge.streaming.dataset import StreamingShardDataset
+from torch_bridge.streaming.settings import Buffering, Ordering
 
 NAME = "tests/numbers"
+ORDERING = Ordering(lanes=2, block_rows=20, window=40)
+BUFFERING = Buffering(buffer_size=1, max_buffer=2)
 
 
 def numbered_files(folder: Path, rows: list[int], *, row_bytes: int = 400) -> list[Path]:
@@ -82,12 +86,9 @@ def address(server: S3Server) -> dict[str, str]:
     }  # fmt: skip
 
 
-def numbers(source: OriginSource, **more: Any) -> StreamingShardDataset:
+def numbers(source: ShardSource, **more: Any) -> StreamingShardDataset:
     """Settings that keep few shards open at once."""
-    settings: dict[str, Any] = {
-        "batch_size": 8, "columns": ["id"], "lanes": 2, "block_rows": 20, "window": 40, "buffer_size": 1,
-        "max_buffer": 2,
-    }  # fmt: skip
+    settings: dict[str, Any] = {"batch_size": 8, "columns": ["id"], "ordering": ORDERING, "buffering": BUFFERING}
     return StreamingShardDataset(source, **settings | more)
 
 
@@ -97,7 +98,7 @@ def train(at: dict[str, str], folder: Path, out: Path) -> None:
     It goes on from the last whole line. RANK and WORLD_SIZE are those of the environment.
     """
     data = numbers(source_at(at, folder))
-    log = out / f"rank{data.rank}.jsonl"
+    log = out / f"rank{data.ranks.rank}.jsonl"
     if (state := last_state(out)) is not None:
         data.load_state_dict(state)
     with log.open("a") as file:

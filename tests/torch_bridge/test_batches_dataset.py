@@ -26,7 +26,7 @@ from protocol.errors import (
 )
 from tests.torch_bridge.batches_parts import SIZE, bodies, bytes_here, dataset, folder_of, name_and_body, sampled
 from torch_bridge.batches.progress import merge_states
-from torch_bridge.batches.settings import Ranks
+from torch_bridge.ranks import Ranks
 
 FILES = bodies(23)
 NAMES = sorted(key.rpartition("/")[2] for key in FILES)

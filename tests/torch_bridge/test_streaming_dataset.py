@@ -11,11 +11,14 @@ import pytest
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from protocol.errors import InvalidParamsError
+from protocol.errors import InvalidParamsError, TimedOutError
+from torch_bridge import Ranks
 from torch_bridge.shards.local_source import LocalSource
 from torch_bridge.streaming.dataset import StreamingShardDataset
+from torch_bridge.streaming.settings import Buffering, Ordering
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torch's own DataLoader
+ORDERING = Ordering(lanes=4, block_rows=10, window=24)
 
 
 @pytest.fixture
@@ -27,8 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def dataset(folder: Path, **more: Any) -> StreamingShardDataset:
-    settings: dict[str, Any] = dict(batch_size=8, columns=["id"], lanes=4, block_rows=10, window=24, **more)
-    return StreamingShardDataset(LocalSource(folder), **settings)
+    return StreamingShardDataset(LocalSource(folder), batch_size=8, columns=["id"], ordering=ORDERING, **more)
 
 
 def ids(batches: Any) -> list[list[int]]:
@@ -59,7 +61,7 @@ def test_continued_with_other_workers_and_ranks(folder: Path) -> None:
     state = data.state_at(5)
     del batches  # its workers end, and with them their leases
     for rank in range(3):
-        again = dataset(folder, rank=rank, world_size=3, local_world_size=1)
+        again = dataset(folder, ranks=Ranks(rank, 3, 0, 1))
         again.load_state_dict(state)
         assert ids(loader(again, rank)) == alone[5 + rank :: 3]
 
@@ -79,6 +81,26 @@ def test_stateful_data_loader(folder: Path, workers: int) -> None:
 
 def test_another_batch_size_cannot_be_continued(folder: Path) -> None:
     state = dataset(folder).state_at(1)
-    other = StreamingShardDataset(LocalSource(folder), batch_size=4, lanes=4, block_rows=10, window=24)
+    other = StreamingShardDataset(LocalSource(folder), batch_size=4, ordering=ORDERING)
     with pytest.raises(InvalidParamsError, match="batch_size=8"):
         other.load_state_dict(state)
+
+
+def test_what_makes_no_sense_is_refused_where_it_is_built() -> None:
+    for wrong in ({"lanes": 0}, {"block_rows": 0}, {"window": -1}):
+        with pytest.raises(InvalidParamsError, match="at least 1"):
+            Ordering(**wrong)
+    for wrong in ({"buffer_size": 0}, {"buffer_size": 5, "max_buffer": 4}):
+        with pytest.raises(InvalidParamsError, match="buffer_size"):
+            Buffering(**wrong)
+    for wrong in ({"keep_behind": -1}, {"decoded_bytes": -1}, {"stop_free_bytes": -1}, {"shard_timeout_s": 0}):
+        with pytest.raises(InvalidParamsError, match=next(iter(wrong))):
+            Buffering(**wrong)
+    assert Buffering(buffer_size=40).largest_buffer == 40
+
+
+def test_too_little_free_disk_is_said_by_the_data_set_too(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": range(9)}), tmp_path / "shard_00000.parquet")
+    full = Buffering(stop_free_bytes=1 << 60, shard_timeout_s=0.5)
+    with pytest.raises(TimedOutError, match="stop_free_bytes"):
+        next(iter(StreamingShardDataset(LocalSource(tmp_path), batch_size=3, buffering=full)))

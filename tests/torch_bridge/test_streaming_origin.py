@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from protocol.errors import InvalidShardError, ShardInUseError
 from tests.integration.origin_server import s3_server
 from tests.torch_bridge.o3_client_parts import client_of
 from tests.torch_bridge.streaming_parts import (
+    BUFFERING,
+    ORDERING,
     address,
     lines,
     numbered_files,
@@ -31,6 +34,7 @@ from tests.torch_bridge.streaming_parts import (
     source_at,
     train,
 )
+from torch_bridge import Ranks
 
 pytestmark = [
     pytest.mark.slow,
@@ -86,7 +90,8 @@ def test_two_epochs_in_persistent_workers_and_nothing_stays(server: S3Server, tm
 
 
 def test_shards_kept_behind_and_the_validation_shard_stay(server: S3Server, tmp_path: Path) -> None:
-    data = numbers(source_at(server, tmp_path), validation_shard="shard_00003.parquet", keep_behind=2)
+    buffering = replace(BUFFERING, keep_behind=2)
+    data = numbers(source_at(server, tmp_path), validation_shard="shard_00003.parquet", buffering=buffering)
     assert sorted(flat(ids(data))) == [sample for sample in ALL if sample // 1000 != 3]
     assert len(here(tmp_path)) == 3
     assert "shard_00003.parquet" in here(tmp_path)
@@ -94,10 +99,11 @@ def test_shards_kept_behind_and_the_validation_shard_stay(server: S3Server, tmp_
 
 
 def test_every_rank_has_as_many_batches_with_drop_last(server: S3Server, tmp_path: Path) -> None:
-    whole = ids(numbers(source_at(server, tmp_path / "whole"), drop_last=True))
+    ordering = replace(ORDERING, drop_last=True)
+    whole = ids(numbers(source_at(server, tmp_path / "whole"), ordering=ordering))
     for ranks in (2, 3, 5):
         shares = [
-            ids(numbers(source_at(server, tmp_path / "a"), drop_last=True, rank=rank, world_size=ranks))
+            ids(numbers(source_at(server, tmp_path / "a"), ordering=ordering, ranks=Ranks(rank, ranks, rank, ranks)))
             for rank in range(ranks)
         ]
         assert {len(share) for share in shares} == {len(whole) // ranks}

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from protocol.errors import InvalidParamsError
+from torch_bridge import Ranks
 from torch_bridge.shards.local_source import LocalSource
 from torch_bridge.streaming.dataset import StreamingShardDataset
+from torch_bridge.streaming.settings import Ordering
 from torch_bridge.streaming.text_loader import TextLoader
 
 BOS = 256
@@ -34,8 +36,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def loader(folder: Path, *, epochs: int | None = 2, tokenise: Any = as_bytes, **more: Any) -> TextLoader:
-    settings: dict[str, Any] = {"batch_size": 8, "columns": ["text"], "lanes": 2, "block_rows": 10, "window": 24} | more
-    data = StreamingShardDataset(LocalSource(folder), **settings)
+    ordering = Ordering(lanes=2, block_rows=10, window=24)
+    data = StreamingShardDataset(LocalSource(folder), batch_size=8, columns=["text"], ordering=ordering, **more)
     return TextLoader(data, tokenise, bos=BOS, batch_rows=3, row_tokens=50, epochs=epochs)
 
 
@@ -102,7 +104,7 @@ def test_continued_twice_from_states_of_a_continued_loader(folder: Path) -> None
 def test_ranks_share_the_documents_and_continue_each_from_its_own_state(folder: Path) -> None:
     found: list[str] = []
     for rank in range(2):
-        mine = {"rank": rank, "world_size": 2, "local_world_size": 1}
+        mine = {"ranks": Ranks(rank, 2, 0, 1)}
         batches = list(loader(folder, epochs=1, **mine))
         found += documents(batches)
         again = loader(folder, epochs=1, **mine)
@@ -112,9 +114,9 @@ def test_ranks_share_the_documents_and_continue_each_from_its_own_state(folder: 
 
 
 def test_another_rank_or_number_of_ranks_cannot_continue(folder: Path) -> None:
-    _, _, state = next(iter(loader(folder, rank=0, world_size=2, local_world_size=1)))
+    _, _, state = next(iter(loader(folder, ranks=Ranks(0, 2, 0, 1))))
     for rank, ranks in ((1, 2), (0, 1)):
-        other = loader(folder, rank=rank, world_size=ranks, local_world_size=1)
+        other = loader(folder, ranks=Ranks(rank, ranks, 0, 1))
         with pytest.raises(InvalidParamsError, match="rank 0's of 2"):
             other.load_state_dict(state)
 
@@ -130,4 +132,4 @@ def test_another_tokeniser_cannot_continue(folder: Path) -> None:
 def test_a_rank_without_documents_says_so(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["only one"]}), tmp_path / "shard_00000.parquet")
     with pytest.raises(InvalidParamsError, match="no text for rank 1 of 2"):
-        next(iter(loader(tmp_path, epochs=None, rank=1, world_size=2, local_world_size=1)))
+        next(iter(loader(tmp_path, epochs=None, ranks=Ranks(1, 2, 0, 1))))

@@ -16,10 +16,11 @@ from torch_bridge.batches.metadata import Metadata, MetadataOf
 from torch_bridge.batches.plan import RemoteFile
 from torch_bridge.batches.progress import Done, Progress, lowest_epoch, positions, read_state, state_of
 from torch_bridge.batches.session import Decode, Session
-from torch_bridge.batches.settings import BatchSettings, Ranks, byte_count
+from torch_bridge.batches.settings import BatchSettings, byte_count, consumer_of
 from torch_bridge.batches.sources import FileSource, OriginFiles
 from torch_bridge.batches.timing import Timing, timing
 from torch_bridge.o3_client import O3Client
+from torch_bridge.ranks import Ranks
 from torch_bridge.stores import Store
 
 _log = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ class StreamingBatchDataset(IterableDataset[Any]):
                 "give decode=, or samples_ahead=(prefetch_factor + 1) x batch_size"
             )
         used_for: dict[str, str | int] = {"source": self.source.name, "seed": self.settings.seed}
-        folder = ConsumerFolder(self.folder, self._ranks.consumer(), used_for)
+        folder = ConsumerFolder(self.folder, consumer_of(self._ranks), used_for)
         with folder.held():
             progress = Progress(folder)
             unfinished = progress.first_epoch()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,49 +9,21 @@ from torch.utils.data import get_worker_info
 
 from protocol.errors import InvalidParamsError
 from torch_bridge.batches.plan import Consumer
+from torch_bridge.ranks import Ranks
 
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
-@dataclass(frozen=True, slots=True)
-class Ranks:
-    """This training process among all, and among those of this machine."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size <= self.world_size):
-            raise InvalidParamsError(f"{self} makes no sense: ranks are 0 to world size - 1, local ones within it")
-
-    @classmethod
-    def found(cls) -> Ranks:
-        """From torch.distributed or the environment that torchrun sets. Where nothing says which ranks are on this
-        machine, all are taken to be: that keeps the disk's bound.
-        """
-        import torch.distributed as dist
-
-        if dist.is_available() and dist.is_initialized():
-            rank, world = dist.get_rank(), dist.get_world_size()
-        else:
-            rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        local = os.environ.get("LOCAL_RANK"), os.environ.get("LOCAL_WORLD_SIZE")
-        if local[0] is None or local[1] is None:
-            return cls(rank, world, rank, world)
-        return cls(rank, world, int(local[0]), int(local[1]))
-
-    def consumer(self) -> Consumer:
-        """This process: a DataLoader's worker, or the training process itself."""
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        return Consumer(
-            self.rank * workers + worker,
-            self.world_size * workers,
-            self.local_rank * workers + worker,
-            self.local_world_size * workers,
-        )
+def consumer_of(ranks: Ranks) -> Consumer:
+    """This process: a DataLoader's worker, or the training process itself."""
+    info = get_worker_info()
+    worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+    return Consumer(
+        ranks.rank * workers + worker,
+        ranks.world_size * workers,
+        ranks.local_rank * workers + worker,
+        ranks.local_world_size * workers,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
 from protocol.errors import InvalidParamsError
 from protocol.manifest import ShardEntry
+from torch_bridge.ranks import Ranks
 from torch_bridge.shards.downloader import StreamingDownloader
 from torch_bridge.shards.source import ShardSource
 from torch_bridge.shards.status import StreamingStatus
@@ -22,6 +21,7 @@ from torch_bridge.streaming.order import EpochOrder, OrderSettings, Span, open_a
 from torch_bridge.streaming.position import Place, Position, Turn, continued, saved
 from torch_bridge.streaming.reading import ShardRows, start
 from torch_bridge.streaming.rows import DecodedGroups, RowReader, as_arrays
+from torch_bridge.streaming.settings import Buffering, Ordering
 
 Transform = Callable[[dict[str, Any]], Any]
 
@@ -29,35 +29,26 @@ Transform = Callable[[dict[str, Any]], Any]
 class StreamingShardDataset(IterableDataset[Any]):
     """Yields batches: use it with `DataLoader(dataset, batch_size=None, num_workers=...)`.
 
-    `source`: where shards come from. `columns`: None for all. `transform`: gets a dict of numpy arrays (numbers) and
-    lists (all else), and what it returns is yielded. `rank`, `world_size`: those of torch.distributed, or of the
-    environment, where not given. `local_world_size`: ranks on this machine; a shard is deleted when all have read it.
-    `buffer_size`: shards that are fetched beyond those being read, which grows to `max_buffer` where downloads are slow
-    (None: at least 16). `kept_bytes`: decoded row groups in the memory of each worker. `validation_shard`: its file
-    name; it is fetched first, stays on disk, and is not trained on. `lanes`, `block_rows`, `window`: see
-    docs/training/streaming_dataset.md.
+    `source`: where shards come from. `batch_size`: samples. `columns`: None for all. `transform`: gets a dict of numpy
+    arrays (numbers) and lists (all else), and what it returns is yielded. `validation_shard`: its file name; it is
+    fetched first, stays on disk, and is not trained on. `ranks`: who reads; None: as torch.distributed or the
+    environment says. A shard is deleted when all ranks of this machine have read it. `run`: another name for a second
+    data set over the same shards on this machine. `ordering` and `buffering`: docs/training/streaming_dataset.md.
 
     Raises InvalidParamsError for a shard whose rows the manifest does not tell; while it is read, InvalidShardError for
     one whose file has other rows, or cannot be read although it is as it was published.
     """
 
     def __init__(
-        self, source: ShardSource, *, batch_size: int, columns: Sequence[str] | None = None, seed: int = 0,
-        shuffle: bool = True, window: int = 8192, lanes: int = 8, block_rows: int = 1024,
-        transform: Transform | None = None, rank: int | None = None, world_size: int | None = None,
-        local_world_size: int | None = None, buffer_size: int = 3, max_buffer: int | None = None, keep_behind: int = 0,
-        drop_last: bool = False, validation_shard: str | None = None, run: str = "default",
-        shard_timeout_s: float | None = None, kept_bytes: int = 256_000_000,
+        self, source: ShardSource, *, batch_size: int, seed: int = 0, columns: Sequence[str] | None = None,
+        transform: Transform | None = None, validation_shard: str | None = None, ordering: Ordering | None = None,
+        buffering: Buffering | None = None, ranks: Ranks | None = None, run: str = "default",
     ) -> None:  # fmt: skip
         self._source, self._columns, self._transform = source, columns, transform
-        self._settings = OrderSettings(batch_size, seed, 0, shuffle, lanes, block_rows, window, drop_last)
-        self.rank, self.ranks = _ranks(rank, world_size)
-        self._local_ranks = local_world_size or int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks))
-        self._buffer_size, self._max_buffer = buffer_size, max_buffer or max(16, buffer_size)
-        self._keep_behind, self._run, self._kept_bytes = keep_behind, run, kept_bytes
-        self._validation, self._shard_timeout_s = validation_shard, shard_timeout_s
-        if not 1 <= self._buffer_size <= self._max_buffer:
-            raise InvalidParamsError(f"buffer_size {buffer_size} must lie in [1, max_buffer {self._max_buffer}]")
+        self._settings = OrderSettings(**asdict(ordering or Ordering()), batch_size=batch_size, seed=seed)
+        self._buffering = buffering or Buffering()
+        self.ranks = ranks or Ranks.found()
+        self._run, self._validation = run, validation_shard
         entries = sorted(source.manifest().shards, key=lambda entry: entry.filename)
         if validation_shard and validation_shard not in {entry.filename for entry in entries}:
             raise InvalidParamsError(f"no shard {validation_shard} in the data set: name one of its files")
@@ -110,7 +101,7 @@ class StreamingShardDataset(IterableDataset[Any]):
         For a plain DataLoader with workers, and to continue with other numbers of workers or ranks.
         """
         place = self._place or Place(self.epoch)
-        turn, settings = Turn(self.rank, self.ranks), replace(self._settings, epoch=place.epoch)
+        turn, settings = Turn(self.ranks.rank, self.ranks.world_size), replace(self._settings, epoch=place.epoch)
         return saved(Position(place.position.base, batches), turn, settings, self._contents)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -132,9 +123,8 @@ class StreamingShardDataset(IterableDataset[Any]):
         entry = next((entry for entry in self._source.manifest().shards if entry.filename == self._validation), None)
         if entry is None:
             raise InvalidParamsError("no validation shard: name its file by validation_shard=")
-        reader = RowReader(
-            self._source.fetch(entry).path, self._columns, groups=DecodedGroups(self._kept_bytes), rows=entry.rows
-        )
+        groups = DecodedGroups(self._buffering.decoded_bytes)
+        reader = RowReader(self._source.fetch(entry).path, self._columns, groups=groups, rows=entry.rows)
         try:
             for first in range(0, _rows(entry), self._settings.batch_size):
                 end = min(first + self._settings.batch_size, _rows(entry))
@@ -157,7 +147,7 @@ class StreamingShardDataset(IterableDataset[Any]):
         start(downloader, patient=not self._open, what={"run": self._run, "reader": _reader(turn)})
         self._open += 1
         self._reading = downloader
-        rows = ShardRows(self._entries, downloader, self._columns, self._kept_bytes, self._shard_timeout_s)
+        rows = ShardRows(self._entries, downloader, self._columns, self._buffering)
         due = sorted(spans, key=lambda span: span.last, reverse=True)
         try:
             batches = order.taken_by(
@@ -186,10 +176,13 @@ class StreamingShardDataset(IterableDataset[Any]):
         before = [self._entries[span.shard].filename for span in past]
         left = [name for name in before if (self._source.folder / name).exists()]  # by a run that was killed
         reading = open_at_once(spans)
+        kept = self._buffering
         downloader = StreamingDownloader(
-            self._source, names, min_buffer=reading + 1, buffer_size=reading + self._buffer_size,
-            max_buffer=reading + self._max_buffer, keep_behind=self._keep_behind, run=self._run, reader=_reader(turn),
-            expected_readers=self._local_ranks * turn.workers, pinned=[self._validation] if self._validation else [],
+            self._source, names, min_buffer=reading + 1, buffer_size=reading + kept.buffer_size,
+            max_buffer=reading + kept.largest_buffer, keep_behind=kept.keep_behind, run=self._run,
+            reader=_reader(turn), expected_readers=self.ranks.local_world_size * turn.workers,
+            pinned=[self._validation] if self._validation else [], warn_free_bytes=kept.warn_free_bytes,
+            stop_free_bytes=kept.stop_free_bytes,
         )  # fmt: skip
         downloader.load_state_dict({"epoch": epoch, "order": [*left, *names], "consumed": left})
         return downloader
@@ -199,7 +192,8 @@ class StreamingShardDataset(IterableDataset[Any]):
 
     def _turn(self) -> Turn:
         info = get_worker_info()
-        return Turn(self.rank, self.ranks, info.id, info.num_workers) if info else Turn(self.rank, self.ranks)
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        return Turn(self.ranks.rank, self.ranks.world_size, worker, workers)
 
 
 def _reader(turn: Turn) -> str:
@@ -210,16 +204,3 @@ def _rows(entry: ShardEntry) -> int:
     if entry.rows is None:
         raise InvalidParamsError(f"the manifest does not tell the rows of {entry.filename}: publish the data set again")
     return entry.rows
-
-
-def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    if (rank is None) != (world_size is None):
-        raise InvalidParamsError(f"give both rank and world_size, or neither: got {rank} and {world_size}")
-    if rank is None or world_size is None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        else:
-            rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if not 0 <= rank < world_size:
-        raise InvalidParamsError(f"rank {rank} of {world_size}: it must lie in [0, {world_size})")
-    return rank, world_size

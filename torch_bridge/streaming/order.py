@@ -16,31 +16,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol.errors import InvalidParamsError
+from torch_bridge.streaming.settings import Ordering
 
 Indices = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class OrderSettings:
-    """What the order depends on, beside the shards. Another value of any of them is another order."""
+@dataclass(frozen=True, kw_only=True)
+class OrderSettings(Ordering):
+    """All that the order depends on, beside the shards. Another value of any of them is another order."""
 
     batch_size: int
     """Samples of a batch."""
     seed: int = 0
     epoch: int = 0
-    shuffle: bool = True
-    lanes: int = 8
-    block_rows: int = 1024
-    window: int = 8192
-    """Samples of one lane that are mixed with each other."""
-    drop_last: bool = False
-    """Leave out each lane's last batch where it is smaller than the others, and the epoch's last ones where they do not
-    suffice for every rank."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "lanes", "block_rows", "window"):
-            if getattr(self, name) < 1:
-                raise InvalidParamsError(f"{name} must be at least 1, not {getattr(self, name)}")
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise InvalidParamsError(f"batch_size must be at least 1, not {self.batch_size}")
         if self.seed < 0 or self.epoch < 0:
             raise InvalidParamsError(f"seed {self.seed} and epoch {self.epoch} must not be negative")
 

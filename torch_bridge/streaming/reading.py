@@ -14,6 +14,7 @@ from protocol.manifest import ShardEntry
 from torch_bridge.shards.downloader import StreamingDownloader
 from torch_bridge.streaming.order import Batch, Indices
 from torch_bridge.streaming.rows import DecodedGroups, RowReader
+from torch_bridge.streaming.settings import Buffering
 
 LEAVING_S = 15.0
 """How long an earlier iteration may take to end: a DataLoader starts new workers before the old ones are gone."""
@@ -27,11 +28,11 @@ class ShardRows:
 
     def __init__(
         self, entries: Sequence[ShardEntry], downloader: StreamingDownloader, columns: Sequence[str] | None,
-        kept_bytes: int, timeout_s: float | None,
+        buffering: Buffering,
     ) -> None:  # fmt: skip
         self._entries, self._downloader = entries, downloader
-        self._columns, self._timeout_s = columns, timeout_s
-        self._groups = DecodedGroups(kept_bytes)
+        self._columns, self._timeout_s = columns, buffering.shard_timeout_s
+        self._groups = DecodedGroups(buffering.decoded_bytes)
         self._open: dict[int, RowReader] = {}
 
     def table(self, batch: Batch) -> pa.Table:

@@ -65,7 +65,7 @@ class TextLoader:
         """
         if state.get("version") != VERSION:
             raise InvalidParamsError(f"the state has version {state.get('version')}, this release reads {VERSION}")
-        here = [self._dataset.rank, self._dataset.ranks]
+        here = [self._dataset.ranks.rank, self._dataset.ranks.world_size]
         if [state["rank"], state["dataset"]["ranks"]] != here:
             raise InvalidParamsError(
                 f"the state is rank {state['rank']}'s of {state['dataset']['ranks']}, this is rank {here[0]} of "
@@ -105,8 +105,9 @@ class TextLoader:
                         yield documents
                     before = self._dataset.state_dict()
             if epochs_without == 2:  # the first may have been continued at its end
+                ranks = self._dataset.ranks
                 raise InvalidParamsError(
-                    f"no text for rank {self._dataset.rank} of {self._dataset.ranks} in a whole epoch: it takes fewer "
+                    f"no text for rank {ranks.rank} of {ranks.world_size} in a whole epoch: it takes fewer "
                     "ranks, smaller batches of documents, or more shards"
                 )
             self._dataset.set_epoch(self._dataset.epoch + 1)
@@ -122,7 +123,7 @@ class TextLoader:
         oldest = buffer[0]
         following = oldest.tokens[oldest.used : oldest.used + _CHECKED]
         return {
-            "version": VERSION, "rank": self._dataset.rank, "dataset": oldest.before, "used_tokens": oldest.used,
+            "version": VERSION, "rank": self._dataset.ranks.rank, "dataset": oldest.before, "used_tokens": oldest.used,
             "next_tokens": following.tolist(),
         }  # fmt: skip
 
