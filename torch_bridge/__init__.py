@@ -9,7 +9,7 @@ shards       where data shards come from (node or origin), StreamingDownloader, 
 streaming    StreamingShardDataset: an exact order over shards, resumable; a tokenising loader
 batches      StreamingBatchDataset: large files in batches, fetched, used, deleted
 ranks        Ranks: which training process this is
-checkpoints  O3CheckpointManager, and storage for torch.distributed.checkpoint
+checkpoints  O3CheckpointManager; O3StorageWriter and O3StorageReader for torch.distributed.checkpoint
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ _FROM = {
     "TextLoader": "streaming.text_loader",
     "StreamingBatchDataset": "batches.dataset",
     "O3CheckpointManager": "checkpoints.o3_checkpoints",
+    "O3StorageWriter": "checkpoints.dcp",
+    "O3StorageReader": "checkpoints.dcp",
 }
 """Where each public name is."""
 

@@ -68,7 +68,10 @@ class LeaseHandlers:
 
     async def _released(self, shard: LeasedId, was_held: bool, *, evict: bool) -> ReleasedShard:
         kept_because = ""
-        if evict and (signed := self.shards.manifest(shard.digest)):
+        published = self.shards.is_published_here(shard.digest, shard.shard_id)
+        if evict and published:
+            kept_because = "it was published here, not fetched: EVICT_SHARD deletes it"
+        elif evict and (signed := self.shards.manifest(shard.digest)):
             try:
                 await self.shards.evict(signed, signed.manifest.shard(shard.shard_id))
             except ShardInUseError as err:
@@ -85,4 +88,5 @@ class LeaseHandlers:
             gone=not self.shards.has_file(shard.digest, shard.shard_id),
             leases=self.shards.leases.holders(shard, time.monotonic()).leases,
             kept_because=kept_because,
+            published=published,
         )

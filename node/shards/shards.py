@@ -173,6 +173,11 @@ class Shards:
         """Whether anything of a shard is in its place, checked or not."""
         return bool(self._catalog.of_shard(digest, shard_id))
 
+    def is_published_here(self, digest: ManifestDigest, shard_id: int) -> bool:
+        """Whether a shard lies where its publisher put it, and was not fetched."""
+        folders, files = self._catalog.folders(), self._catalog.of_shard(digest, shard_id)
+        return any(file.path.parent not in folders or not folders[file.path.parent].holding.fetched for file in files)
+
     def downloads(self) -> list[DownloadStatus]:
         return [
             DownloadStatus(

@@ -57,8 +57,8 @@ class ReleaseParams(ShardSelector, frozen=True, kw_only=True):
 
     lease: LeaseName
     evict: bool = False
-    """Delete the file as EVICT_SHARD does, unless another lease holds it, a stage has it loaded, or it is being
-    fetched; of a shard that is named also where the lease had expired."""
+    """Delete the file as EVICT_SHARD does, unless another lease holds it, a stage has it loaded, it is being fetched,
+    or it was published here; of a shard that is named also where the lease had expired."""
 
 
 class ReleasedShard(Result, frozen=True, kw_only=True):
@@ -75,6 +75,8 @@ class ReleasedShard(Result, frozen=True, kw_only=True):
     """How many other leases hold it."""
     kept_because: str = ""
     """Why it was not deleted, where it should have been."""
+    published: bool = False
+    """Whether the file was put here by who publishes it, and not fetched: no client's reading of it deletes it."""
 
 
 class ReleaseResult(Result, frozen=True, kw_only=True):

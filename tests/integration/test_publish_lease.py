@@ -80,6 +80,15 @@ def test_a_leased_shard_stays_until_it_is_released_or_expires(trainer: Daemon) -
     assert not Path(fetched["path"]).exists()
 
 
+def test_a_shard_that_was_published_here_is_not_deleted_by_who_has_read_it(seed: Daemon) -> None:
+    read = seed.call("FETCH_SHARD", which(0) | {"lease": "run"})
+    for _ in range(2):  # the second time the lease holds nothing any more
+        (kept,) = seed.call("RELEASE", which(0) | {"lease": "run", "evict": True})["shards"]
+        assert (kept["gone"], kept["leases"], kept["published"]) == (False, 0, True)
+        assert "published here" in kept["kept_because"]
+    assert Path(read["path"]).exists()
+
+
 def test_a_lease_that_the_node_does_not_know_is_an_answer_and_a_fetch_takes_it_again(
     seed: Daemon, tmp_path: Path
 ) -> None:
