@@ -21,6 +21,7 @@ from protocol.manifest import Manifest, ShardEntry, sign_manifest
 from protocol.signing import SigningKey
 from torch_bridge import O3Client, RetryPolicy
 from torch_bridge.loop import loop_thread
+from torch_bridge.shards.node_source import NodeSource
 from torch_bridge.shards.origin_source import OriginSource
 from torch_bridge.shards.source import ShardSource
 from torch_bridge.stores import Store
@@ -69,6 +70,11 @@ def publish_numbered(store: Store, paths: list[Path], name: str = NAME, *, claim
     return manifest
 
 
+def source_of(at: dict[str, str], folder: Path) -> ShardSource:
+    """Of a node where `at` says "node", of an S3 server else."""
+    return NodeSource(at["node"], NAME, folder, ttl_s=float(at["ttl_s"])) if "node" in at else source_at(at, folder)
+
+
 def source_at(server: S3Server | dict[str, str], folder: Path, name: str = NAME) -> OriginSource:
     """`server`: or what `address` says of it, in another process."""
     at = server if isinstance(server, dict) else address(server)
@@ -97,7 +103,7 @@ def train(at: dict[str, str], folder: Path, out: Path) -> None:
 
     It goes on from the last whole line. RANK and WORLD_SIZE are those of the environment.
     """
-    data = numbers(source_at(at, folder))
+    data = numbers(source_of(at, folder))
     log = out / f"rank{data.ranks.rank}.jsonl"
     if (state := last_state(out)) is not None:
         data.load_state_dict(state)

@@ -14,6 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from protocol.errors import InvalidParamsError, TimedOutError
 from torch_bridge import Ranks
 from torch_bridge.shards.local_source import LocalSource
+from torch_bridge.streaming.chosen import ChosenShards
 from torch_bridge.streaming.dataset import StreamingShardDataset
 from torch_bridge.streaming.settings import Buffering, Ordering
 
@@ -104,3 +105,11 @@ def test_too_little_free_disk_is_said_by_the_data_set_too(tmp_path: Path) -> Non
     full = Buffering(stop_free_bytes=1 << 60, shard_timeout_s=0.5)
     with pytest.raises(TimedOutError, match="stop_free_bytes"):
         next(iter(StreamingShardDataset(LocalSource(tmp_path), batch_size=3, buffering=full)))
+
+
+def test_a_source_says_what_lies_on_disk(folder: Path) -> None:
+    source = LocalSource(folder)
+    first, second, *others = source.manifest().shards
+    (folder / first.filename).unlink()
+    chosen = ChosenShards(source, [second.filename, others[0].filename], folder=folder / "elsewhere")
+    assert chosen.on_disk([first, second, *others]) == [second, *others]

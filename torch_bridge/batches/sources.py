@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,13 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Protocol
 
-from protocol.errors import CancelledRequestError, OriginCorruptError, OriginNotFoundError, ShardNotFoundError
+from protocol.errors import (
+    CancelledRequestError,
+    OriginCorruptError,
+    OriginNotFoundError,
+    ShardNotFoundError,
+    ShoalError,
+)
 from protocol.manifest import ShardEntry
 from torch_bridge.batches.plan import RemoteFile
 from torch_bridge.loop import loop_thread
@@ -19,6 +26,7 @@ from torch_bridge.stores import Store
 PIECE_BYTES = 8 << 20
 PIECES_AT_ONCE = 4
 """Of one file."""
+_log = logging.getLogger(__name__)
 _LOOK_S = 0.2
 """Whether a fetch is still wanted is looked at so often."""
 OnBytes = Callable[[int], None]
@@ -132,6 +140,7 @@ class SwarmFiles:
 
     def __init__(self, shards: ShardSource) -> None:
         self._shards = shards
+        self._later: list[RemoteFile] = []
 
     @property
     def name(self) -> str:
@@ -153,8 +162,18 @@ class SwarmFiles:
         return self._shards.fetch(self._entry(file.key), stop=stop, on_progress=progress).path
 
     def release(self, file: RemoteFile) -> None:
-        """See FileSource. It stays where another consumer of this machine holds it."""
-        self._shards.discard(self._entry(file.key))
+        """See FileSource. It stays where another consumer of this machine holds it; while the node is away, until the
+        next file is given up.
+        """
+        later, self._later = self._later, []
+        for one in (*later, file):
+            try:
+                self._shards.discard(self._entry(one.key))
+            except ShoalError as error:
+                if not error.retryable:
+                    raise
+                _log.warning("%s is deleted later: %s", one.key, error)
+                self._later.append(one)
 
     def read(self, key: str) -> bytes:
         """See FileSource."""

@@ -93,6 +93,10 @@ class StreamingDownloader:
             )
         self._threads = []
         if self._ledger:
+            with self._changed, self._ledger.alone():  # one step: two that end must not each leave it to the other
+                self._delete()
+                for name in self._window.undeleted:
+                    self._source.release(self._by_name[name])
             self._ledger.close()
             self._ledger = None
 

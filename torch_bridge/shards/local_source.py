@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from protocol.content import hash_file
@@ -53,11 +54,17 @@ class LocalSource:
     def distrust(self, entry: ShardEntry, why: str) -> bool:
         raise InvalidShardError(f"{self._folder / entry.filename} is wrong, and there is no other source: {why}")
 
+    def on_disk(self, entries: Sequence[ShardEntry]) -> list[ShardEntry]:
+        return [entry for entry in entries if (self._folder / entry.filename).exists()]
+
     def discard(self, entry: ShardEntry) -> bool:
         if not self._deletes:
             return False
         (self._folder / entry.filename).unlink(missing_ok=True)
         return True
+
+    def release(self, entry: ShardEntry) -> None:
+        """Nothing is held."""
 
     def close(self) -> None:
         """Nothing is held."""

@@ -11,13 +11,13 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from protocol.client import NotificationCallback
 from protocol.commands.leases import ReleaseResult, RenewResult
-from protocol.commands.shards import GetManifestResult, ShardResult
+from protocol.commands.shards import GetManifestResult, ListFilesResult, ShardResult
 from protocol.commands.tasks import VerifyShardResult
 from protocol.errors import (
     CancelledRequestError,
@@ -63,7 +63,7 @@ class NodeSource:
         self._process = 0
         self._guard = threading.Lock()
         self._local = threading.local()
-        self._clients: list[SyncClient] = []
+        self._clients: list[tuple[threading.Thread, SyncClient]] = []
         self._held: dict[int, ShardEntry] = {}
         self._closed = threading.Event()
         self._manifest: Manifest | None = None
@@ -121,13 +121,25 @@ class NodeSource:
         except ShardNotFoundError:
             return True
 
+    def on_disk(self, entries: Sequence[ShardEntry]) -> list[ShardEntry]:
+        found = self._call("LIST_FILES", {}, ListFilesResult)
+        here = {(file.dataset, file.content_id) for file in found.files}
+        return [entry for entry in entries if (self.manifest().name, entry.content_id) in here]
+
     def discard(self, entry: ShardEntry) -> bool:
+        """What was published on this node stays there, and True is said."""
+        return all(shard.gone or shard.published for shard in self._released(entry, evict=True).shards)
+
+    def release(self, entry: ShardEntry) -> None:
+        with contextlib.suppress(ShoalError):  # a lease that is not renewed ends by itself
+            self._released(entry, evict=False)
+
+    def _released(self, entry: ShardEntry, *, evict: bool) -> ReleaseResult:
         self._in_this_process()
         with self._guard:
             self._held.pop(entry.shard_id, None)
-        params = self._shard(entry) | {"evict": True}
-        found = self._call("RELEASE", params, ReleaseResult, patience_s=0.0, answer_s=_ANSWER_S)
-        return all(shard.gone for shard in found.shards)
+        params = self._shard(entry) | {"evict": evict}
+        return self._call("RELEASE", params, ReleaseResult, patience_s=0.0, answer_s=_ANSWER_S)
 
     def close(self) -> None:
         """Release the lease; files stay with the node, which may evict them then."""
@@ -140,7 +152,7 @@ class NodeSource:
     def _hang_up(self) -> None:
         """Close this object's connections, whichever thread's; in a forked child that ends none of its parent's."""
         clients, self._clients = self._clients, []
-        for client in clients:
+        for _, client in clients:
             client.close()
 
     # The lease
@@ -184,7 +196,11 @@ class NodeSource:
         host, _, port = self.address.rpartition(":")
         client = SyncClient(host.strip("[]"), int(port))
         with self._guard:
-            self._clients = [one for one in self._clients if not one.is_closed] + [client]
+            for thread, other in self._clients:
+                if not thread.is_alive():  # of an epoch that is over
+                    other.close()
+            self._clients = [one for one in self._clients if not one[1].is_closed]
+            self._clients.append((threading.current_thread(), client))
         return client
 
     def _call(

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -100,11 +101,17 @@ class OriginSource:
             self._set_aside(path, path.name)
             return True
 
+    def on_disk(self, entries: Sequence[ShardEntry]) -> list[ShardEntry]:
+        return [entry for entry in entries if self._path(entry).exists()]
+
     def discard(self, entry: ShardEntry) -> bool:
         with locked(self._lock(entry)):
             self._path(entry).unlink(missing_ok=True)
             self._stamp(entry).unlink(missing_ok=True)
         return True
+
+    def release(self, entry: ShardEntry) -> None:
+        """Nothing is held: a file lies there until somebody discards it."""
 
     def close(self) -> None:
         """Let go of this process's connections."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -50,8 +50,16 @@ class ShardSource(Protocol):
         it anew. False: its bytes are those that were published, and it stays where it is.
         """
 
+    def on_disk(self, entries: Sequence[ShardEntry]) -> list[ShardEntry]:
+        """Those of them that lie on this machine's disk, whoever fetched them. Raises as `manifest` does."""
+
     def discard(self, entry: ShardEntry) -> bool:
-        """Delete a shard from disk, unless somebody else on this machine still holds it. Whether it is gone."""
+        """Delete a shard from disk, unless somebody else on this machine still holds it, or it was never fetched.
+        Whether nothing of that is left to do.
+        """
+
+    def release(self, entry: ShardEntry) -> None:
+        """This process is past the shard; another one of this machine reads it still, and discards it. Never raises."""
 
     def close(self) -> None:
         """Let go of what this process holds."""

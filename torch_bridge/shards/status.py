@@ -18,7 +18,7 @@ class StreamingStatus:
     consumed: int
     """Shards that this reader is past, in this epoch."""
     deleted: int
-    """By this reader."""
+    """By this reader; what was published on this machine's node counts, and stays there."""
     free_bytes: int
     buffer_size: int
     rate_bytes_s: float

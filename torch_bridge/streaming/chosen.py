@@ -47,8 +47,14 @@ class ChosenShards:
     def distrust(self, entry: ShardEntry, why: str) -> bool:
         return self._source.distrust(entry, why)
 
+    def on_disk(self, entries: Sequence[ShardEntry]) -> list[ShardEntry]:
+        return self._source.on_disk(entries)
+
     def discard(self, entry: ShardEntry) -> bool:
         return self._source.discard(entry)
+
+    def release(self, entry: ShardEntry) -> None:
+        self._source.release(entry)
 
     def close(self) -> None:
         self._source.close()

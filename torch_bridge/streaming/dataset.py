@@ -173,8 +173,8 @@ class StreamingShardDataset(IterableDataset[Any]):
 
     def _downloader(self, spans: Sequence[Span], past: Sequence[Span], epoch: int, turn: Turn) -> StreamingDownloader:
         names = [self._entries[span.shard].filename for span in spans]
-        before = [self._entries[span.shard].filename for span in past]
-        left = [name for name in before if (self._source.folder / name).exists()]  # by a run that was killed
+        before = [self._entries[span.shard] for span in past]
+        left = [entry.filename for entry in self._source.on_disk(before)] if before else []  # by a run that was killed
         reading = open_at_once(spans)
         kept = self._buffering
         downloader = StreamingDownloader(
