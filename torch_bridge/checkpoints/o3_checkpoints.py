@@ -20,9 +20,10 @@ from protocol.ids import ContentId, NodeId
 from protocol.signing import SigningKey
 from protocol.sync_client import SyncClient
 from torch_bridge.checkpoints.commit import Commit, checked_place, checked_run_id
+from torch_bridge.checkpoints.parts import Part
 from torch_bridge.checkpoints.restoring import DAMAGE, CheckpointNotFoundError, commits, missing_part, read_state
 from torch_bridge.checkpoints.rng import rng_state, set_rng_state
-from torch_bridge.checkpoints.saving import PartFiles, Snapshot, take_snapshot, upload, write_parts
+from torch_bridge.checkpoints.saving import Snapshot, parts_of, take_snapshot, upload, write_files
 from torch_bridge.checkpoints.scratch import own_folder
 from torch_bridge.o3_client import O3Client
 from torch_bridge.stores import Store
@@ -84,7 +85,7 @@ class O3CheckpointManager:
         this user unless given. A run that goes on on another machine takes it along, or is trusted there: `trusted`
         are the node ids whose commits count; this key's alone unless given. `node` is the address of this machine's
         node ("127.0.0.1:7400"): parts come from its peers first, and are seeded after a save. `cache_dir`, $TMPDIR
-        unless given, takes a checkpoint's parts while they are sent; the node takes nothing out of a hidden folder.
+        unless given, takes a checkpoint's parts while the node takes them; it takes nothing out of a hidden folder.
         Raises ValueError for a damaged key.
         """
         self._store = url_or_store if isinstance(url_or_store, Store) else (client or O3Client()).at(url_or_store)
@@ -217,23 +218,23 @@ class O3CheckpointManager:
     def _send(self, snapshot: Snapshot) -> Commit:
         """On the sender's thread."""
         damaged = frozenset(self._damaged)
-        with own_folder(self._cache_dir) as folder:
-            parts = write_parts(snapshot, folder, self._key)
-            commit = upload(self._store, snapshot, parts, self._key, damaged)
-            self._damaged -= damaged & parts.files.keys()
-            if self._node:
-                self._seed(self._node, parts)
-            return commit
+        parts = parts_of(snapshot)
+        commit = upload(self._store, snapshot, parts, self._key, damaged)
+        self._damaged -= damaged & {entry.content_id for entry in commit.manifest.manifest.shards}
+        if self._node:
+            self._seed(self._node, commit, parts)
+        return commit
 
-    def _seed(self, address: str, parts: PartFiles) -> None:
-        """Give the parts to the node. The checkpoint is committed by then: a node that fails is a line in the log."""
-        manifest = parts.signed.manifest
+    def _seed(self, address: str, commit: Commit, parts: Mapping[str, Part]) -> None:
+        """Give the parts to the node. The checkpoint is committed by then: what fails here is a line in the log."""
+        manifest = commit.manifest.manifest
         host, _, port = address.rpartition(":")
-        asked = {"path": str(parts.folder.absolute()), "manifest": msgspec.to_builtins(manifest)}
         try:
-            with SyncClient(host.strip("[]"), int(port)) as client:
+            with own_folder(self._cache_dir) as folder, SyncClient(host.strip("[]"), int(port)) as client:
+                write_files(parts, folder)
+                asked = {"path": str(folder.absolute()), "manifest": msgspec.to_builtins(manifest)}
                 client.call("PUBLISH", asked, result_type=PublishResult, timeout_s=None)
-        except ShoalError as err:
+        except (ShoalError, OSError) as err:
             log.warning("%s is at the origin, and is not seeded by the node %s: %s", manifest.name, address, err)
 
     def _read(self, run_id: str, epoch: int | None) -> Checkpoint:

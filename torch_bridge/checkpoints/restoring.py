@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from protocol.errors import NoSourceError, OriginCorruptError, OriginNotFoundErr
 from protocol.ids import ContentId, NodeId
 from protocol.manifest import ShardEntry
 from protocol.sync_client import SyncClient
+from torch_bridge.checkpoints.bounded import in_order
 from torch_bridge.checkpoints.commit import (
     MAX_COMMIT_BYTES,
     Commit,
@@ -35,7 +37,8 @@ log = logging.getLogger(__name__)
 DAMAGE = (OriginNotFoundError, OriginCorruptError, DamagedPartError, InvalidStructureError, SafetensorError)
 """What says that a checkpoint is not whole any more; an origin that does not answer says nothing of the kind."""
 
-
+READ_AT_ONCE = 3
+"""Parts that are read, checked and taken apart at a time: so many are in memory twice."""
 _PART_S = 300.0
 """How long a node may take for one part."""
 _NODE_FAILURES = 3
@@ -80,12 +83,18 @@ def read_state(store: Store, commit: Commit, node: str | None, damaged: set[Cont
 
     Raises one of DAMAGE, or OriginError where the origin does not answer.
     """
-    tensors: dict[str, torch.Tensor] = {}
     peers = _NodeParts(node, commit) if node else None
+
+    def read(entry: ShardEntry) -> dict[str, torch.Tensor]:
+        found = peers.read(entry) if peers else None
+        return _from_origin(store, entry, damaged) if found is None else found
+
+    tensors: dict[str, torch.Tensor] = {}
     try:
-        for entry in commit.manifest.manifest.shards:
-            found = peers.read(entry) if peers else None
-            tensors |= _from_origin(store, entry, damaged) if found is None else found
+        # A node is asked for one part after the other: it fetches from many peers at once.
+        with ThreadPoolExecutor(1 if peers else READ_AT_ONCE, thread_name_prefix="checkpoint-part") as pool:
+            for _, found in in_order(pool, read, commit.manifest.manifest.shards, READ_AT_ONCE):
+                tensors |= found
     finally:
         if peers:
             peers.close()

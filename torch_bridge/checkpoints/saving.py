@@ -1,4 +1,4 @@
-"""A state on its way to the origin: a snapshot, its parts as files, the parts and their manifest, the commit last."""
+"""A state on its way to the origin: a snapshot, its parts straight out of memory, their manifest, the commit last."""
 
 from __future__ import annotations
 
@@ -8,27 +8,31 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save
 
 from node.origin.interface import ObjectStore
 from node.origin.layout import shard_key
-from node.origin.publishing import AT_ONCE, Missing, Source, missing_at, publish
-from protocol.errors import InvalidShardError, OriginCorruptError
+from node.origin.publishing import AT_ONCE, publish
+from protocol.errors import OriginCorruptError, OriginExistsError, OriginNotFoundError
 from protocol.ids import ContentId, ShardId
-from protocol.manifest import Manifest, ShardEntry, SignedManifest, sign_manifest
+from protocol.manifest import Manifest, ShardEntry, sign_manifest
 from protocol.signing import SigningKey
+from torch_bridge.checkpoints.bounded import in_order
 from torch_bridge.checkpoints.commit import Commit, commit_folder, encode_commit, parse_commit_key
-from torch_bridge.checkpoints.parts import PART_BYTES, Part, content_id_of, pack
+from torch_bridge.checkpoints.parts import PART_BYTES, Part, laid_out, pack
 from torch_bridge.checkpoints.tree import FlatState, flatten
 from torch_bridge.loop import loop_thread
 from torch_bridge.stores import Store
 
 log = logging.getLogger(__name__)
+
+SENT_AT_ONCE = 3
+"""Parts that are hashed, looked for or sent at a time: so many copies of a part are in memory beside the snapshot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,52 +45,38 @@ class Snapshot:
     state: FlatState
 
 
-@dataclass(frozen=True, slots=True)
-class PartFiles:
-    """A snapshot's parts on this machine's disk."""
-
-    signed: SignedManifest
-    files: Mapping[ContentId, Source]
-    folder: Path
-
-
 def take_snapshot(run_id: str, epoch: int, step: int | None, state: Mapping[str, Any]) -> Snapshot:
     """Copy all tensors of `state` to the CPU. Raises UnsayableStateError."""
     flat = flatten(state)
-    copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in flat.tensors.items()}
+    copies = {name: _copied(tensor) for name, tensor in flat.tensors.items()}
     return Snapshot(run_id, epoch, step, replace(flat, tensors=copies))
 
 
-def write_parts(snapshot: Snapshot, folder: Path, key: SigningKey, part_bytes: int = PART_BYTES) -> PartFiles:
-    """Write the parts into `folder`, one in memory at a time. The model's tensors share no part with the optimizer's,
-    nor with any other member of the state: one of them often stays as it was.
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    # Contiguous, so that its memory goes to the origin as it lies.
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def parts_of(snapshot: Snapshot, part_bytes: int = PART_BYTES) -> dict[str, Part]:
+    """The parts, by file name. The model's tensors share no part with the optimizer's, nor with any other member of the
+    state: one of them often stays as it was.
     """
     members: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, tensor in snapshot.state.tensors.items():
         members[name.partition("/")[0]][name] = tensor
-    entries: list[ShardEntry] = []
-    files: dict[ContentId, Source] = {}
+    parts = {
+        f"{member}-{number:05d}.safetensors": part
+        for member, tensors in sorted(members.items())
+        for number, part in enumerate(pack(tensors, part_bytes))
+    }
+    return parts or {"no-tensors.safetensors": laid_out({})}  # a manifest names one file at least
 
-    def write(filename: str, part: Part) -> None:
-        path = folder / filename
-        path.write_bytes(part.body)
-        stat = path.stat()
-        files[part.content_id] = Source(path, stat.st_size, stat.st_mtime_ns)
-        number = ShardId(len(entries))
-        entries.append(
-            ShardEntry(
-                shard_id=number, filename=filename, size=stat.st_size, content_id=part.content_id, kind="file"
-            )
-        )  # fmt: skip
 
-    for member, tensors in sorted(members.items()):
-        for number, part in enumerate(pack(tensors, part_bytes)):
-            write(f"{member}-{number:05d}.safetensors", part)
-    if not entries:  # a manifest names one file at least
-        body = save({})
-        write("no-tensors.safetensors", Part((), body, content_id_of(body)))
-    manifest = Manifest(name=manifest_name(snapshot), kind="dataset", shards=tuple(entries))
-    return PartFiles(sign_manifest(manifest, key), files, folder)
+def write_files(parts: Mapping[str, Part], folder: Path) -> None:
+    """The parts as files. Raises OSError."""
+    for filename, part in parts.items():
+        with (folder / filename).open("wb") as out:
+            out.writelines(part.pieces)
 
 
 def manifest_name(snapshot: Snapshot) -> str:
@@ -96,25 +86,24 @@ def manifest_name(snapshot: Snapshot) -> str:
 
 
 def upload(
-    store: Store, snapshot: Snapshot, parts: PartFiles, key: SigningKey, damaged: AbstractSet[ContentId] = frozenset()
+    store: Store,
+    snapshot: Snapshot,
+    parts: Mapping[str, Part],
+    key: SigningKey,
+    damaged: AbstractSet[ContentId] = frozenset(),
 ) -> Commit:
     """Put the parts that are not there, then their manifest, then, once all of it is there, the commit.
 
-    `damaged`: parts of which the origin is known to have something else; they are written again.
+    `damaged`: parts of which the origin is known to have something else; they are written again. Each object is
+    retried by itself: an origin that is away costs what was under way, however long the save took before.
 
-    Raises OriginError, InvalidShardError.
+    Raises OriginError.
     """
-
-    async def send(backing: ObjectStore) -> dict[ContentId, str]:
-        manifest = parts.signed.manifest
-        for part in damaged & parts.files.keys():
-            await backing.delete(shard_key(part))
-        # Torrent files take libtorrent to make; nodes take shards without one whole.
-        missing = [Missing(one.entry, True, False) for one in await _missing(backing, manifest) if one.shard]
-        await publish(backing, parts.signed, missing, parts.files, {})
-        return await check_parts_there(backing, manifest)
-
-    root_cids = store.begin(send).result()
+    entries = _send_parts(store, parts, damaged)
+    signed = sign_manifest(Manifest(name=manifest_name(snapshot), kind="dataset", shards=entries), key)
+    # Torrent files take libtorrent to make; nodes take shards without one whole.
+    store.begin(lambda backing: publish(backing, signed, [], {}, {})).result()
+    root_cids = store.begin(lambda backing: check_parts_there(backing, signed.manifest)).result()
     others = [parse_commit_key(info.key) for info in store.list(commit_folder(snapshot.run_id))]
     newest_ms = max((other.written_ms for other in others if other), default=0)
     commit = Commit(
@@ -122,14 +111,73 @@ def upload(
         epoch=snapshot.epoch,
         step=snapshot.step,
         written_ms=max(int(time.time() * 1000), newest_ms + 1),
-        manifest=parts.signed,
+        manifest=signed,
         root_cids=root_cids,
         structure=snapshot.state.structure,
         publisher=key.node_id,
     )
-    name, digest, body = encode_commit(commit, key, loop_thread().run(_least_bytes(store)))
+    name, digest, body = encode_commit(commit, key, _Limits.of(store).min_object_bytes)
     store.put(name, body, if_absent=True)
     return replace(commit, key=name, digest=digest)
+
+
+class _Limits(NamedTuple):
+    """What a store wants of an object."""
+
+    min_object_bytes: int
+    writes_once: bool
+
+    @classmethod
+    def of(cls, store: Store) -> _Limits:
+        async def ask() -> _Limits:
+            return cls(store.backing.min_object_bytes, store.backing.writes_once)
+
+        return loop_thread().run(ask())
+
+
+def _send_parts(store: Store, parts: Mapping[str, Part], damaged: AbstractSet[ContentId]) -> tuple[ShardEntry, ...]:
+    """Each part is hashed once, and copied only where the origin does not have it."""
+    limits = _Limits.of(store)
+    begun: dict[ContentId, str] = {}
+
+    def send(filename: str) -> ShardEntry:
+        part = parts[filename]
+        if begun.setdefault(part.content_id, filename) == filename:
+            _send(store, part, limits, is_damaged=part.content_id in damaged)
+        return ShardEntry(
+            shard_id=ShardId(numbers[filename]), filename=filename, size=part.size, content_id=part.content_id,
+            kind="file",
+        )  # fmt: skip
+
+    numbers = {filename: number for number, filename in enumerate(parts)}
+    with ThreadPoolExecutor(SENT_AT_ONCE, thread_name_prefix="checkpoint-part") as pool:
+        return tuple(entry for _, entry in in_order(pool, send, parts, SENT_AT_ONCE))
+
+
+def _send(store: Store, part: Part, limits: _Limits, *, is_damaged: bool) -> None:
+    key = shard_key(part.content_id)
+    if is_damaged:
+        store.delete(key)
+    elif _is_there(store, key, part, limits):
+        return
+    try:
+        store.put(key, part.body.ljust(limits.min_object_bytes, b"\0"), if_absent=limits.writes_once)
+    except OriginExistsError:  # by another saver of the same content, a moment ago
+        if not _is_there(store, key, part, limits):
+            raise
+
+
+def _is_there(store: Store, key: str, part: Part, limits: _Limits) -> bool:
+    """Whether the origin has the part; what has its name and another length is taken away."""
+    try:
+        size = store.head(key).size
+    except OriginNotFoundError:
+        return False
+    if size in (part.size, max(part.size, limits.min_object_bytes)):
+        return True
+    log.warning("%s at %s has %d bytes, the part has %d; it is written again", key, store.url, size, part.size)
+    store.delete(key)
+    return False
 
 
 async def check_parts_there(store: ObjectStore, manifest: Manifest) -> dict[ContentId, str]:
@@ -152,18 +200,3 @@ async def check_parts_there(store: ObjectStore, manifest: Manifest) -> dict[Cont
 
     found = await asyncio.gather(*(look(entry) for entry in manifest.shards))
     return {entry.content_id: cid for entry, cid in zip(manifest.shards, found, strict=True) if cid}
-
-
-async def _missing(store: ObjectStore, manifest: Manifest) -> list[Missing]:
-    """What is missing, after what is not as long as the part of its name is taken away."""
-    for _ in manifest.shards:
-        try:
-            return await missing_at(store, manifest)
-        except InvalidShardError as err:
-            log.warning("%s; it is written again", err)
-            await store.delete(str(err.details["key"]))
-    return await missing_at(store, manifest)
-
-
-async def _least_bytes(store: Store) -> int:
-    return store.backing.min_object_bytes

@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from torch_bridge.checkpoints.parts import DTYPES
+
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 _TAG = "$"
@@ -89,6 +91,8 @@ def _tensor_said(value: torch.Tensor, path: str, tensors: dict[str, torch.Tensor
         raise UnsayableStateError(
             f"{path!r} is a sparse or quantised tensor, which safetensors cannot hold; make it dense"
         )
+    if value.dtype not in DTYPES:
+        raise UnsayableStateError(f"{path!r} is of {value.dtype}, which safetensors does not give back: convert it")
     if path in tensors:
         raise UnsayableStateError(f"two tensors have the path {path!r}: a key contains '/'; rename it")
     tensors[path] = value
