@@ -38,6 +38,10 @@ bench: $(VENV)/.dev
 	$(BIN)/python scripts/bench_swarm.py
 	$(BIN)/python scripts/bench_origin.py
 	$(BIN)/python scripts/bench_object_stores.py
+	$(BIN)/python scripts/bench_ranks.py
+	$(BIN)/python scripts/bench_disk_bound.py
+	$(BIN)/python scripts/bench_checkpoint.py
+	$(BIN)/python scripts/bench_dataset.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
