@@ -31,6 +31,11 @@ class Store:
         self.aio = AsyncStore(place)
 
     @property
+    def place(self) -> Place:
+        """Its settings and retries, for who reaches the same place by other means."""
+        return self._place
+
+    @property
     def url(self) -> str:
         """As it may be shown: no credentials in it."""
         return self._place.url

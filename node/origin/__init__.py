@@ -21,7 +21,7 @@ retry, ranges      what stores share: short retries, several ranges in few reque
 forked             what a fork leaves behind: refuses connections that came through one
 s3*, upload        s3:// and o3://, by obstore and botocore; large objects in resumable parts; s3_forked for forked
                    processes, where obstore would hang
-web, hf, http_*    https:// and hf://, read alone
+web, hf, http_*    https:// and hf://, read alone; hf_files through huggingface_hub's own file system
 files              file://
 akave*             akave://, and o3:// by the SDK
 encryption*        encryption above any store

@@ -161,35 +161,41 @@ class HubStore(ReadOnlyStore):
             except OriginError:
                 raise
             except Exception as error:
-                raise self._translated(error, did, key) from None
+                raise translated(error, did, origin=self.url, key=key) from None
 
         return await self._retries.run(lambda: asyncio.to_thread(run))
 
-    def _translated(self, error: Exception, did: str, key: str) -> OriginError:
-        response: Any = getattr(error, "response", None)
-        name = type(error).__name__
-        if name in ("RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError"):
-            # The hub answers 401 for a repository that is not there, too.
-            kind: type[OriginError] = OriginDeniedError if name == "GatedRepoError" else OriginNotFoundError
-            found = f"the hub says {name.removesuffix('Error')}"
-            advice = f"check its name and revision; a private or gated one needs {CREDENTIALS}"
-            status = getattr(response, "status_code", None)
-            return failed(kind, did, found, advice, origin=self.url, key=key, status=status)
-        if response is not None:
-            after = retry_after_s(response.headers.get("Retry-After"))
-            return answered(
-                response.status_code,
-                "",
-                did,
-                origin=self.url,
-                key=key,
-                retry_after_s=after,
-                credentials=CREDENTIALS,
-            )
-        if name in ("HFValidationError", "OfflineModeIsEnabled"):
-            advice = "check the URL, and HF_HUB_OFFLINE"
-            return failed(OriginError, did, f"huggingface_hub says {name}", advice, origin=self.url, key=key)
-        return unreachable(did, f"no answer ({name})", origin=self.url, key=key)
+
+def translated(error: Exception, did: str, *, origin: str, key: str) -> OriginError:
+    """What huggingface_hub raised, as ours."""
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # as its file system tells of a repository that is not there
+    response: Any = getattr(error, "response", None)
+    name = type(error).__name__
+    if name in ("RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError"):
+        # The hub answers 401 for a repository that is not there, too.
+        kind: type[OriginError] = OriginDeniedError if name == "GatedRepoError" else OriginNotFoundError
+        found = f"the hub says {name.removesuffix('Error')}"
+        advice = f"check its name and revision; a private or gated one needs {CREDENTIALS}"
+        status = getattr(response, "status_code", None)
+        return failed(kind, did, found, advice, origin=origin, key=key, status=status)
+    if response is None and isinstance(error, FileNotFoundError):
+        return answered(404, "", did, origin=origin, key=key)
+    if response is not None:
+        after = retry_after_s(response.headers.get("Retry-After"))
+        return answered(
+            response.status_code,
+            "",
+            did,
+            origin=origin,
+            key=key,
+            retry_after_s=after,
+            credentials=CREDENTIALS,
+        )
+    if name in ("HFValidationError", "OfflineModeIsEnabled"):
+        advice = "check the URL, and HF_HUB_OFFLINE"
+        return failed(OriginError, did, f"huggingface_hub says {name}", advice, origin=origin, key=key)
+    return unreachable(did, f"no answer ({name})", origin=origin, key=key)
 
 
 def _hash(file: Any) -> str:

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from node.cli.demo.s3_server import S3Server
 from node.origin.credentials import Credentials, Secret
@@ -188,8 +188,17 @@ class HubStandIn:
     commit: str = "0123456789abcdef0123456789abcdef01234567"
     token: str | None = None
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
+    before: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    """The files of older commits."""
+    statuses: list[int] = field(default_factory=list)
+    """What the next requests for a file's bytes are answered with; then as it should be."""
     port: int = 0
     writers: list[asyncio.StreamWriter] = field(default_factory=list)
+
+    def push(self, commit: str, files: dict[str, bytes]) -> None:
+        """The branch means another commit from now on; the one before can be read still."""
+        self.before[self.commit] = self.files
+        self.commit, self.files = commit, files
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.writers.append(writer)
@@ -199,7 +208,8 @@ class HubStandIn:
                 method, path, _ = first.split(" ")
                 headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
                 self.requests.append((method, path, headers))
-                status, extra, body = self._answer(urlsplit(path).path, headers)
+                asked = await reader.readexactly(int(headers.get("content-length", "0")))
+                status, extra, body = self._answer(path, headers, asked)
                 length = extra.pop("Content-Length", str(len(body)))
                 head = "".join(f"{name}: {value}\r\n" for name, value in extra.items())
                 writer.write(f"HTTP/1.1 {status} Status\r\n{head}Content-Length: {length}\r\n\r\n".encode())
@@ -207,21 +217,35 @@ class HubStandIn:
                 await writer.drain()
         writer.close()
 
-    def _answer(self, path: str, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
+    def _answer(self, target: str, headers: dict[str, str], asked: bytes) -> tuple[int, dict[str, str], bytes]:
         if self.token is not None and headers.get("authorization") != f"Bearer {self.token}":
             return 401, {"X-Error-Code": "RepoNotFound"}, b"{}"
+        path, query = urlsplit(target).path, parse_qs(urlsplit(target).query)
         api, repo = "/api/datasets/some/data", "/datasets/some/data/resolve/"
+        commits = self.before | {self.commit: self.files}
         if path in (f"{api}/revision/main", f"{api}/revision/v1", api):
             return 200, {}, json.dumps({"id": "some/data", "sha": self.commit, "siblings": [], "tags": []}).encode()
-        if path.startswith(f"{api}/tree/{self.commit}"):
-            folder = unquote(path.removeprefix(f"{api}/tree/{self.commit}")).strip("/")
-            found = [self._entry(name) for name in self.files if name.startswith(f"{folder}/" if folder else "")]
-            return (200, {}, json.dumps(found).encode()) if found else (404, {"X-Error-Code": "EntryNotFound"}, b"{}")
-        name = unquote(path.removeprefix(f"{repo}{self.commit}/"))
-        if not path.startswith(repo) or name not in self.files:
+        for commit, files in commits.items():
+            if path == f"{api}/revision/{commit}":
+                return 200, {}, json.dumps({"id": "some/data", "sha": commit, "siblings": [], "tags": []}).encode()
+            if path.startswith(f"{api}/tree/{commit}"):
+                folder = unquote(path.removeprefix(f"{api}/tree/{commit}")).strip("/")
+                inside = f"{folder}/" if folder else ""
+                found = self._entries(files, inside, deep=query.get("recursive", ["false"])[0].lower() == "true")
+                return (
+                    (200, {}, json.dumps(found).encode()) if found else (404, {"X-Error-Code": "EntryNotFound"}, b"{}")
+                )
+            if path == f"{api}/paths-info/{commit}":
+                names = [name for name in parse_qs(asked.decode()).get("paths", []) if name in files]
+                return 200, {}, json.dumps([self._entry(files, name) for name in names]).encode()
+        commit, _, quoted = path.removeprefix(repo).partition("/")
+        files, name = commits.get(commit, {}), unquote(quoted)
+        if not path.startswith(repo) or name not in files:
             return 404, {"X-Error-Code": "EntryNotFound" if path.startswith(repo) else "RepoNotFound"}, b""
-        body = self.files[name]
-        described = {"X-Repo-Commit": self.commit, "ETag": f'"{hashlib.sha1(body).hexdigest()}"'}
+        if self.statuses:
+            return self.statuses.pop(0), {}, b""
+        body = files[name]
+        described = {"X-Repo-Commit": commit, "ETag": f'"{_sha1(body)}"'}
         if self.elsewhere and name.endswith(".bin"):
             linked = {"X-Linked-Size": str(len(body)), "X-Linked-Etag": f'"{hashlib.sha256(body).hexdigest()}"'}
             return 302, described | linked | {"Location": f"{self.elsewhere}/blob?signature=secret"}, b""
@@ -231,9 +255,22 @@ class HubStandIn:
         start, end = int(wanted[1]), min(int(wanted[2] or len(body)) + 1, len(body))
         return 206, described | {"Content-Range": f"bytes {start}-{end - 1}/{len(body)}"}, body[start:end]
 
-    def _entry(self, name: str) -> dict[str, object]:
-        body = self.files[name]
-        return {"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
+    def _entries(self, files: dict[str, bytes], inside: str, *, deep: bool) -> list[dict[str, object]]:
+        names = [name for name in files if name.startswith(inside)]
+        if deep:
+            return [self._entry(files, name) for name in names]
+        folders = sorted({name[len(inside) :].partition("/")[0] for name in names if "/" in name[len(inside) :]})
+        found: list[dict[str, object]] = [
+            {"type": "directory", "path": inside + folder, "oid": "0" * 40, "size": 0} for folder in folders
+        ]
+        return found + [self._entry(files, name) for name in names if "/" not in name[len(inside) :]]
+
+    def _entry(self, files: dict[str, bytes], name: str) -> dict[str, object]:
+        body = files[name]
+        found: dict[str, object] = {"type": "file", "path": name, "size": len(body), "oid": _sha1(body)}
+        if self.elsewhere and name.endswith(".bin"):
+            found["lfs"] = {"oid": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 134}
+        return found
 
 
 @asynccontextmanager
@@ -249,3 +286,7 @@ async def hub_stand_in(
             yield hub
         finally:
             await _part(hub.writers)
+
+
+def _sha1(body: bytes) -> str:
+    return hashlib.sha1(body, usedforsecurity=False).hexdigest()

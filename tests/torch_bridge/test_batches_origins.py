@@ -1,4 +1,4 @@
-"""StreamingBatchDataset over real origins: S3 behind a proxy that does wrong, the hub's stand-in."""
+"""StreamingBatchDataset over real origins: S3 behind a proxy that does wrong."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 
 from node.cli.demo.s3_server import S3Server
-from node.origin.settings import OriginSettings
 from protocol.errors import OriginUnavailableError
 from scripts.origin_proxy import Fault, OriginProxy
 from tests.integration.origin_server import s3_server
-from tests.integration.origin_servers import hub_stand_in
 from tests.torch_bridge.batches_parts import bodies, dataset, name_and_body, sampled
 from tests.torch_bridge.o3_client_parts import client_of, served
 from tests.torch_bridge.test_batches_archives import pack
@@ -97,14 +95,4 @@ def test_members_come_by_ranges(weed: S3Server, proxy: OriginProxy, tmp_path: Pa
     with through(proxy, weed) as client:
         files = ArchiveFiles(client.bucket(weed.bucket), [name])
         found = list(dataset(files, tmp_path / "cache", decode=name_and_body))
-    assert {f"clips/{name}": body for name, body, _ in found} == FILES
-
-
-def test_a_repository_of_the_hub(tmp_path: Path) -> None:
-    with served(hub_stand_in(FILES | {"README.md": b"text"})) as hub:
-        settings = OriginSettings(hf_endpoint=f"http://127.0.0.1:{hub.port}")
-        with O3Client(settings=settings) as client:
-            files = dataset("hf://datasets/some/data/clips", tmp_path / "cache", client=client, decode=name_and_body)
-            found = list(files)
-            assert list(files) != found
     assert {f"clips/{name}": body for name, body, _ in found} == FILES

@@ -21,8 +21,8 @@ from typing import IO, Any, cast
 from protocol.errors import InvalidShardError, OriginNotFoundError
 from torch_bridge.batches.folder import read_json, write_json
 from torch_bridge.batches.plan import RemoteFile
-from torch_bridge.batches.ranged import SMALL_BLOCK_BYTES, RangedFile, StreamedFile
-from torch_bridge.batches.sources import OnBytes, OriginFiles
+from torch_bridge.batches.ranged import SMALL_BLOCK_BYTES, OnBytes, RangedFile, StreamedFile
+from torch_bridge.batches.sources import OriginFiles
 from torch_bridge.batches.unpacking import Kind, MemberStream, copy, kind_of, translated
 from torch_bridge.stores import Store
 

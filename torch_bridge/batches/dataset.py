@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from protocol.errors import InvalidParamsError
 from torch_bridge.batches.folder import ConsumerFolder
+from torch_bridge.batches.hub import HubFiles
 from torch_bridge.batches.metadata import Metadata, MetadataOf
 from torch_bridge.batches.plan import RemoteFile
 from torch_bridge.batches.progress import Done, Progress, lowest_epoch, positions, read_state, state_of
@@ -72,15 +73,15 @@ class StreamingBatchDataset(IterableDataset[Any]):
         ranks: Ranks | None = None,
         client: O3Client | None = None,
     ) -> None:
-        """`source`: a URL, reached by `client`; a Store; or OriginFiles, ArchiveFiles, SwarmFiles. `cache_dir` belongs
-        to this data set on this machine. Nothing is asked for before the first sample.
+        """`source`: a URL, reached by `client`; a Store; or OriginFiles, HubFiles, ArchiveFiles, SwarmFiles.
+        `cache_dir` belongs to this data set on this machine. Nothing is asked for before the first sample.
 
         Raises InvalidParamsError for settings that make no sense.
         """
         super().__init__()
         if isinstance(source, str):
             source = (client or O3Client()).at(source)
-        self.source: FileSource = OriginFiles(source) if isinstance(source, Store) else source
+        self.source: FileSource = _files_of(source) if isinstance(source, Store) else source
         self.folder = Path(cache_dir)
         self.settings = BatchSettings(
             cache_size=cache_size, max_bytes=byte_count(max_bytes), epochs_per_subset=epochs_per_subset, seed=seed,
@@ -174,3 +175,7 @@ class StreamingBatchDataset(IterableDataset[Any]):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_running": None, "_session": None}
+
+
+def _files_of(store: Store) -> FileSource:
+    return HubFiles(store) if store.url.startswith("hf://") else OriginFiles(store)

@@ -1,20 +1,31 @@
-"""An object of a store as a file that is read: with seeks, over ranges, or forward alone."""
+"""An object of a store as a file that is read: with seeks, over ranges, or forward alone; ranges into a file here."""
 
 from __future__ import annotations
 
 import io
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 from protocol.errors import CancelledRequestError
+from torch_bridge.loop import loop_thread
 from torch_bridge.stores import Store
 
 BLOCK_BYTES = 1 << 20
 SMALL_BLOCK_BYTES = 64 << 10
 """For headers that lie far from each other."""
 _BLOCKS = 8
+PIECE_BYTES = 8 << 20
+PIECES_AT_ONCE = 4
+"""Of one file."""
+_LOOK_S = 0.2
+"""Whether a fetch is still wanted is looked at so often."""
+OnBytes = Callable[[int], None]
+Read = Callable[[int, int], Coroutine[Any, Any, bytes]]
+"""Bytes [start, end) of an object, exactly as many, on the loop's thread."""
 
 
 class RangedFile(io.RawIOBase):
@@ -89,3 +100,48 @@ class StreamedFile(io.RawIOBase):
             if close is not None:
                 close()
         super().close()
+
+
+def fetch_pieces(what: str, size: int, target: Path, read: Read, stop: threading.Event, on_bytes: OnBytes) -> Path:
+    """Bring an object's bytes into `target` with .part behind its name, several ranges at once, behind those that are
+    there. Gives that file, whole; whether it is of one object is the caller's to know.
+
+    Raises what `read` raises, CancelledRequestError where `stop` was set, OSError of the disk.
+    """
+    part = target.with_name(target.name + ".part")
+    at = part.stat().st_size if part.exists() else 0
+    if at > size:
+        part.unlink()
+        at = 0
+    with part.open("ab") as out:
+        for data in _pieces(what, at, size, read, stop):
+            out.write(data)
+            on_bytes(len(data))
+    return part
+
+
+def _pieces(what: str, at: int, size: int, read: Read, stop: threading.Event) -> Iterator[bytes]:
+    loop = loop_thread()
+    ahead: deque[Future[bytes]] = deque()
+    try:
+        while at < size or ahead:
+            while at < size and len(ahead) < PIECES_AT_ONCE:
+                end = min(at + PIECE_BYTES, size)
+                ahead.append(loop.submit(read(at, end)))
+                at = end
+            yield _result(ahead[0], stop, what)
+            ahead.popleft()
+    finally:
+        for one in ahead:
+            one.cancel()
+
+
+def _result(future: Future[bytes], stop: threading.Event, what: str) -> bytes:
+    while True:
+        if stop.is_set():
+            raise CancelledRequestError(f"{what} is not needed any more")
+        try:
+            return future.result(_LOOK_S)
+        except TimeoutError:
+            if future.done():
+                raise

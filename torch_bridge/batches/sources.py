@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from protocol.errors import (
-    CancelledRequestError,
     OriginCorruptError,
     OriginNotFoundError,
     ShardNotFoundError,
@@ -19,17 +16,11 @@ from protocol.errors import (
 )
 from protocol.manifest import ShardEntry
 from torch_bridge.batches.plan import RemoteFile
-from torch_bridge.loop import loop_thread
+from torch_bridge.batches.ranged import OnBytes, fetch_pieces
 from torch_bridge.shards.source import ShardSource
 from torch_bridge.stores import Store
 
-PIECE_BYTES = 8 << 20
-PIECES_AT_ONCE = 4
-"""Of one file."""
 _log = logging.getLogger(__name__)
-_LOOK_S = 0.2
-"""Whether a fetch is still wanted is looked at so often."""
-OnBytes = Callable[[int], None]
 
 
 class FileSource(Protocol):
@@ -65,7 +56,7 @@ class FileSource(Protocol):
 
 
 class OriginFiles:
-    """The objects of a store: Akave O3, S3, a web server, a Hugging Face repository, a folder."""
+    """The objects of a store: Akave O3, S3, a web server, a folder."""
 
     in_order = False
 
@@ -88,15 +79,10 @@ class OriginFiles:
 
     def fetch(self, file: RemoteFile, target: Path, *, stop: threading.Event, on_bytes: OnBytes) -> Path:
         """See FileSource. Several ranges at once; goes on with what an earlier fetch has left."""
-        part = target.with_name(target.name + ".part")
-        at = part.stat().st_size if part.exists() else 0
-        if at > file.size:
-            part.unlink()
-            at = 0
-        with part.open("ab") as out:
-            for data in self._pieces(file, at, stop):
-                out.write(data)
-                on_bytes(len(data))
+        part = fetch_pieces(
+            f"{self.name}: {file.key!r}", file.size, target,
+            lambda start, end: self._store.aio.get_range(file.key, start, end), stop, on_bytes,
+        )  # fmt: skip
         # The pieces came one by one: they are of one object only if it is the same still.
         found = self._store.head(file.key)
         if found.size != file.size or (file.validator and found.etag and _bare(found.etag) != file.validator):
@@ -116,21 +102,6 @@ class OriginFiles:
     def read(self, key: str) -> bytes:
         """See FileSource."""
         return self._store.get(key)
-
-    def _pieces(self, file: RemoteFile, at: int, stop: threading.Event) -> Iterator[bytes]:
-        loop = loop_thread()
-        ahead: deque[Future[bytes]] = deque()
-        try:
-            while at < file.size or ahead:
-                while at < file.size and len(ahead) < PIECES_AT_ONCE:
-                    end = min(at + PIECE_BYTES, file.size)
-                    ahead.append(loop.submit(self._store.aio.get_range(file.key, at, end)))
-                    at = end
-                yield _result(ahead[0], stop, f"{self.name}: {file.key!r}")
-                ahead.popleft()
-        finally:
-            for one in ahead:
-                one.cancel()
 
 
 class SwarmFiles:
@@ -194,17 +165,6 @@ class SwarmFiles:
 def vanished(error: Exception) -> bool:
     """Whether a file is not there any more."""
     return isinstance(error, OriginNotFoundError | ShardNotFoundError)
-
-
-def _result(future: Future[bytes], stop: threading.Event, what: str) -> bytes:
-    while True:
-        if stop.is_set():
-            raise CancelledRequestError(f"{what} is not needed any more")
-        try:
-            return future.result(_LOOK_S)
-        except TimeoutError:
-            if future.done():
-                raise
 
 
 def _bare(etag: str | None) -> str:

@@ -17,8 +17,7 @@ from typing import IO, Literal, Self, cast
 
 from protocol.errors import CancelledRequestError, InvalidParamsError, InvalidShardError
 from torch_bridge.batches.plan import RemoteFile
-from torch_bridge.batches.ranged import StreamedFile
-from torch_bridge.batches.sources import OnBytes
+from torch_bridge.batches.ranged import OnBytes, StreamedFile
 from torch_bridge.stores import Store
 
 COPY_BYTES = 1 << 20
