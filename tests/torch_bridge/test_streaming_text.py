@@ -35,10 +35,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def loader(folder: Path, *, epochs: int | None = 2, tokenise: Any = as_bytes, **more: Any) -> TextLoader:
+def loader(
+    folder: Path, *, epochs: int | None = 2, tokenise: Any = as_bytes, shape: tuple[int, int] = (3, 50), **more: Any
+) -> TextLoader:
     ordering = Ordering(lanes=2, block_rows=10, window=24)
     data = StreamingShardDataset(LocalSource(folder), batch_size=8, columns=["text"], ordering=ordering, **more)
-    return TextLoader(data, tokenise, bos=BOS, batch_rows=3, row_tokens=50, epochs=epochs)
+    return TextLoader(data, tokenise, bos=BOS, batch_rows=shape[0], row_tokens=shape[1], epochs=epochs)
 
 
 def taken(batches: Any) -> list[tuple[list[list[int]], list[list[int]]]]:
@@ -111,6 +113,56 @@ def test_ranks_share_the_documents_and_continue_each_from_its_own_state(folder: 
         again.load_state_dict(batches[2][2])
         assert taken(again) == taken(batches)[3:]
     assert len(found) == len(set(found)) > 100
+
+
+def numbered(texts: list[str]) -> list[list[int]]:
+    """Tokens that no other document has."""
+    return [[1000 + int(text.split()[0]) * 1000 + place for place in range(len(text))] for text in texts]
+
+
+def ran(folder: Path, ranks: int, states: list[Any] | None, steps: int | None, epochs: int) -> tuple[list[int], Any]:
+    """The tokens that ranks read, and the states of their last step. The next rank takes as many steps more, as where
+    documents are of very different lengths; None: each to its end.
+    """
+    loaders = [
+        loader(folder, epochs=epochs, tokenise=numbered, shape=(1, 7), ranks=Ranks(rank, ranks, 0, 1))
+        for rank in range(ranks)
+    ]
+    found: list[int] = []
+    last = []
+    for rank, each in enumerate(loaders, 1):
+        if states is not None:
+            each.load_state_dicts(states)
+        batches = list(itertools.islice(each, steps and steps * rank))
+        found += [token for inputs, _, _ in batches for token in inputs.flatten().tolist()]
+        last.append(json.loads(json.dumps(batches[-1][2])))
+    return found, last
+
+
+@pytest.mark.parametrize(
+    ("ranks", "steps"),
+    [
+        ([2, 1], [90]), ([1, 2], [333]), ([4, 2], [7]), ([2, 3, 1], [130, 60]), ([3, 2, 2, 4, 1], [80, 1, 1, 20]),
+        ([4, 2], [110]), ([2, 3, 2], [390, 1]),
+    ],
+)  # fmt: skip
+def test_another_number_of_ranks_reads_exactly_what_is_left(folder: Path, ranks: list[int], steps: list[int]) -> None:
+    epochs = 2
+    whole = {token for tokens in numbered(WORDS) for token in tokens}
+    states, read = None, []
+    for number, step in zip(ranks, [*steps, None], strict=True):
+        found, states = ran(folder, number, states, step, epochs)
+        read += found
+    counts = {token: read.count(token) for token in whole}
+    assert max(counts.values()) <= epochs
+    missing = sum(epochs - count for count in counts.values())
+    assert missing <= ranks[-1] * 7, "what fills no batch at the very end"
+
+
+def test_states_of_other_ranks_are_refused_where_one_is_missing(folder: Path) -> None:
+    _, states = ran(folder, 3, None, 5, 1)
+    with pytest.raises(InvalidParamsError, match="state 0 of 2 is rank 0's of 3: give those of all"):
+        loader(folder).load_state_dicts(states[::2])
 
 
 def test_another_rank_or_number_of_ranks_cannot_continue(folder: Path) -> None:

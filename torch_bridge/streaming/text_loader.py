@@ -2,7 +2,8 @@
 
 Each document is tokenised and follows a BOS token; all of them form one run of tokens, which batches cut. A state names
 the documents that the oldest unread token came with, and how many of their tokens are read: it stays small whatever
-lies in the buffer, and a continued loader tokenises those documents again.
+lies in the buffer, and a continued loader tokenises those documents again. The states of all ranks together are
+continued by any number of ranks (`redealt`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from protocol.errors import InvalidParamsError
 from torch_bridge.streaming.dataset import StreamingShardDataset
+from torch_bridge.streaming.redealt import Begun, Left, following, left_by
 
 Tokens = NDArray[np.int64]
 Tokenise = Callable[[list[str]], Iterable[Sequence[int] | NDArray[Any]]]
@@ -56,29 +58,54 @@ class TextLoader:
                 raise InvalidParamsError(f"{name} must be at least 1, not {value}")
         self._dataset, self._tokenise, self._bos, self._column = dataset, tokenise, bos, column
         self._rows, self._row_tokens, self._epochs = batch_rows, row_tokens, epochs
-        self._continued: Mapping[str, Any] | None = None
+        self._left = Left()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The next iteration goes on behind the batch that `state` came with.
+        """The next iteration goes on behind the batch that `state` came with, which this rank among as many saved.
 
         Raises InvalidParamsError where that is not possible exactly, and says why.
         """
-        if state.get("version") != VERSION:
-            raise InvalidParamsError(f"the state has version {state.get('version')}, this release reads {VERSION}")
         here = [self._dataset.ranks.rank, self._dataset.ranks.world_size]
         if [state["rank"], state["dataset"]["ranks"]] != here:
             raise InvalidParamsError(
                 f"the state is rank {state['rank']}'s of {state['dataset']['ranks']}, this is rank {here[0]} of "
-                f"{here[1]}: ranks are at different documents, so each continues from its own, among as many"
+                f"{here[1]}: ranks are at different documents, so another number continues from the states of all "
+                "(load_state_dicts)"
             )
+        _check_version(state)
         self._dataset.load_state_dict(state["dataset"])
-        self._continued = state
+        earlier = Left.of(state.get("left"))
+        begun = _begun(state, here[0])
+        others = tuple(one for one in earlier.begun if (one.epoch, one.number) != (begun.epoch, begun.number))
+        self._left = Left(earlier.passed, (begun, *others))
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from the states of all ranks, in their order, that came with one step: each document goes on where it
+        was, on some rank. As many ranks as there were give the batches that would have come.
+
+        Raises InvalidParamsError as `load_state_dict` does.
+        """
+        if len(states) == self._dataset.ranks.world_size:
+            return self.load_state_dict(states[self._dataset.ranks.rank])
+        for rank, state in enumerate(states):
+            _check_version(state)
+            if [state["rank"], state["dataset"]["ranks"]] != [rank, len(states)]:
+                raise InvalidParamsError(
+                    f"state {rank} of {len(states)} is rank {state['rank']}'s of {state['dataset']['ranks']}: give "
+                    "those of all ranks, in their order"
+                )
+        found = left_by(states, lambda epoch: self._dataset.order(epoch).batches)
+        epoch, base = found.first()
+        place = {"epoch": epoch, "base": base, "own": 0, "ranks": self._dataset.ranks.world_size}
+        self._dataset.load_state_dict({**states[0]["dataset"], **place})
+        self._left = found
 
     def __iter__(self) -> Iterator[TextBatch]:
         size = self._rows * self._row_tokens
         buffer: deque[_Documents] = deque()
         held = 0
-        for documents in self._documents():
+        left, self._left = self._left, Left()  # a state is continued once
+        for documents in self._documents(left):
             buffer.append(documents)
             held += documents.tokens.size - documents.used
             while held > size:
@@ -86,23 +113,24 @@ class TextLoader:
                 _advance(buffer, size)
                 held -= size
                 shape = (self._rows, self._row_tokens)
-                yield run[:-1].reshape(shape), run[1:].reshape(shape).clone(), self._state(buffer)
+                yield run[:-1].reshape(shape), run[1:].reshape(shape).clone(), self._state(buffer, left)
 
-    def _documents(self) -> Iterator[_Documents]:
-        """What is tokenised together, over all epochs; the first without what was read before the state."""
-        continued, self._continued = self._continued, None
+    def _documents(self, left: Left) -> Iterator[_Documents]:
+        """What is tokenised together, over all epochs, without what was read before the state."""
         epochs_without = 0
         while self._epochs is None or self._dataset.epoch < self._epochs:
             epochs_without += 1
             with closing(iter(self._dataset)) as batches:  # type: ignore[type-var]
                 before = self._dataset.state_dict()
                 for batch in batches:
-                    documents = _Documents(before, self._tokens(batch))
-                    if continued is not None:
-                        documents, continued = _behind(documents, continued), None
-                    if documents.tokens.size > documents.used:
-                        epochs_without = 0
-                        yield documents
+                    epoch, number = before["epoch"], following(before, self._dataset.ranks.rank)
+                    if not left.has(epoch, number):
+                        documents = _Documents(before, self._tokens(batch))
+                        if begun := left.begun_at(epoch, number):
+                            documents = _behind(documents, begun)
+                        if documents.tokens.size > documents.used:
+                            epochs_without = 0
+                            yield documents
                     before = self._dataset.state_dict()
             if epochs_without == 2:  # the first may have been continued at its end
                 ranks = self._dataset.ranks
@@ -119,22 +147,33 @@ class TextLoader:
             parts += [np.array([self._bos], np.int64), np.asarray(tokens, dtype=np.int64)]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
-    def _state(self, buffer: deque[_Documents]) -> dict[str, Any]:
-        oldest = buffer[0]
-        following = oldest.tokens[oldest.used : oldest.used + _CHECKED]
+    def _state(self, buffer: deque[_Documents], left: Left) -> dict[str, Any]:
+        oldest, rank = buffer[0], self._dataset.ranks.rank
+        unread = oldest.tokens[oldest.used : oldest.used + _CHECKED]
+        before = left.behind(oldest.before["epoch"], following(oldest.before, rank))
         return {
-            "version": VERSION, "rank": self._dataset.ranks.rank, "dataset": oldest.before, "used_tokens": oldest.used,
-            "next_tokens": following.tolist(),
+            "version": VERSION, "rank": rank, "dataset": oldest.before, "used_tokens": oldest.used,
+            "next_tokens": unread.tolist(), "left": before.state(),
         }  # fmt: skip
 
 
-def _behind(documents: _Documents, state: Mapping[str, Any]) -> _Documents:
-    used, following = int(state["used_tokens"]), list(state["next_tokens"])
-    if documents.tokens[used : used + len(following)].tolist() != following:
+def _check_version(state: Mapping[str, Any]) -> None:
+    if state.get("version") != VERSION:
+        raise InvalidParamsError(f"the state has version {state.get('version')}, this release reads {VERSION}")
+
+
+def _begun(state: Mapping[str, Any], rank: int) -> Begun:
+    at = state["dataset"]
+    return Begun(at["epoch"], following(at, rank), int(state["used_tokens"]), tuple(state["next_tokens"]))
+
+
+def _behind(documents: _Documents, begun: Begun) -> _Documents:
+    end = begun.used_tokens + len(begun.next_tokens)
+    if documents.tokens[begun.used_tokens : end].tolist() != list(begun.next_tokens):
         raise InvalidParamsError(
             "the texts where the state continues give other tokens than when it was saved: use the same tokeniser"
         )
-    return _Documents(documents.before, documents.tokens, used)
+    return _Documents(documents.before, documents.tokens, begun.used_tokens)
 
 
 def _peek(buffer: deque[_Documents], count: int) -> Tokens:
