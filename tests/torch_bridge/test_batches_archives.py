@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import stat
 import subprocess
 import tarfile
 import threading
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.utils.data import DataLoader
 
 from protocol.errors import InvalidParamsError, InvalidShardError
-from tests.torch_bridge.batches_parts import SIZE, bodies, dataset, folder_of, name_and_body, sampled
+from tests.torch_bridge.batches_parts import SIZE, bodies, bytes_here, dataset, folder_of, name_and_body, sampled
 from torch_bridge.batches.archives import ArchiveFiles, Limits
 from torch_bridge.batches.plan import RemoteFile
+from torch_bridge.stores import Store
 
 FILES = bodies(11)
 NAMES = sorted(key.rpartition("/")[2] for key in FILES)
 KINDS = ["a.tar", "a.zip", "a.tar.gz", "a.tar.bz2", "a.tar.xz", "a.tar.zst"]
 
 
-def pack(name: str, files: dict[str, bytes]) -> bytes:
-    """An archive of the kind that its name says, with what must be passed over too."""
+def typed(name: str, kind: bytes) -> tarfile.TarInfo:
+    """A member of a tar that is no plain file."""
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, "/etc/passwd"
+    return member
+
+
+def pack(name: str, files: dict[str, bytes], *others: tarfile.TarInfo) -> bytes:
+    """An archive of the kind that its name says, with a folder, which must be passed over."""
     out = io.BytesIO()
     if name.endswith(".zip"):
         with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -33,9 +44,7 @@ def pack(name: str, files: dict[str, bytes]) -> bytes:
         return out.getvalue()
     compression = name.rpartition(".")[2]
     with tarfile.open(fileobj=out, mode="w:" if compression in ("tar", "zst") else f"w:{compression}") as tar:  # type: ignore[call-overload]
-        for key, kind in (("clips", tarfile.DIRTYPE), ("clips/link", tarfile.SYMTYPE)):
-            member = tarfile.TarInfo(key)
-            member.type, member.linkname = kind, "/etc/passwd"
+        for member in (typed("clips", tarfile.DIRTYPE), *others):
             tar.addfile(member)
         for key, body in files.items():
             member = tarfile.TarInfo(key)
@@ -73,14 +82,67 @@ def test_a_run_that_was_left_goes_on_at_its_member(name: str, tmp_path: Path) ->
     assert sorted(workers) == NAMES
 
 
-def test_names_that_lead_elsewhere_stay_in_the_folder(tmp_path: Path) -> None:
-    for number, name in enumerate(("a.tar", "a.zip", "a.tar.gz")):
-        bad = {"../../outside.bin": b"1" * 99, "/abs/olute.bin": b"2" * 99, "..": b"3" * 99}
-        files = dataset(source(tmp_path / f"origin{number}", name, bad), tmp_path / f"cache{number}", decode=None)
-        for path, _ in files:
-            assert Path(path).resolve().is_relative_to(tmp_path / f"cache{number}" / "c000" / "files")
-            assert Path(path).stat().st_size == 99
-    assert not list(tmp_path.rglob("../outside.bin"))
+@pytest.mark.parametrize("name", ["a.tar", "a.zip", "a.tar.gz", "a.tar.zst"])
+@pytest.mark.parametrize("hostile", ["../../outside.bin", "/abs/olute.bin", "..", "clips/../../x", "..\\\\x"])
+def test_names_that_lead_elsewhere_are_refused_before_anything_comes(name: str, hostile: str, tmp_path: Path) -> None:
+    files = dataset(source(tmp_path / "origin", name, FILES | {hostile: b"1" * 99}), tmp_path / "cache", decode=None)
+    with pytest.raises(InvalidShardError, match=r"leads out of the folder.*make it again"):
+        list(files)
+    assert bytes_here(tmp_path / "cache") == (0, 0)
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.zip", "a.tar.gz"])
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_are_refused_or_passed_over(name: str, kind: bytes, tmp_path: Path) -> None:
+    if name == "a.zip":
+        link = zipfile.ZipInfo("clips/link")
+        link.external_attr = (stat.S_IFLNK if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else stat.S_IFIFO) << 16
+        out = io.BytesIO(pack(name, FILES))
+        with zipfile.ZipFile(out, "a") as archive:
+            archive.writestr(link, "/etc/passwd")
+        body = out.getvalue()
+    else:
+        body = pack(name, FILES, typed("clips/link", kind))
+    store = folder_of(tmp_path / "origin", {name: body})
+    said = "link" if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else "device or the like"
+    with pytest.raises(InvalidShardError, match=f"'clips/link' is a {said}.*skip_others"):
+        list(dataset(ArchiveFiles(store, [name]), tmp_path / "cache"))
+    assert bytes_here(tmp_path / "cache") == (0, 0)
+    assert sorted(dataset(ArchiveFiles(store, [name], skip_others=True), tmp_path / "other")) == NAMES
+
+
+def test_a_header_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    for number, kind in enumerate((tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME)):
+        member = typed("././@LongLink", kind)
+        member.size = 1 << 32
+        store = folder_of(tmp_path / f"origin{number}", {"a.tar.gz": gzip.compress(member.tobuf() + bytes(1 << 20))})
+        with pytest.raises(InvalidShardError, match="a header of 4294967296 bytes"):
+            ArchiveFiles(store, ["a.tar.gz"]).list(tmp_path)
+
+
+def test_a_compressed_tar_is_read_for_its_list_once_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+    stream = Store.stream
+
+    def counted(store: Store, key: str, *bounds: Any) -> Any:
+        begun.append(key)
+        return stream(store, key, *bounds)
+
+    monkeypatch.setattr(Store, "stream", counted)
+    body = pack("a.tar.gz", FILES)
+    files = ArchiveFiles(folder_of(tmp_path / "origin", {"a.tar.gz": body}), ["a.tar.gz"])
+    passes = []
+    for _ in range(2):  # the second time as a new run would, in the same folder
+        for run in (dataset(files, tmp_path / "cache"),) * 2:
+            begun.clear()
+            assert list(run) == NAMES
+            passes.append(len(begun))
+    assert passes == [2, 1, 1, 1]
+    folder_of(tmp_path / "origin", {"a.tar.gz": pack("a.tar.gz", {"another.bin": b"1" * 99})})
+    assert list(dataset(files, tmp_path / "cache")) == ["another.bin"], "another archive has another list"
+    on_disk = [path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert not [one for one in on_disk if body[1000:1100] in one]
 
 
 def test_bombs_and_broken_archives_are_told(tmp_path: Path) -> None:

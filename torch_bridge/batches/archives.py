@@ -23,7 +23,16 @@ from torch_bridge.batches.folder import read_json, write_json
 from torch_bridge.batches.plan import RemoteFile
 from torch_bridge.batches.ranged import SMALL_BLOCK_BYTES, OnBytes, RangedFile, StreamedFile
 from torch_bridge.batches.sources import OriginFiles
-from torch_bridge.batches.unpacking import Kind, MemberStream, copy, kind_of, translated
+from torch_bridge.batches.unpacking import (
+    BoundedTarInfo,
+    Kind,
+    MemberStream,
+    copy,
+    is_file,
+    is_zipped_file,
+    kind_of,
+    translated,
+)
 from torch_bridge.stores import Store
 
 INSIDE = "!/"
@@ -40,12 +49,19 @@ class Limits:
 
 
 class ArchiveFiles:
-    """The regular files in one or several archives of a store. Links, devices and folders are passed over."""
+    """The regular files in one or several archives of a store."""
 
     def __init__(
-        self, store: Store, archives: Sequence[str], *, suffixes: tuple[str, ...] = (), limits: Limits | None = None
+        self,
+        store: Store,
+        archives: Sequence[str],
+        *,
+        suffixes: tuple[str, ...] = (),
+        limits: Limits | None = None,
+        skip_others: bool = False,
     ) -> None:
-        """`archives`: keys of the store, which end in .tar, .zip, .tar.gz, .tgz, .tar.bz2, .tar.xz or .tar.zst.
+        """`archives`: keys of the store, which end in .tar, .zip, .tar.gz, .tgz, .tar.bz2, .tar.xz or .tar.zst. One
+        with links, devices or sparse files is refused, or with `skip_others` they are passed over.
 
         Raises InvalidParamsError for others.
         """
@@ -53,6 +69,7 @@ class ArchiveFiles:
         self._kinds = {key: kind_of(key) for key in archives}
         self._suffixes = suffixes
         self._limits = limits or Limits()
+        self._skip_others = skip_others
         self._reading: MemberStream | None = None
         self._zips: dict[tuple[int, str], zipfile.ZipFile] = {}
         self._opening = threading.Lock()
@@ -67,7 +84,9 @@ class ArchiveFiles:
         return any(kind.startswith("tar.") for kind in self._kinds.values())
 
     def list(self, notes: Path) -> Sequence[RemoteFile]:
-        """See FileSource. Raises InvalidShardError for what is no such archive, or passes the limits."""
+        """See FileSource. Raises InvalidShardError for what is no such archive, passes the limits, or has members that
+        would lead out of a folder: nothing of it is brought then.
+        """
         found: list[RemoteFile] = []
         for key, kind in self._kinds.items():
             info = self._store.head(key)
@@ -125,20 +144,23 @@ class ArchiveFiles:
             yield name, unpacked, mark
 
     def _look(self, key: str, kind: Kind, size: int) -> Iterator[tuple[str, int, str]]:
-        with translated(f"{self._store.url}: {key!r}"):
+        what = f"{self._store.url}: {key!r}"
+        with translated(what):
             if kind == "zip":
                 for one in {one.filename: one for one in self._zip(key).infolist()}.values():
-                    if not one.is_dir():
+                    if is_zipped_file(one, what, skip_others=self._skip_others):
                         yield one.filename, one.file_size, f"{one.CRC:08x}"
             elif kind == "tar":
                 raw = RangedFile(self._store, key, size, SMALL_BLOCK_BYTES)
-                with tarfile.open(fileobj=cast(IO[bytes], io.BufferedReader(raw, 512)), mode="r:") as tar:
+                with tarfile.open(
+                    fileobj=cast(IO[bytes], io.BufferedReader(raw, 512)), mode="r:", tarinfo=BoundedTarInfo
+                ) as tar:
                     for member in tar:
-                        if member.isreg() and not member.issparse():
+                        if is_file(member, what, skip_others=self._skip_others):
                             yield member.name, member.size, str(member.offset_data)
                         tar.members = []  # type: ignore[attr-defined]
             else:
-                with MemberStream(self._store, key, kind) as reading:
+                with self._stream(key) as reading:
                     for number, member in reading:
                         yield member.name, member.size, str(number)
 
@@ -165,7 +187,7 @@ class ArchiveFiles:
         reading = self._reading
         if reading is None or reading.key != key or reading.at > number or reading.process != os.getpid():
             self._close()
-            reading = self._reading = MemberStream(self._store, key, self._kinds[key])
+            reading = self._reading = self._stream(key)
         reading.until(stop)
         try:
             with translated(f"{self._store.url}: {key!r}"):
@@ -178,6 +200,9 @@ class ArchiveFiles:
             raise
         self._close()
         raise OriginNotFoundError(f"{self._store.url}: {key!r} has no member {number} any more", {"key": file.key})
+
+    def _stream(self, key: str) -> MemberStream:
+        return MemberStream(self._store, key, self._kinds[key], skip_others=self._skip_others)
 
     def _close(self) -> None:
         reading, self._reading = self._reading, None

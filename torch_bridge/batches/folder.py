@@ -31,6 +31,8 @@ from torch_bridge.batches.plan import Consumer, RemoteFile
 
 LOCK_WAIT_S = 10.0
 """A worker of the last epoch may be on its way out."""
+LISTING_WAIT_S = 6 * 3600.0
+"""A compressed tar is read through for its list: 100 GB of it take hours. A lock ends with its holder."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9._ -]")
 _CONSUMER = re.compile(r"c(\d{3,})")
 
@@ -127,8 +129,8 @@ class ConsumerFolder:
             taken.__exit__(None, None, None)
 
     def common_lock(self) -> Any:
-        """The lock of the whole folder; whoever lists a large origin holds it for long."""
-        return locked(self.root / "lock", wait_s=600.0)
+        """The lock of the whole folder; who lists a large origin or reads through an archive holds it for long."""
+        return locked(self.root / "lock", wait_s=LISTING_WAIT_S)
 
     def _divide(self) -> None:
         """Where the folder was divided for another number of consumers, begin with nothing on the disk: the parts have

@@ -7,6 +7,7 @@ import gzip
 import io
 import lzma
 import os
+import stat
 import tarfile
 import threading
 import zipfile
@@ -21,6 +22,8 @@ from torch_bridge.batches.ranged import OnBytes, StreamedFile
 from torch_bridge.stores import Store
 
 COPY_BYTES = 1 << 20
+HEADER_BYTES = 1 << 20
+"""Of what a tar may say of one member beside its header: long names, pax records. tarfile reads it into memory."""
 Kind = Literal["tar", "zip", "tar.gz", "tar.bz2", "tar.xz", "tar.zst"]
 _KINDS: dict[str, Kind] = {
     ".tar": "tar", ".zip": "zip", ".tar.gz": "tar.gz", ".tgz": "tar.gz", ".tar.bz2": "tar.bz2", ".tbz2": "tar.bz2",
@@ -36,17 +39,73 @@ def kind_of(key: str) -> Kind:
     raise InvalidParamsError(f"{key!r} is no archive that can be read here: their names end in {', '.join(_KINDS)}")
 
 
+class BoundedTarInfo(tarfile.TarInfo):
+    """Refuses extended headers above HEADER_BYTES: compressed, a kilobyte may claim gigabytes of them."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        extended = (
+            tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+            tarfile.GNUTYPE_LONGLINK,
+        )  # fmt: skip
+        if self.type in extended and self.size > HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size} bytes, more than {HEADER_BYTES}")
+        return super()._proc_member(tar)  # type: ignore[misc, no-any-return]
+
+
+def is_file(member: tarfile.TarInfo, what: str, *, skip_others: bool) -> bool:
+    """Whether a member is a file to be given; a folder is none. Raises InvalidShardError, see `expect_harmless`."""
+    if member.isdir():
+        return False
+    plain = member.isreg() and not member.issparse()
+    if not plain and not skip_others:
+        kind = "link" if member.issym() or member.islnk() else "sparse file" if member.isreg() else "device or the like"
+        raise refused(what, member.name, f"is a {kind}")
+    if plain:
+        expect_harmless(member.name, what)
+    return plain
+
+
+def is_zipped_file(member: zipfile.ZipInfo, what: str, *, skip_others: bool) -> bool:
+    """The same of a zip's member: its mode on Unix is in the upper half of its attributes, where it has one."""
+    kind = stat.S_IFMT(member.external_attr >> 16)
+    if member.is_dir():
+        return False
+    if kind not in (0, stat.S_IFREG):
+        if not skip_others:
+            raise refused(what, member.filename, "is a link" if kind == stat.S_IFLNK else "is a device or the like")
+        return False
+    expect_harmless(member.filename, what)
+    return True
+
+
+def expect_harmless(name: str, what: str) -> None:
+    """Raises InvalidShardError for a member whose name would lead out of the folder that it is unpacked in."""
+    if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
+        raise refused(what, name, "leads out of the folder")
+
+
+def refused(what: str, name: str, why: str) -> InvalidShardError:
+    return InvalidShardError(
+        f"{what}: the member {name[:200]!r} {why}; nothing of this archive is used: make it again of plain files below "
+        "one folder, or, for links and devices, give ArchiveFiles skip_others=True"
+    )
+
+
 class MemberStream:
     """The regular files of a compressed tar, once, from its begin."""
 
-    def __init__(self, store: Store, key: str, kind: Kind) -> None:
+    def __init__(self, store: Store, key: str, kind: Kind, *, skip_others: bool = False) -> None:
         self.key = key
+        self._what = f"{store.url}: {key!r}"
+        self._skip_others = skip_others
         self.process = os.getpid()
         self.at = 0
         """The number of the member that comes next."""
-        self._raw = StreamedFile(store.stream(key), f"{store.url}: {key!r}")
+        self._raw = StreamedFile(store.stream(key), self._what)
         self._plain = _unpacked(self._raw, kind)
-        self._tar = tarfile.open(fileobj=self._plain, mode="r|")  # noqa: SIM115 - closed by close()
+        self._tar = tarfile.open(  # noqa: SIM115 - closed by close()
+            fileobj=self._plain, mode="r|", tarinfo=BoundedTarInfo
+        )
 
     def until(self, stop: threading.Event) -> None:
         """From now on it is read for a fetch that this event ends."""
@@ -55,7 +114,7 @@ class MemberStream:
     def __iter__(self) -> Iterator[tuple[int, tarfile.TarInfo]]:
         while (member := self._tar.next()) is not None:
             self._tar.members = []  # type: ignore[attr-defined]  # it would keep all that it has seen
-            if member.isreg() and not member.issparse():
+            if is_file(member, self._what, skip_others=self._skip_others):
                 self.at += 1
                 yield self.at - 1, member
 
