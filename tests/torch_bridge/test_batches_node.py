@@ -93,7 +93,9 @@ def test_two_ranks_take_each_file_once_and_leave_nothing(trainer: Daemon, source
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_two_epochs_in_workers(trainer: Daemon, source_of: Sources, tmp_path: Path, method: str) -> None:
-    files = dataset(source_of(trainer), tmp_path / "cache", decode=name_and_body, samples_ahead=3)
+    source, first = source_of(trainer), min(FILES)
+    assert source.read(first) == FILES[first], "the parent has a lease and a connection before its workers come"
+    files = dataset(source, tmp_path / "cache", decode=name_and_body, samples_ahead=3)
     loader = DataLoader(files, batch_size=None, num_workers=2, multiprocessing_context=method)
     for epoch in range(2):
         files.set_epoch(epoch)
