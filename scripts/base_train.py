@@ -17,8 +17,10 @@ import itertools
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from scripts.base_train_report import Report
 from scripts.base_train_settings import Settings, accumulation, evaluation_batches, learning_rate, parsed
 from scripts.gpt_model import Gpt, GptSettings
 from torch_bridge.ranks import Ranks
+from torch_bridge.shards.status import StreamingStatus
 
 STATUS_EVERY = 100
 """Steps between two lines of the streaming status."""
@@ -85,12 +88,29 @@ class Run:
                 total += self._loss(inputs, targets)
         return self._mean(total / count).item()
 
+    def status(self) -> StreamingStatus | None:
+        """Of this rank's window, with what all ranks moved: on one machine each shard comes to one of them."""
+        mine = self.data.documents.status()
+        if self.world == 1:
+            return mine
+        told: list[Any] = [None] * self.world
+        dist.all_gather_object(told, mine)
+        moved: Counter[str] = sum((Counter(status.bytes_by_source) for status in told if status), Counter())
+        return mine and replace(mine, bytes_by_source=dict(moved))
+
     def save(self, folder: Path) -> Path:
-        """Write all of it, with the place of every rank in the data; rank 0 writes."""
-        places = [self.place]
+        """Write all of it, with the place of every rank in the data; rank 0 writes.
+
+        Raises RuntimeError where the ranks' weights differ: gradients did not reach all of them.
+        """
+        mark = sum(float(weight.detach().double().sum()) for weight in self.model.parameters())
+        told: list[Any] = [(self.place, mark)]
         if self.world > 1:
-            places = [{}] * self.world
-            dist.all_gather_object(places, self.place)
+            told = [None] * self.world
+            dist.all_gather_object(told, (self.place, mark))
+        places = [place for place, _ in told]
+        if any(other != mark for _, other in told):
+            raise RuntimeError(f"after step {self.step_number} the weights of the {self.world} ranks differ")
         path = folder / f"step_{self.step_number:05d}.pt"
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -108,10 +128,7 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step_number = int(state["step"])
-        if len(state["places"]) != self.world:
-            raise RuntimeError(f"{path} is of {len(state['places'])} ranks, here are {self.world}")
-        self.place = state["places"][self.rank]
-        self.data.training.load_state_dict(self.place)
+        self.data.training.load_state_dicts(state["places"])
 
     def _loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         cuda = self.device.type == "cuda"
@@ -142,7 +159,7 @@ def train(run: Run, report: Report) -> None:
                 report.say("step", line, step=step, loss=loss, tokens_s=round(tokens_s, 1))
                 looked_at, looked = now, step
             if step % STATUS_EVERY == 0 or last:
-                report.status(step, run.data.documents.status())
+                report.status(step, run.status())
             if settings.eval_tokens and (last or (settings.eval_every > 0 and step % settings.eval_every == 0)):
                 paused = time.monotonic()
                 found = run.evaluate()

@@ -24,7 +24,10 @@ from torch_bridge.streaming.settings import Buffering, Ordering
 from torch_bridge.streaming.text_loader import TextLoader
 
 _DOCUMENTS = 8
-"""That are tokenised together."""
+"""That are tokenised together, at most."""
+_TURNS = 64
+"""So many turns at least an epoch has for ranks to take, where it has as many documents. It does not depend on the
+number of ranks: another one goes on in the same order."""
 _WINDOW = 1024
 """Documents that are mixed with each other, at most."""
 
@@ -85,14 +88,15 @@ def opened(settings: Settings, ranks: Ranks) -> Data:
     expected = _expected(source, validation, training, settings.column)
     count = shards_needed(expected, settings.tokens, settings.streaming_total_shards)
     names = [entry.filename for entry in training[:count]]
-    mixed = min(_WINDOW, *(entry.rows or _WINDOW for entry in training[:count]))
+    rows = [entry.rows or _WINDOW for entry in training[:count]]
+    mixed = min(_WINDOW, *rows)
     state = folder if isinstance(source, LocalSource) else None
     ahead = settings.streaming_buffer_size if settings.streaming_mode else len(names)
     documents = StreamingShardDataset(
-        ChosenShards(source, [*names, validation.filename], folder=state), batch_size=min(_DOCUMENTS, mixed),
-        seed=settings.seed, columns=[settings.column], validation_shard=validation.filename,
-        ordering=Ordering(lanes=1, window=max(mixed, 1)), buffering=Buffering(buffer_size=ahead), ranks=ranks,
-        run=settings.run,
+        ChosenShards(source, [*names, validation.filename], folder=state),
+        batch_size=max(1, min(_DOCUMENTS, sum(rows) // _TURNS)), seed=settings.seed, columns=[settings.column],
+        validation_shard=validation.filename, ordering=Ordering(lanes=1, window=max(mixed, 1)),
+        buffering=Buffering(buffer_size=ahead), ranks=ranks, run=settings.run,
     )  # fmt: skip
     unshuffled = StreamingShardDataset(
         ChosenShards(source, [validation.filename], folder=state), batch_size=1, columns=[settings.column],

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from node.cli.demo.s3_server import running_s3
 from scripts.base_train_settings import Settings, accumulation, evaluation_batches, parsed, shards_needed
+from scripts.text_corpus import NAME, write_shards
+from tests.integration.daemons import daemon, shoal, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--depth=1", "--max_seq_len=64", "--device_batch_size=1", "--total_batch_size=128", "--eval_tokens=128")
@@ -20,9 +27,26 @@ def settings(*flags: str) -> Settings:
     return parsed(flags, "", Path("unused"))
 
 
-def started(*flags: str) -> tuple[list[dict[str, Any]], subprocess.CompletedProcess[str]]:
-    command = [sys.executable, "-m", "scripts.base_train", "--json", "--log_every=1", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+def started(
+    *flags: str, ranks: int = 1, environment: dict[str, str] | None = None
+) -> tuple[list[dict[str, Any]], subprocess.CompletedProcess[str]]:
+    run = ["-m", "scripts.base_train", "--json", "--log_every=1", "--threads=1", *flags]
+    if ranks > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        where = [f"--nproc_per_node={ranks}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        run = ["-m", "torch.distributed.run", *where, *run]
+    more = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | (environment or {})
+    done = subprocess.run(
+        [sys.executable, *run],
+        cwd=ROOT,
+        env=os.environ | more,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
     return [json.loads(line) for line in done.stdout.splitlines()], done
 
 
@@ -98,3 +122,73 @@ def test_a_source_that_is_not_there_is_one_line() -> None:
     assert not events
     assert done.stderr.startswith("base_train: /nowhere/at/all is neither")
     assert "Traceback" not in done.stderr
+
+
+def places(path: Path) -> list[dict[str, Any]]:
+    return list(torch.load(path, weights_only=True)["places"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_ranks_train_one_model_on_documents_of_their_own_and_one_goes_on(tmp_path: Path) -> None:
+    states = tmp_path / "states"
+    flags = (*SMALL, "--num_iterations=10", f"--folder={tmp_path}", f"--save={states}", "--save_every=5")
+    two, done = started(*flags, ranks=2)
+    assert done.returncode == 0, done.stderr  # saving refuses weights that differ
+    assert (two[0]["world"], two[0]["micro_batches"]) == (2, 1)
+    assert losses(two)[9] < losses(two)[0] - 0.5
+    first, second = places(states / "step_00005.pt")
+    assert (first["rank"], second["rank"]) == (0, 1)
+    assert first["next_tokens"] != second["next_tokens"]
+    same, done = started(*flags, f"--resume={states / 'step_00005.pt'}", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert losses(same) == losses(two)[5:]
+    alone, done = started(*flags, f"--resume={states / 'step_00005.pt'}")
+    assert done.returncode == 0, done.stderr
+    assert [event["step"] for event in alone if event["event"] == "step"] == [6, 7, 8, 9, 10]
+    assert losses(alone)[4] < losses(two)[4]
+    (place,) = places(states / "step_00010.pt")
+    assert place["dataset"]["ranks"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_shards_come_from_this_machines_node(tmp_path: Path) -> None:
+    home = tmp_path / "seed"
+    write_shards(tmp_path / "set", shards=3, shard_bytes=6000)
+    assert shoal("publish", str(tmp_path / "set"), "--name", NAME, "--data-dir", str(home)).returncode == 0
+    with daemon(home) as seed, daemon(tmp_path / "trainer", bootstrap=seed) as node:
+        wait_until(lambda: [file["state"] for file in seed.files().values()] == ["seeding"] * 3)
+        source = (f"--source=127.0.0.1:{node.ports['rpc']}", f"--dataset={NAME}", f"--folder={tmp_path / 'run'}")
+        events, done = started(*SMALL, "--num_iterations=5", *source)
+        assert done.returncode == 0, done.stderr
+        assert losses(events)[4] < losses(events)[0]
+        status = next(event for event in events if event["event"] == "streaming")
+        assert set(status["bytes_by_source"]) == {"peers"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+async def test_shards_come_straight_from_s3(tmp_path: Path) -> None:
+    write_shards(tmp_path / "set", shards=3, shard_bytes=6000)
+    async with running_s3(tmp_path / "s3") as s3:
+        keys = {"AWS_ACCESS_KEY_ID": s3.access_key, "AWS_SECRET_ACCESS_KEY": s3.secret_key}
+        url = f"s3://{s3.bucket}/text"
+        command = [sys.executable, "-m", "node", "publish", str(tmp_path / "set"), "--name", NAME, "--only-origin"]
+        command += ["--origin", url, "--s3-endpoint", s3.endpoint, "--data-dir", str(tmp_path / "publisher")]
+        said = {"cwd": ROOT, "env": os.environ | keys, "check": True, "capture_output": True, "timeout": 60}
+        await asyncio.to_thread(subprocess.run, command, **said)
+        flags = (*SMALL, "--num_iterations=5", f"--dataset={NAME}", f"--folder={tmp_path / 'run'}")
+        there = keys | {"AWS_ENDPOINT_URL_S3": s3.endpoint}
+        events, done = await asyncio.to_thread(started, *flags, f"--source={url}", environment=there)
+        assert done.returncode == 0, done.stderr
+        assert losses(events)[4] < losses(events)[0]
+        assert next(event for event in events if event["event"] == "streaming")["bytes_by_source"]["origin"] > 0
+        there = {
+            "AKAVE_O3_ACCESS_KEY": s3.access_key, "AKAVE_O3_SECRET_KEY": s3.secret_key,
+            "SHOAL_O3_ENDPOINT": s3.endpoint,
+        }  # fmt: skip
+        url = f"o3://{s3.bucket}/text"
+        again, done = await asyncio.to_thread(started, *flags, f"--source={url}", environment=there)
+        assert done.returncode == 0, done.stderr
+        assert losses(again) == losses(events)
