@@ -23,6 +23,9 @@ CONTENDERS = OURS | PEERS
 def _import(job: Job) -> float:
     """Seconds."""
     if job.peers_path:
+        own = Path(job.peers_path, job.contender)
+        if own.is_dir():  # for one whose dependencies do not agree with those installed
+            sys.path.insert(0, str(own))
         sys.path.append(job.peers_path)
     began = time.perf_counter()
     for module in CONTENDERS[job.contender][0]:

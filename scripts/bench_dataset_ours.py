@@ -86,7 +86,7 @@ def publish_parquet(job: Job, paths: Sequence[Path], folder: Path) -> None:
         raw = path.read_bytes()
         rows = [raw[start : start + SAMPLE_BYTES] for start in range(0, len(raw), SAMPLE_BYTES)]
         out = folder / f"{path.stem}.parquet"
-        table = pa.table({"x": rows})
+        table = pa.table({"x": pa.array(rows, pa.binary(SAMPLE_BYTES))})
         parquet.write_table(table, out, row_group_size=64, compression="none", use_dictionary=False)
         hashed = hash_file(out)
         content = ContentId(hashed.content_id)
@@ -148,8 +148,8 @@ def o3_dataset(job: Job) -> Batches:
     return lambda _epoch: iter(loader)
 
 
-def _stacked(columns: dict[str, Any]) -> torch.Tensor:
-    return torch.stack([tensor_of(sample) for sample in columns["x"]])
+def _as_tensor(columns: dict[str, Any]) -> torch.Tensor:
+    return torch.from_numpy(columns["x"])
 
 
 def streaming_shards(job: Job) -> Batches:
@@ -162,8 +162,9 @@ def streaming_shards(job: Job) -> Batches:
     data = StreamingShardDataset(
         source,
         batch_size=job.batch_size,
-        transform=_stacked,
+        transform=_as_tensor,
         ordering=Ordering(shuffle=False),
+        ordering=Ordering(lanes=max(1, job.workers)),
         buffering=Buffering(keep_behind=job.shards),
     )
     loader = in_torch(data, job, None)

@@ -24,7 +24,7 @@ def environment(job: Job) -> dict[str, str]:
     return {
         "AWS_ACCESS_KEY_ID": job.access_key, "AWS_SECRET_ACCESS_KEY": job.secret_key, "AWS_REGION": REGION,
         "AWS_DEFAULT_REGION": REGION, "AWS_ENDPOINT_URL": job.endpoint, "S3_ENDPOINT_URL": job.endpoint,
-        "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "DATA_OPTIMIZER_NUM_WORKERS": "1",
+        "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "DATA_OPTIMIZER_NUM_WORKERS": "1", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
 
 
@@ -87,7 +87,10 @@ def mosaicml(job: Job) -> Batches:
 
 def litdata(job: Job) -> Batches:
     from litdata import StreamingDataLoader, StreamingDataset
+    from litdata.streaming import downloader
 
+    # Its obstore refuses an endpoint without TLS, and storage_options cannot tell it otherwise.
+    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
     data = StreamingDataset(
         f"s3://{job.bucket}/litdata", cache_dir=job.cache, shuffle=False, max_cache_size="10GB",
         transform=tensor_of,

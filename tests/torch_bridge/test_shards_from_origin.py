@@ -28,7 +28,7 @@ from tests.integration.origin_server import s3_server
 from tests.torch_bridge.bridge_shards import overwrite_in_the_middle, parquet_files, publish_at
 from tests.torch_bridge.o3_client_parts import client_of, served
 from torch_bridge import O3Client, RetryPolicy
-from torch_bridge.shards import disk, ranged_file
+from torch_bridge.shards import disk, origin_source, ranged_file
 from torch_bridge.shards.downloader import StreamingDownloader
 from torch_bridge.shards.opening import open_source
 from torch_bridge.shards.origin_source import OriginSource
@@ -104,6 +104,21 @@ def test_a_wrong_byte_is_never_handed_out(
     assert source.distrust(entry, "a reader says so") is True
     assert source.fetch(entry).source == "origin"
     assert hash_file(path).content_id == entry.content_id
+
+
+def test_a_file_that_a_power_cut_left_with_other_bytes_is_found_at_the_next_start(
+    published: tuple[S3Server, Manifest], proxy: OriginProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, manifest = published
+    entry = manifest.shards[0]
+    path = source_of(proxy, server, tmp_path).fetch(entry).path
+    before = path.stat()
+    overwrite_in_the_middle(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    monkeypatch.setattr(origin_source, "_boot", lambda: "another start of the machine")
+    assert source_of(proxy, server, tmp_path).fetch(entry).source == "origin"
+    assert hash_file(path).content_id == entry.content_id
+    assert source_of(proxy, server, tmp_path).fetch(entry).source == "local"
 
 
 def test_a_reader_that_cannot_decode_a_file_gets_it_anew_once(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+import psutil
 
 from node.origin.layout import shard_key
 from protocol.content import hash_file
@@ -31,12 +33,17 @@ MAX_SET_ASIDE = 3
 
 
 class _Checked(msgspec.Struct, frozen=True):
-    """A file that had this content id when it was last hashed."""
+    """A file that had this content id when it was last hashed.
+
+    Since no download waits for the disk, a file whose stamp is of an earlier start of the machine is hashed again: a
+    power cut may have left it with other bytes.
+    """
 
     content_id: str
     size: int
     mtime_ns: int
     inode: int
+    boot: str
 
 
 class OriginSource:
@@ -81,7 +88,6 @@ class OriginSource:
                 release(part)
                 raise
             os.replace(part, path)
-            _sync_folder(self._folder)
             self._remember(entry, path)
             return FetchedFile(path, "origin", time.monotonic() - began, {"origin": moved})
 
@@ -138,7 +144,7 @@ class OriginSource:
             seen = path.stat()
         except FileNotFoundError:
             return False
-        now = _Checked(entry.content_id, seen.st_size, seen.st_mtime_ns, seen.st_ino)
+        now = _Checked(entry.content_id, seen.st_size, seen.st_mtime_ns, seen.st_ino, _boot())
         with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):
             if msgspec.json.decode(self._stamp(entry).read_bytes(), type=_Checked) == now:
                 return True
@@ -151,7 +157,7 @@ class OriginSource:
 
     def _remember(self, entry: ShardEntry, path: Path) -> None:
         seen = path.stat()
-        checked = _Checked(entry.content_id, seen.st_size, seen.st_mtime_ns, seen.st_ino)
+        checked = _Checked(entry.content_id, seen.st_size, seen.st_mtime_ns, seen.st_ino, _boot())
         new = self._stamp(entry).with_suffix(".new")
         try:
             new.write_bytes(msgspec.json.encode(checked))
@@ -223,9 +229,9 @@ class OriginSource:
             raise as_published(entry, err.message) from None
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+@functools.cache
+def _boot() -> str:
+    """Another one after each start of the machine."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return str(psutil.boot_time())

@@ -56,7 +56,6 @@ def download(
                 moved += len(body)
                 if on_progress:
                     on_progress(hasher.seen, entry.size)
-            os.fsync(file.fileno())
         except OSError as err:
             if err.errno not in FULL:
                 raise

@@ -140,7 +140,7 @@ class EpochOrder:
         places = np.arange(start, min(start + settings.batch_size, lane.rows))
         if settings.shuffle:
             windows = places // settings.window
-            for window in np.unique(windows).tolist():
+            for window in sorted(set(windows.tolist())):
                 if shuffled.get(index, (-1,))[0] != window:
                     shuffled[index] = (window, self._window(index, window))
                 mine = windows == window

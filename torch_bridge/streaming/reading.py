@@ -13,7 +13,7 @@ from protocol.errors import InvalidShardError, ShardInUseError
 from protocol.manifest import ShardEntry
 from torch_bridge.shards.downloader import StreamingDownloader
 from torch_bridge.streaming.order import Batch, Indices
-from torch_bridge.streaming.rows import DecodedGroups, RowReader
+from torch_bridge.streaming.rows import DecodedGroups, RowReader, assembled
 from torch_bridge.streaming.settings import Buffering
 
 LEAVING_S = 15.0
@@ -38,13 +38,11 @@ class ShardRows:
     def table(self, batch: Batch) -> pa.Table:
         """The batch's rows in its order. Raises what `wait_for_shard` does for a shard that does not come."""
         parts, places = [], []
-        for shard in np.unique(batch.shards).tolist():
+        for shard in sorted(set(batch.shards.tolist())):
             mine = np.flatnonzero(batch.shards == shard)
             parts.append(self._take(shard, batch.rows[mine]))
             places.append(mine)
-        if len(parts) == 1:
-            return parts[0]
-        return pa.concat_tables(parts).take(pa.array(np.argsort(np.concatenate(places))))
+        return assembled(parts, places)
 
     def leave(self, shard: int) -> None:
         """Nothing of it is read again in this iteration."""

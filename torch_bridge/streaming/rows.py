@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute  # `take` needs it, and would else load it between an epoch's first rows
 import pyarrow.parquet as pq
 
 from protocol.errors import InvalidParamsError, InvalidShardError
@@ -76,13 +78,11 @@ class RowReader:
         """The rows in the order asked for. Raises InvalidShardError where the file is damaged."""
         groups = np.searchsorted(self._starts, rows, side="right") - 1
         parts, places = [], []
-        for group in np.unique(groups).tolist():
+        for group in sorted(set(groups.tolist())):
             mine = np.flatnonzero(groups == group)
-            parts.append(self._group(group).take(pa.array(rows[mine] - self._starts[group])))
+            parts.append(_chosen(self._group(group), rows[mine] - self._starts[group]))
             places.append(mine)
-        if len(parts) == 1:
-            return parts[0]
-        return pa.concat_tables(parts).take(pa.array(np.argsort(np.concatenate(places))))
+        return assembled(parts, places)
 
     def close(self) -> None:
         self._groups.forget(self._path)
@@ -99,18 +99,45 @@ class RowReader:
         return table
 
 
+def assembled(parts: Sequence[pa.Table], places: Sequence[Indices]) -> pa.Table:
+    """One table of several, of which `places` says where each row goes."""
+    if len(parts) == 1:
+        return parts[0]
+    return _chosen(pa.concat_tables(parts), np.argsort(np.concatenate(places)))
+
+
+def _chosen(table: pa.Table, rows: Indices) -> pa.Table:
+    """Rows that follow each other, as all do where nothing is shuffled, are not copied."""
+    first, count = int(rows[0]), len(rows)
+    if np.array_equal(rows, np.arange(first, first + count)):
+        return table.slice(first, count)
+    return table.take(pa.array(rows))
+
+
 def as_arrays(table: pa.Table) -> dict[str, object]:
-    """Columns of numbers as numpy arrays, those with nulls and all others as lists."""
+    """Columns of numbers as numpy arrays [rows], fixed-size binary of W bytes as uint8 [rows, W], those with nulls and
+    all others as lists. Arrays can be written to: a DataLoader makes tensors of them.
+    """
     return {name: _column(table.column(name)) for name in table.column_names}
 
 
 def _column(column: pa.ChunkedArray) -> object:
     kind = column.type
-    plain = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-    if not plain or column.null_count:
+    if column.null_count:
         return column.to_pylist()
-    array = column.to_numpy()
-    return array if array.flags.writeable else array.copy()  # a DataLoader makes tensors of it, which can be written
+    if pa.types.is_fixed_size_binary(kind):
+        return np.concatenate([_fixed_size(chunk) for chunk in column.chunks])
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+        array = column.to_numpy()
+        return array if array.flags.writeable else array.copy()
+    return column.to_pylist()
+
+
+def _fixed_size(chunk: pa.FixedSizeBinaryArray) -> npt.NDArray[np.uint8]:
+    """[rows, width], in the chunk's own memory."""
+    width = chunk.type.byte_width
+    values = np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * width, chunk.offset * width)
+    return values.reshape(len(chunk), width)
 
 
 def _damaged(path: Path, error: Exception) -> InvalidShardError:
