@@ -163,8 +163,7 @@ def streaming_shards(job: Job) -> Batches:
         source,
         batch_size=job.batch_size,
         transform=_as_tensor,
-        ordering=Ordering(shuffle=False),
-        ordering=Ordering(lanes=max(1, job.workers)),
+        ordering=Ordering(shuffle=False, lanes=max(1, job.workers)),
         buffering=Buffering(keep_behind=job.shards),
     )
     loader = in_torch(data, job, None)
