@@ -98,3 +98,18 @@ def saves_until_killed(environment: dict[str, Any], url: str, key_file: str, cac
     training.save(checkpoints, 1, wait=False)
     say.put("sending")
     time.sleep(60)
+
+
+def large_state(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Six tensors of 40 MiB, each of which fills a part: a save of them takes seconds."""
+    return {f"weight{number}": torch.full((10 << 20,), float(10 * seed + number)) for number in range(6)}
+
+
+def saves_large_until_killed(environment: dict[str, Any], url: str, key_file: str, say: Any) -> None:
+    """For a spawned process: one small checkpoint, then one that is long on its way."""
+    checkpoints = O3CheckpointManager(url, client=O3Client(**environment), key_file=key_file)
+    checkpoints.save_checkpoint({"weight": torch.ones(9)}, None, 0, run_id=RUN, wait=True)
+    say.put("saved")
+    checkpoints.save_checkpoint(large_state(), None, 1, run_id=RUN)
+    say.put("sending")
+    time.sleep(60)
