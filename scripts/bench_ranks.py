@@ -77,6 +77,7 @@ class Bench:
     session: aiohttp.ClientSession
     data: Data
     work: Path
+    lanes: int
 
     @property
     def url(self) -> str:
@@ -124,7 +125,7 @@ class Bench:
             where, at = f"127.0.0.1:{nodes[place].rpc_port}", folder / f"ledger-{place}"
         return Part(
             rank, n, n if shared else 1, where, NAME, str(at), str(folder / "meeting"),
-            str(folder / f"seen-{rank}.npy"), self.data.shard_rows,
+            str(folder / f"seen-{rank}.npy"), self.data.shard_rows, self.lanes,
         )  # fmt: skip
 
     async def _nodes(self, n: int, folder: Path, stack: AsyncExitStack) -> list[RunningNode]:
@@ -234,7 +235,7 @@ async def measure(args: argparse.Namespace, work: Path) -> tuple[Data, list[Outc
         running_proxy(s3, args.rate) as said,
     ):
         data = await publish(s3, work, args.mib, args.shards)
-        bench = Bench(s3, said["endpoint"], said["control"], session, data, work)
+        bench = Bench(s3, said["endpoint"], said["control"], session, data, work, args.lanes)
         for n in args.ranks:
             for what in args.rows:
                 if n == 1 and what in ("one node", "origin, shared"):
@@ -253,6 +254,12 @@ def main() -> int:
     parser.add_argument("--shards", type=int, default=16)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rate", type=int, default=0, help="bytes/s of the origin, in total; 0: no limit")
+    parser.add_argument(
+        "--lanes",
+        type=int,
+        default=3,
+        help="of the order; where N and it share a factor, a rank reads some shards only",
+    )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--quick", action="store_true", help="8 MiB in 4 shards, N = 2")
     parser.add_argument("--json", type=Path, help="a file for every single figure")

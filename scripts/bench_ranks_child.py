@@ -43,6 +43,7 @@ class Part:
     out: str
     """A .npy file for the ids of the samples that this one saw, in their order."""
     shard_rows: int
+    lanes: int
 
 
 def main() -> None:
@@ -67,7 +68,7 @@ def read(part: Part) -> dict[str, Any]:
     local_rank = part.rank if part.local_world > 1 else 0
     data = StreamingShardDataset(
         source, batch_size=BATCH_SIZE, ranks=Ranks(part.rank, part.world, local_rank, part.local_world),
-        ordering=Ordering(lanes=2, block_rows=part.shard_rows, window=part.shard_rows),
+        ordering=Ordering(lanes=part.lanes, block_rows=part.shard_rows, window=part.shard_rows),
         buffering=Buffering(buffer_size=3, max_buffer=6),
     )  # fmt: skip
     steps = -(-data.order().batches // part.world)
