@@ -4,6 +4,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Where it is set, each of the daemons that the tests start compiles all of Shoal once more, and pytest every test.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow testbed check format bench clean
 
