@@ -62,3 +62,10 @@ def test_two_tensors_of_one_path_are_refused() -> None:
 def test_a_damaged_structure_is_refused(damaged: object) -> None:
     with pytest.raises(InvalidStructureError):
         rebuild(damaged, {})  # type: ignore[arg-type]
+
+
+def test_tensors_without_values_or_of_a_kind_that_would_not_come_back_are_refused() -> None:
+    with pytest.raises(UnsayableStateError, match="'model/w' is on the meta device"):
+        flatten({"w": torch.ones(3, device="meta")}, "model")
+    with pytest.raises(UnsayableStateError, match=r"'model/w' is of torch.complex128"):
+        flatten({"w": torch.ones(3, dtype=torch.complex128)}, "model")

@@ -91,6 +91,8 @@ def _tensor_said(value: torch.Tensor, path: str, tensors: dict[str, torch.Tensor
         raise UnsayableStateError(
             f"{path!r} is a sparse or quantised tensor, which safetensors cannot hold; make it dense"
         )
+    if value.is_meta:
+        raise UnsayableStateError(f"{path!r} is on the meta device and has no values: materialise it before a save")
     if value.dtype not in DTYPES:
         raise UnsayableStateError(f"{path!r} is of {value.dtype}, which safetensors does not give back: convert it")
     if path in tensors:
