@@ -29,7 +29,7 @@ def read(order: EpochOrder, base: int, ranks: int, workers: int) -> dict[int, li
         batch.number: list(zip(batch.shards.tolist(), batch.rows.tolist(), strict=True))
         for rank in range(ranks)
         for worker in range(workers)
-        for batch in order.taken_by(base, rank=rank, ranks=ranks, worker=worker, workers=workers)
+        for batch in order.taken(order.numbers(base, rank=rank, ranks=ranks, worker=worker, workers=workers))
     }
 
 
@@ -58,3 +58,36 @@ def test_no_shard_is_read_outside_its_span(order: EpochOrder) -> None:
     for number, batch in read(order, 0, 1, 1).items():
         assert order.number(*order.place(number)) == number
         assert all(spans[shard].first <= number <= spans[shard].last for shard, _ in batch)
+
+
+@settings(deadline=None)
+@given(orders, counts, counts, st.data())
+def test_a_reader_spans_the_shards_of_its_own_batches(
+    order: EpochOrder, ranks: int, workers: int, data: st.DataObject
+) -> None:
+    numbers = order.numbers(
+        data.draw(st.integers(0, order.batches)), rank=data.draw(st.integers(0, ranks - 1)), ranks=ranks,
+        worker=data.draw(st.integers(0, workers - 1)), workers=workers, skip=data.draw(st.integers(0, 2)),
+    )  # fmt: skip
+    spans = {span.shard: span for span in order.spans(numbers)}
+    read: dict[int, list[int]] = {}
+    for batch in order.taken(numbers):
+        for shard in batch.shards.tolist():
+            read.setdefault(shard, []).append(batch.number)
+    for shard, found in read.items():
+        assert spans[shard].first <= min(found) <= max(found) <= spans[shard].last
+    assert {number for span in spans.values() for number in (span.first, span.last)} <= set(numbers)
+    if not order.settings.shuffle:
+        assert {shard: (span.first, span.last) for shard, span in spans.items()} == {
+            shard: (min(found), max(found)) for shard, found in read.items()
+        }
+
+
+def test_a_reader_of_every_second_lane_fetches_the_shards_of_its_lanes_alone() -> None:
+    order = EpochOrder((100,) * 8, OrderSettings(batch_size=10, shuffle=False, lanes=2, block_rows=100))
+    found = [
+        {span.shard for span in order.spans(order.numbers(0, rank=rank, ranks=2, worker=0, workers=1))}
+        for rank in range(2)
+    ]
+    assert [len(shards) for shards in found] == [4, 4]
+    assert not found[0] & found[1]

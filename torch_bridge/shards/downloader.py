@@ -18,7 +18,7 @@ from torch_bridge.shards.measures import Measures
 from torch_bridge.shards.readers import Ledger
 from torch_bridge.shards.source import FetchedFile, ShardSource
 from torch_bridge.shards.status import StreamingStatus
-from torch_bridge.shards.window import Window
+from torch_bridge.shards.window import HEAD_START_S, Window
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +50,7 @@ class StreamingDownloader:
         self._source = source
         self._by_name = {entry.filename: entry for entry in source.manifest().shards}
         self._by_id = {entry.shard_id: entry for entry in self._by_name.values()}
-        chosen = self._by_name.values() if shards is None else shards
-        order = [self._entry(shard).filename for shard in chosen]
+        order = [self._entry(shard).filename for shard in (self._by_name.values() if shards is None else shards)]
         held = tuple(self._entry(shard).filename for shard in pinned)
         self._window = Window(order, held, keep_behind, expected_readers)
         self._measures = Measures(buffer_size, min_buffer, max_buffer)
@@ -69,6 +68,7 @@ class StreamingDownloader:
         if self._threads:
             return
         self._stopping.clear()
+        self._window.alone_until = time.monotonic() + HEAD_START_S
         with saying_where_full(self._source.folder):
             self._source.folder.mkdir(parents=True, exist_ok=True)
             self._ledger = Ledger(self._source.folder, self._run, self._reader, self._window.reader())

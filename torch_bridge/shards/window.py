@@ -11,6 +11,9 @@ from torch_bridge.shards.plan import next_to_fetch
 from torch_bridge.shards.readers import Reader
 from torch_bridge.shards.source import FetchedFile
 
+HEAD_START_S = 0.5
+"""So long the first shard has the line for itself: an epoch's first batch waits for it alone."""
+
 
 class Window:
     """Shards by their file names."""
@@ -26,11 +29,15 @@ class Window:
         """Somebody waits for these."""
         self.undeleted: list[str] = []
         """This reader is past them, and they may still be there."""
+        self.alone_until = 0.0
+        """Until then, on the monotonic clock, nothing is fetched beside the first shard."""
         self._distrusted: set[str] = set()
         self._keep_behind, self._expected = keep_behind, expected
 
     def next(self, now_s: float, ahead: int) -> str | None:
         """What to fetch now, on the monotonic clock."""
+        if self.on_the_way and not self.here and now_s < self.alone_until:
+            return None
         return next_to_fetch(
             self.order, pinned=self.pinned, here=self.here, on_the_way=self.on_the_way, consumed=set(self.consumed),
             wanted=self.wanted, ahead=ahead,

@@ -140,9 +140,14 @@ class StreamingShardDataset(IterableDataset[Any]):
 
     def _batches(self, began: Place, turn: Turn) -> Iterator[Any]:
         base, own, order = began.position.base, began.position.own, self.order(began.epoch)
-        following = base + turn.rank + turn.ranks * (turn.worker + turn.workers * own)
-        spans = [span for span in order.spans() if span.last >= following]
-        past = [span for span in order.spans() if span.last < following]
+        numbers = order.numbers(
+            base, rank=turn.rank, ranks=turn.ranks, worker=turn.worker, workers=turn.workers, skip=own
+        )
+        spans = order.spans(numbers)
+        mine = {span.shard for span in spans}
+        read = [span.shard for span in order.spans() if span.last < numbers.start and span.shard not in mine]
+        never = set(range(len(self._entries))) - mine - set(read)  # those of other readers' batches
+        past = [self._entries[shard] for shard in (*sorted(never), *read)]
         downloader = self._downloader(spans, past, began.epoch, turn)
         start(downloader, patient=not self._open, what={"run": self._run, "reader": _reader(turn)})
         self._open += 1
@@ -150,10 +155,7 @@ class StreamingShardDataset(IterableDataset[Any]):
         rows = ShardRows(self._entries, downloader, self._columns, self._buffering)
         due = sorted(spans, key=lambda span: span.last, reverse=True)
         try:
-            batches = order.taken_by(
-                base, rank=turn.rank, ranks=turn.ranks, worker=turn.worker, workers=turn.workers, skip=own
-            )
-            for done, batch in enumerate(batches, 1):
+            for done, batch in enumerate(order.taken(numbers), 1):
                 while due and due[-1].last < batch.number:
                     rows.leave(due.pop().shard)
                 given = self._given(rows.table(batch))
@@ -171,10 +173,11 @@ class StreamingShardDataset(IterableDataset[Any]):
         columns = as_arrays(table)
         return self._transform(columns) if self._transform else columns
 
-    def _downloader(self, spans: Sequence[Span], past: Sequence[Span], epoch: int, turn: Turn) -> StreamingDownloader:
+    def _downloader(
+        self, spans: Sequence[Span], past: Sequence[ShardEntry], epoch: int, turn: Turn
+    ) -> StreamingDownloader:
         names = [self._entries[span.shard].filename for span in spans]
-        before = [self._entries[span.shard] for span in past]
-        left = [entry.filename for entry in self._source.on_disk(before)] if before else []  # by a run that was killed
+        left = [entry.filename for entry in self._source.on_disk(past)] if past else []  # by a run that was killed
         reading = open_at_once(spans)
         kept = self._buffering
         downloader = StreamingDownloader(

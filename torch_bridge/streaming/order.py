@@ -10,7 +10,8 @@ import heapq
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from math import gcd
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,16 +99,15 @@ class EpochOrder:
         """The inverse of `place`."""
         return self._before(turn) + sum(count > turn for count in self.lane_batches[:lane])
 
-    def taken_by(
-        self, base: int, *, rank: int, ranks: int, worker: int, workers: int, skip: int = 0
-    ) -> Iterator[Batch]:
-        """The batches from `base` on that a rank's worker reads, after the first `skip` of them.
-
-        Memory O(window) for each lane that it reads. Nothing is computed for what lies before.
-        """
-        shuffled: dict[int, tuple[int, Indices]] = {}
+    def numbers(self, base: int, *, rank: int, ranks: int, worker: int, workers: int, skip: int = 0) -> range:
+        """The batches from `base` on that a rank's worker reads, after the first `skip` of them."""
         first = base + rank + ranks * (worker + workers * skip)
-        for number in range(first, self.end(base, ranks), ranks * workers):
+        return range(first, self.end(base, ranks), ranks * workers)
+
+    def taken(self, numbers: range) -> Iterator[Batch]:
+        """These batches. Memory O(window) for each lane that they are of; nothing is computed for what lies between."""
+        shuffled: dict[int, tuple[int, Indices]] = {}
+        for number in numbers:
             lane, turn = self.place(number)
             yield self._batch(number, lane, turn, shuffled)
 
@@ -116,8 +116,11 @@ class EpochOrder:
         left_out = (self.batches - base) % ranks if self.settings.drop_last and base < self.batches else 0
         return self.batches - left_out
 
-    def spans(self) -> list[Span]:
-        """When each shard is read, by first use."""
+    def spans(self, numbers: range | None = None) -> list[Span]:
+        """When each shard is read, by first use. `numbers`: by who reads these batches alone, in ascending order; a
+        shard that none of them is of has no span then.
+        """
+        numbers = range(self.batches) if numbers is None else numbers
         size, window = self.settings.batch_size, self.settings.window if self.settings.shuffle else 1
         spans: dict[int, list[int]] = {}
         for index, lane in enumerate(self.lanes):
@@ -126,10 +129,22 @@ class EpochOrder:
                 first = start // window * window // size
                 final = min(-(-end // window) * window, lane.rows) - 1
                 last = min(final // size, self.lane_batches[index] - 1)
-                if first <= last:
-                    spans.setdefault(shard, []).extend((self.number(index, first), self.number(index, last)))
-        found = [Span(shard, min(numbers), max(numbers)) for shard, numbers in spans.items()]
-        return sorted(found, key=lambda span: (span.first, span.last, span.shard))
+                if found := self._among(numbers, index, first, last):
+                    spans.setdefault(shard, []).extend(found)
+        listed = [Span(shard, min(found), max(found)) for shard, found in spans.items()]
+        return sorted(listed, key=lambda span: (span.first, span.last, span.shard))
+
+    def _among(self, numbers: range, lane: int, first: int, last: int) -> list[int]:
+        """The first and the last of `numbers` among the batches [first, last] of a lane; none where none is."""
+        if first > last:
+            return []
+        found: list[int] = []
+        begins = sorted({first, *(count for count in self.lane_batches if first < count <= last)})
+        for begin, end in pairwise([*begins, last + 1]):  # as long as the same lanes give batches: numbers in steps
+            step = sum(count > begin for count in self.lane_batches)
+            start = self.number(lane, begin)
+            found += _common(numbers, range(start, start + step * (end - begin), step))
+        return [found[0], found[-1]] if found else []
 
     def _before(self, turn: int) -> int:
         return sum(min(count, turn) for count in self.lane_batches)
@@ -152,6 +167,20 @@ class EpochOrder:
         start = window * self.settings.window
         places = np.arange(start, min(start + self.settings.window, self.lanes[lane].rows))
         return _generator(self.settings, 1, lane, window).permutation(places)
+
+
+def _common(some: range, others: range) -> list[int]:
+    """The first and the last number that both ranges have, which ascend; none where there is none."""
+    apart = gcd(some.step, others.step)
+    if not some or not others or (some.start - others.start) % apart:
+        return []
+    every = some.step // apart  # of the others, so many have one in common
+    turn = (some.start - others.start) // apart * pow(others.step // apart, -1, every) % every
+    least, most = max(some[0], others[0]), min(some[-1], others[-1])
+    first = others.start + others.step * turn
+    together = others.step * every
+    first += max(0, -((first - least) // together)) * together
+    return [first, most - (most - first) % together] if first <= most else []
 
 
 def open_at_once(spans: Sequence[Span]) -> int:
