@@ -96,3 +96,17 @@ def test_a_snapshot_shares_no_memory_and_lies_as_it_is_sent() -> None:
         assert torch.equal(back[name], tensor.resolve_conj()), name
         assert snapshot.state.tensors[name].is_contiguous()
         assert not snapshot.state.tensors[name].requires_grad
+
+
+def test_a_snapshot_is_made_in_the_memory_of_one_before() -> None:
+    before = take_snapshot("run", 0, None, {"same": torch.ones(4), "grown": torch.ones(2), "gone": torch.ones(1)})
+    spare = before.state.tensors
+    places = {name: tensor.data_ptr() for name, tensor in spare.items()}
+    state = {"same": torch.full((2, 2), 3.0).t().reshape(4), "grown": torch.ones(5), "new": torch.zeros(3)}
+    after = take_snapshot("run", 1, None, state, spare).state.tensors
+    assert {name: tensor.tolist() for name, tensor in after.items()} == {
+        name: tensor.tolist() for name, tensor in state.items()
+    }
+    assert after["same"].data_ptr() == places["same"]
+    assert after["grown"].data_ptr() != places["grown"]
+    assert not after["same"].requires_grad

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self, TypeAlias
 
 import msgspec
+import torch
 from platformdirs import user_data_dir
 
 from protocol.commands.publishing import PublishResult
@@ -66,9 +67,10 @@ class Checkpoint:
 class O3CheckpointManager:
     """Saves and restores checkpoints under one URL of an origin. Each call is made from one thread at a time.
 
-    A save copies the state and returns; one thread sends it meanwhile. A save that fails says so in the next call, in
-    `wait` or in `close`. At an origin nothing is ever written twice: parts lie under their content ids, and the commit
-    of a checkpoint comes last, so the newest valid commit is a whole checkpoint.
+    A save copies the state and returns; threads send it meanwhile. The copy's memory is kept for the next one. A save
+    that fails says so in the next call, in `wait` or in `close`. At an origin nothing is ever written twice: parts lie
+    under their content ids, and the commit of a checkpoint comes last, so the newest valid commit is a whole
+    checkpoint.
     """
 
     def __init__(
@@ -96,6 +98,8 @@ class O3CheckpointManager:
         self._node = node
         self._cache_dir = Path(cache_dir) if cache_dir else Path(tempfile.gettempdir())
         self._damaged: set[ContentId] = set()
+        self._spare: dict[str, torch.Tensor] = {}
+        """The last snapshot's tensors: the next one is made in their memory."""
         self._process = os.getpid()
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._sending: Future[Commit] | None = None
@@ -134,7 +138,9 @@ class O3CheckpointManager:
         state["extra"] = extra
         if rng:
             state["rng"] = rng_state()
-        self._sending = self._sender.submit(self._send, take_snapshot(run_id, epoch, step, state))
+        snapshot = take_snapshot(run_id, epoch, step, state, self._spare)
+        self._spare = snapshot.state.tensors
+        self._sending = self._sender.submit(self._send, snapshot)
         if wait:
             self.wait()
 
@@ -208,6 +214,7 @@ class O3CheckpointManager:
             self.wait()
         finally:
             self._sender.shutdown()
+            self._spare = {}
 
     def __enter__(self) -> Self:
         return self

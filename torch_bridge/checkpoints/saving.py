@@ -45,14 +45,24 @@ class Snapshot:
     state: FlatState
 
 
-def take_snapshot(run_id: str, epoch: int, step: int | None, state: Mapping[str, Any]) -> Snapshot:
-    """Copy all tensors of `state` to the CPU. Raises UnsayableStateError."""
+def take_snapshot(
+    run_id: str,
+    epoch: int,
+    step: int | None,
+    state: Mapping[str, Any],
+    spare: Mapping[str, torch.Tensor] | None = None,
+) -> Snapshot:
+    """Copy all tensors of `state` to the CPU. `spare`: those of a snapshot that nobody needs any more, whose memory is
+    written over: memory that is new to the process costs several times the copy. Raises UnsayableStateError.
+    """
     flat = flatten(state)
-    copies = {name: _copied(tensor) for name, tensor in flat.tensors.items()}
+    copies = {name: _copied(tensor, (spare or {}).get(name)) for name, tensor in flat.tensors.items()}
     return Snapshot(run_id, epoch, step, replace(flat, tensors=copies))
 
 
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
+def _copied(tensor: torch.Tensor, spare: torch.Tensor | None) -> torch.Tensor:
+    if spare is not None and (spare.shape, spare.dtype) == (tensor.shape, tensor.dtype):
+        return spare.copy_(tensor.detach())
     # Contiguous, so that its memory goes to the origin as it lies.
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
