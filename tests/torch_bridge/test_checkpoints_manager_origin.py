@@ -155,7 +155,7 @@ def test_a_saver_that_is_killed_leaves_the_checkpoint_before(
     restored.save(checkpoints, 1)
     assert checkpoints.latest(RUN) == checkpoints.checkpoints(RUN)[0]
     assert [one.epoch for one in checkpoints.checkpoints(RUN)] == [1, 0]
-    assert [path for path in (tmp_path / "c").iterdir() if path.is_dir()] == []
+    assert not (tmp_path / "c").exists(), "a killed saver leaves nothing on this machine's disk"
 
 
 def test_an_error_of_the_origin_comes_out_as_it_was(checkpoints: O3CheckpointManager, proxy: OriginProxy) -> None:
