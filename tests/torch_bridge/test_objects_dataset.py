@@ -117,6 +117,22 @@ def test_one_record_costs_its_chunks_and_adjacent_chunks_one_request(
         dataset[-361]
 
 
+def test_who_reads_on_finds_what_was_read_ahead_and_each_byte_leaves_once(
+    client: O3Client, proxy: OriginProxy, weed: S3Server, tmp_path: Path
+) -> None:
+    data = O3Dataset(weed.bucket, "records", client, tmp_path, cache_limit="8MiB", read_ahead="1MiB", **SMALL)
+    read = [data.__getitems__(range(at, at + 10)) for at in range(0, 30, 10)]
+    deadline = time.monotonic() + 20
+    while proxy.ledger.payload_bytes("/records/") <= 5 * 65536 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert proxy.ledger.payload_bytes("/records/") > 5 * 65536, "30 records lie in 5 chunks"
+    for batch in DataLoader(data, 10, num_workers=2, multiprocessing_context="fork", collate_fn=list):
+        assert batch[0] in RECORDS
+    read += [data.__getitems__(range(at, at + 10)) for at in range(30, len(data), 10)]
+    assert [one for batch in read for one in batch] == RECORDS
+    assert data.stats().origin_bytes <= proxy.ledger.payload_bytes("/records/") == sum(map(len, BODIES.values()))
+
+
 def test_an_origin_that_is_down_for_a_while(
     weed: S3Server, proxy: OriginProxy, client: O3Client, tmp_path: Path
 ) -> None:

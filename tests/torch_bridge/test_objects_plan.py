@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.errors import InvalidParamsError
+from torch_bridge.objects.ahead import Ahead
 from torch_bridge.objects.lru import Kept, evicted
 from torch_bridge.objects.ranges import pieces, runs, size_of
 
@@ -64,3 +65,28 @@ def test_sizes_in_words(text: str | int, size: int) -> None:
 def test_no_sizes(text: str) -> None:
     with pytest.raises(InvalidParamsError, match="10gb"):
         size_of(text)
+
+
+def test_a_reader_that_goes_on_is_read_ahead_of_and_no_other() -> None:
+    ahead = Ahead(8, 100)
+
+    def after(key: str, start: int, end: int, *, busy: bool = False) -> list[int]:
+        return list(ahead.after((key, start), (key, end), 3_050, busy=busy))
+
+    assert after("a", 0, 150) == [], "one read says nothing"
+    assert after("a", 150, 250) == [3, 4, 5, 6]
+    assert after("a", 250, 350) == [], "enough is on its way"
+    assert after("a", 350, 550, busy=True) == []
+    assert after("a", 550, 650) == [7, 8, 9, 10, 11, 12, 13, 14]
+    assert after("a", 650, 1_150) == [15, 16, 17, 18, 19]
+    assert after("a", 2_000, 2_100) == [], "it went elsewhere"
+    assert after("a", 2_100, 2_950) == [30], "the object ends"
+    assert after("a", 2_950, 3_050) == []
+    assert after("b", 0, 100) == [1, 2, 3, 4, 5, 6, 7, 8], "the next object after a whole one"
+    assert after("c", 0, 100) == []
+
+
+def test_nothing_is_read_ahead_where_that_is_turned_off() -> None:
+    ahead = Ahead(0, 100)
+    for start in range(0, 1_000, 100):
+        assert not ahead.after(("a", start), ("a", start + 100), 1_000, busy=False)

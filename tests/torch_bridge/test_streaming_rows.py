@@ -46,13 +46,12 @@ def test_fixed_size_binary_is_an_array_of_bytes_that_can_be_written_to(tmp_path:
     values = [bytes([row, row + 1, row + 2]) for row in range(30)]
     pq.write_table(pa.table({"x": pa.array(values, pa.binary(3))}), tmp_path / "a.parquet", row_group_size=10)
     reader = RowReader(tmp_path / "a.parquet", groups=DecodedGroups(1_000_000))
-    for rows in ([3, 4, 5], [8, 9, 10, 11], [21, 2, 13], [7]):
+    for rows in ([3, 4, 5], [8, 9, 10, 11], [21, 2, 13], [7], [16, 15], [29]):
         array = as_arrays(reader.take(np.array(rows)))["x"]
         assert isinstance(array, np.ndarray)
         assert array.dtype == np.uint8
         assert array.tolist() == [list(values[row]) for row in rows]
-        array[:] = 0
-    assert as_arrays(reader.take(np.array([3])))["x"].tolist() == [[3, 4, 5]], "the kept row group is not written to"
+        array[:] = 0  # a row is handed out once
 
 
 def test_fixed_size_binary_with_a_missing_value_is_a_list() -> None:

@@ -51,17 +51,19 @@ class O3Dataset(Dataset[Any]):
         decode: Callable[[Any], Any] | None = None,
         match: str | None = None,
         listing_ttl_s: float = 3600.0,
+        read_ahead: str | int = "16MiB",
     ) -> None:
         """`bucket_name` may be the URL of any origin (file:///data). Each read has up to `concurrency` requests under
         way, of adjacent chunks up to `request_bytes`. `match` (fnmatch) chooses keys. The listing is taken from
         metadata.json while it is younger than `listing_ttl_s`; past that, each object is looked at when bytes of it
-        come.
+        come. Where samples are read one after the other, up to `read_ahead` of an object is fetched in the background;
+        0, and a cache of less than four times that: nothing.
         """
-        limit_bytes = size_of(cache_limit)
-        if concurrency < 1 or chunk_bytes < 4096 or limit_bytes < 0:
+        limit_bytes, ahead_bytes = size_of(cache_limit), size_of(read_ahead)
+        if concurrency < 1 or chunk_bytes < 4096 or min(limit_bytes, ahead_bytes) < 0:
             raise InvalidParamsError(
-                f"concurrency={concurrency}, chunk_bytes={chunk_bytes}, cache_limit={cache_limit}: concurrency is 1 or "
-                "more, chunk_bytes 4096 or more, cache_limit 0 or more"
+                f"concurrency={concurrency}, chunk_bytes={chunk_bytes}, cache_limit={cache_limit}, "
+                f"read_ahead={read_ahead}: concurrency is 1 or more, chunk_bytes 4096 or more, the others 0 or more"
             )
         url = f"{bucket_name.rstrip('/')}/{quote(prefix.strip('/'))}" if "://" in bucket_name else ""
         store = client.at(url) if url else client.bucket(bucket_name, prefix)
@@ -80,6 +82,7 @@ class O3Dataset(Dataset[Any]):
             request_bytes=request_bytes,
             concurrency=concurrency,
             trusted_until_s=listing.listed_at_s + listing_ttl_s,
+            read_ahead_bytes=ahead_bytes,
         )
         self._samples = form.open(objects, self._reader)
         self._ends = list(accumulate(self._samples.counts))
@@ -94,8 +97,7 @@ class O3Dataset(Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Samples in the order asked for; what is missing of all of them is fetched at once. A DataLoader calls it."""
-        found = self._samples.read(self._reader, [self._place(index) for index in indices])
-        return found if self._decode is None else [self._decode(sample) for sample in found]
+        return self._samples.read(self._reader, [self._place(index) for index in indices], self._decode)
 
     def stats(self) -> Stats:
         """What this process read; workers count for themselves."""

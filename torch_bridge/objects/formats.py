@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from protocol.errors import InvalidParamsError, InvalidShardError
 from torch_bridge.objects.listing import Listed
 from torch_bridge.objects.reading import RangeReader, Wanted
+
+Decode = Callable[[Any], Any]
+"""What the user makes of a sample."""
 
 
 class Place(NamedTuple):
@@ -25,8 +28,8 @@ class Samples(Protocol):
     def counts(self) -> Sequence[int]:
         """Of each object."""
 
-    def read(self, reader: RangeReader, places: Sequence[Place]) -> list[Any]:
-        """The samples, in the order asked for."""
+    def read(self, reader: RangeReader, places: Sequence[Place], decode: Decode | None) -> list[Any]:
+        """The samples, or what `decode` makes of each, in the order asked for."""
 
 
 class Format(Protocol):
@@ -82,10 +85,10 @@ class _Records:
     record_bytes: int
     """0: all of the object."""
 
-    def read(self, reader: RangeReader, places: Sequence[Place]) -> list[Any]:
+    def read(self, reader: RangeReader, places: Sequence[Place], decode: Decode | None) -> list[Any]:
         wanted = []
         for item, sample in places:
             start = self.header_bytes + sample * self.record_bytes
             end = start + self.record_bytes if self.record_bytes else self.objects[item].size
             wanted.append(Wanted(self.objects[item], start, end))
-        return list(reader.read(wanted))
+        return reader.read(wanted, decode)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from protocol.errors import InvalidParamsError, InvalidShardError
-from torch_bridge.objects.formats import Place, Samples
+from torch_bridge.objects.formats import Decode, Place, Samples
 from torch_bridge.objects.listing import Listed
 from torch_bridge.objects.reading import RangeReader, Wanted
 
@@ -61,7 +61,7 @@ class ParquetRows:
             self._ends.append(list(accumulate(meta.row_group(group).num_rows for group in range(meta.num_row_groups))))
             self.counts.append(meta.num_rows)
 
-    def read(self, reader: RangeReader, places: Sequence[Place]) -> list[Any]:
+    def read(self, reader: RangeReader, places: Sequence[Place], decode: Decode | None) -> list[Any]:
         """Rows in the order asked for, each row group decoded once."""
         groups: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
         for at, (item, row) in enumerate(places):
@@ -79,7 +79,7 @@ class ParquetRows:
                 rows = groups[group]
                 taken = table.take([row for _, row in rows]).to_pylist()
                 for (at, _), row in zip(rows, taken, strict=True):
-                    found[at] = row
+                    found[at] = row if decode is None else decode(row)
         return found
 
     def _decoded(self, reader: RangeReader, groups: Sequence[tuple[int, int]]) -> list[pa.Table]:
@@ -176,7 +176,8 @@ class ObjectFile(io.RawIOBase):
         return len(data)
 
     def _part(self, start: int, end: int) -> bytes | memoryview:
-        for first, data in self._held:
-            if first <= start and end <= first + len(data):
-                return memoryview(data)[start - first : end - first]
-        return self._reader.read([Wanted(self._item, start, end)])[0]
+        for first, held in self._held:
+            if first <= start and end <= first + len(held):
+                return memoryview(held)[start - first : end - first]
+        data: bytes = self._reader.read([Wanted(self._item, start, end)])[0]
+        return data

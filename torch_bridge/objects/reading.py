@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +14,15 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from node.origin.interface import ObjectStore
-from protocol.errors import OriginCorruptError, OriginNotFoundError
+from protocol.errors import OriginCorruptError, OriginNotFoundError, ShoalError
+from torch_bridge.objects.ahead import Ahead
 from torch_bridge.objects.chunk_cache import TOUCH_S, ChunkCache, Claim
 from torch_bridge.objects.chunk_file import HEADER_BYTES
 from torch_bridge.objects.listing import Listed
 from torch_bridge.objects.ranges import pieces, runs
 from torch_bridge.stores import Store
 
+log = logging.getLogger(__name__)
 WAITS = 20
 """So often others may fail with a chunk, or the cache lose it, before it is read without the cache."""
 
@@ -61,8 +65,13 @@ class RangeReader:
         request_bytes: int,
         concurrency: int,
         trusted_until_s: float,
+        read_ahead_bytes: int = 0,
     ) -> None:
-        """After `trusted_until_s`, seconds since 1970, each object is looked at once more when bytes of it come."""
+        """After `trusted_until_s`, seconds since 1970, each object is looked at once more when bytes of it come.
+
+        `read_ahead_bytes`: so much of an object that is read from front to back is fetched in the background; nothing
+        where the cache holds less than four times that.
+        """
         self.store = store
         self.cache = cache
         self.chunk_bytes = chunk_bytes
@@ -70,14 +79,21 @@ class RangeReader:
         self.concurrency = concurrency
         self.trusted_until_s = trusted_until_s
         self.counted = Stats()
+        room = read_ahead_bytes * 4 <= cache.limit_bytes
+        self._ahead = Ahead(read_ahead_bytes // chunk_bytes if room else 0, chunk_bytes)
+        self._ahead_counted = Stats()
+        self._ahead_thread: threading.Thread | None = None
         self._names: dict[str, str] = {}
         self._seen: set[str] = set()
 
-    def read(self, wanted: Sequence[Wanted]) -> list[bytes]:
-        """The bytes of each. Raises OriginNotFoundError for an object that vanished since it was listed,
-        OriginCorruptError for one that changed, else what the origin raises.
+    def read(self, wanted: Sequence[Wanted], decode: Callable[[bytes], Any] | None = None) -> list[Any]:
+        """The bytes of each, or what `decode` makes of them.
+
+        Raises OriginNotFoundError for an object that vanished since it was listed, OriginCorruptError for one that
+        changed, else what the origin raises.
         """
-        found: list[bytes | list[bytes]] = []
+        found: list[Any] = []
+        gathered: list[tuple[int, list[bytes]]] = []
         missing: dict[str, _Chunk] = {}
         gaps: dict[str, list[tuple[list[bytes], int, int, int]]] = defaultdict(list)
         now, held, names, size = time.monotonic(), self.cache.held(), self._names, self.chunk_bytes
@@ -89,10 +105,12 @@ class RangeReader:
                 data = os.pread(ready.fd, end - start, HEADER_BYTES + offset)
                 if len(data) == end - start:
                     self.counted.hits += 1
-                    found.append(data)
+                    # Made of each before the next is read: its bytes are still in the processor's cache.
+                    found.append(data if decode is None else decode(data))
                     continue
             parts: list[bytes] = []
-            found.append(parts)
+            gathered.append((len(found), parts))
+            found.append(None)
             for index, first, stop in pieces(start, end, self.chunk_bytes):
                 name = self._name(item, index)
                 length = min(self.chunk_bytes, item.size - index * self.chunk_bytes)
@@ -110,12 +128,44 @@ class RangeReader:
             for parts, at, first, stop in gaps.pop(name):
                 parts[at] = data[first:stop]
 
+        self._fetch_ahead(wanted)
         if missing:
             self._fill(missing, fill)
-        return [one if isinstance(one, bytes) else b"".join(one) for one in found]
+        for at, parts in gathered:
+            data = parts[0] if len(parts) == 1 else b"".join(parts)
+            found[at] = data if decode is None else decode(data)
+        return found
 
     def stats(self) -> Stats:
-        return replace(self.counted)
+        ahead = self._ahead_counted
+        return replace(
+            self.counted,
+            origin_bytes=self.counted.origin_bytes + ahead.origin_bytes,
+            origin_requests=self.counted.origin_requests + ahead.origin_requests,
+        )
+
+    def _fetch_ahead(self, wanted: Sequence[Wanted]) -> None:
+        if not wanted or not self._ahead.most_chunks:
+            return
+        first, last = wanted[0], wanted[-1]
+        busy = self._ahead_thread is not None and self._ahead_thread.is_alive()
+        numbers = self._ahead.after((first.item.key, first.start), (last.item.key, last.end), last.item.size, busy=busy)
+        item, chunks = last.item, {}
+        for number in numbers:
+            if not (self.cache.folder / (name := self._name(item, number))).exists():
+                chunks[name] = _Chunk(item, number, min(self.chunk_bytes, item.size - number * self.chunk_bytes))
+        if chunks:
+            self._ahead_thread = threading.Thread(target=self._keep, args=(chunks,), name="read-ahead", daemon=True)
+            self._ahead_thread.start()
+
+    def _keep(self, chunks: Mapping[str, _Chunk]) -> None:
+        """Fetch into the cache what nobody else does. Who needs a chunk that does not come is told when reading it."""
+        try:
+            claims = self.cache.claim({name: chunk.length for name, chunk in chunks.items()})
+            kept = [claim for claim in claims if claim.fd is not None]
+            self._fetch(kept, chunks, lambda _name, _data: None, self._ahead_counted)
+        except (ShoalError, OSError) as error:
+            log.debug("reading ahead ended: %s", error)
 
     def _name(self, item: Listed, index: int) -> str:
         """Of the chunk's file: another origin, object, version or size of chunks has others."""
@@ -131,7 +181,7 @@ class RangeReader:
             if turn == WAITS:
                 here = {claim.name for claim in claims}
                 claims += [Claim(name, chunk.length, None) for name, chunk in missing.items() if name not in here]
-            self._fetch(claims, missing, fill)
+            self._fetch(claims, missing, fill, self.counted)
             for claim in claims:
                 del missing[claim.name]
             for name, chunk in list(missing.items()):
@@ -143,7 +193,9 @@ class RangeReader:
             if not missing:
                 return
 
-    def _fetch(self, claims: list[Claim], chunks: Mapping[str, _Chunk], fill: Callable[[str, bytes], None]) -> None:
+    def _fetch(
+        self, claims: list[Claim], chunks: Mapping[str, _Chunk], fill: Callable[[str, bytes], None], counted: Stats
+    ) -> None:
         by_object: dict[Listed, dict[int, Claim]] = defaultdict(dict)
         for claim in claims:
             by_object[chunks[claim.name].item][chunks[claim.name].number] = claim
@@ -162,7 +214,7 @@ class RangeReader:
                     under_way[self.store.begin(self._asking(item, start, end))] = item, run_claims
                 for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                     item, run_claims = under_way.pop(future)
-                    data = memoryview(self._result(future, item))
+                    data = memoryview(self._result(future, item, counted))
                     at = 0
                     for claim in run_claims:
                         body = bytes(data[at : at + claim.length])
@@ -192,7 +244,7 @@ class RangeReader:
 
         return ask
 
-    def _result(self, future: Future[bytes], item: Listed) -> bytes:
+    def _result(self, future: Future[bytes], item: Listed, counted: Stats) -> bytes:
         try:
             data = future.result()
         except OriginNotFoundError as error:
@@ -201,9 +253,12 @@ class RangeReader:
                 "listing_ttl_s=0 so that the origin is listed again",
                 error.details,
             ) from None
-        self.counted.origin_bytes += len(data)
-        self.counted.origin_requests += 1
+        counted.origin_bytes += len(data)
+        counted.origin_requests += 1
         return data
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"counted": Stats(), "_names": {}}
+        fresh = Ahead(self._ahead.most_chunks, self.chunk_bytes)
+        return self.__dict__ | {
+            "counted": Stats(), "_ahead_counted": Stats(), "_ahead": fresh, "_ahead_thread": None, "_names": {},
+        }  # fmt: skip

@@ -117,6 +117,8 @@ def _chosen(table: pa.Table, rows: Indices) -> pa.Table:
 def as_arrays(table: pa.Table) -> dict[str, object]:
     """Columns of numbers as numpy arrays [rows], fixed-size binary of W bytes as uint8 [rows, W], those with nulls and
     all others as lists. Arrays can be written to: a DataLoader makes tensors of them.
+
+    Fixed-size binary of one row group is not copied: who writes to it writes to the table.
     """
     return {name: _column(table.column(name)) for name in table.column_names}
 
@@ -126,18 +128,20 @@ def _column(column: pa.ChunkedArray) -> object:
     if column.null_count:
         return column.to_pylist()
     if pa.types.is_fixed_size_binary(kind):
-        return np.concatenate([_fixed_size(chunk) for chunk in column.chunks])
+        return _fixed_size(column)
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
         array = column.to_numpy()
         return array if array.flags.writeable else array.copy()
     return column.to_pylist()
 
 
-def _fixed_size(chunk: pa.FixedSizeBinaryArray) -> npt.NDArray[np.uint8]:
-    """[rows, width], in the chunk's own memory."""
-    width = chunk.type.byte_width
-    values = np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * width, chunk.offset * width)
-    return values.reshape(len(chunk), width)
+def _fixed_size(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
+    """[rows, width], in the column's own memory where it is one chunk that may be written to."""
+    width, arrays = column.type.byte_width, []
+    for chunk in column.chunks:
+        values = np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * width, chunk.offset * width)
+        arrays.append(values.reshape(len(chunk), width))
+    return arrays[0] if len(arrays) == 1 and arrays[0].flags.writeable else np.concatenate(arrays)
 
 
 def _damaged(path: Path, error: Exception) -> InvalidShardError:
