@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from node.origin.publishing import Source, missing_at, publish
 from protocol.content import hash_file
@@ -128,12 +128,36 @@ class LocalRecords(Dataset[torch.Tensor]):
         return tensor_of(os.pread(self._open[shard], SAMPLE_BYTES, row * SAMPLE_BYTES))
 
 
+class LocalParquet(IterableDataset[torch.Tensor]):
+    """Batches of local parquet files, one after the other, as pyarrow gives them; workers share the files."""
+
+    def __init__(self, folder: Path, batch_size: int) -> None:
+        self._paths, self._batch_size = sorted(folder.glob("*.parquet")), batch_size
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        from torch_bridge.streaming.rows import as_arrays
+
+        info = get_worker_info()
+        for path in self._paths[info.id :: info.num_workers] if info else self._paths:
+            with parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(self._batch_size, use_threads=False):
+                    yield _as_tensor(as_arrays(pa.Table.from_batches([batch])))
+
+
 def in_torch(data: Any, job: Job, batch_size: int | None) -> DataLoader[Any]:
     return DataLoader(data, batch_size, num_workers=job.workers, persistent_workers=job.workers > 0)
 
 
 def local(job: Job) -> Batches:
     loader = in_torch(LocalRecords(job.raw), job, job.batch_size)
+    return lambda _epoch: iter(loader)
+
+
+def local_parquet(job: Job) -> Batches:
+    loader = in_torch(LocalParquet(Path(job.raw).with_name("parquet"), job.batch_size), job, None)
     return lambda _epoch: iter(loader)
 
 
@@ -177,6 +201,7 @@ def streaming_shards(job: Job) -> Batches:
 
 OURS: dict[str, tuple[tuple[str, ...], Callable[[Job], Batches]]] = {
     "local files": ((), local),
+    "local parquet": (("pyarrow.parquet", "torch_bridge.streaming.rows"), local_parquet),
     "O3Dataset": (("torch_bridge.objects.dataset",), o3_dataset),
     "StreamingShardDataset": (
         ("torch_bridge.shards.origin_source", "torch_bridge.streaming.dataset"),
@@ -184,3 +209,5 @@ OURS: dict[str, tuple[tuple[str, ...], Callable[[Job], Batches]]] = {
     ),
 }
 """By name: the modules to import, and what opens it."""
+LOCAL = {"O3Dataset": "local files", "StreamingShardDataset": "local parquet"}
+"""What each reader of ours is held against when it is warm: the same bytes as local files."""
