@@ -3,7 +3,8 @@ the first of them that needs it.
 
 o3_client    O3Client: session, credentials, buckets
 stores       one place at an origin, in blocking and in async calls; `place`: how it is opened in each process and
-             retried; `retry`: RetryPolicy; `loop`: the thread they run on
+             retried; `retry`: RetryPolicy; `loop`: the thread they run on; `ending`, `waiting`: how an iteration
+             that nobody goes on with lets go, and which threads may wait for that
 objects      O3Dataset: a map-style data set of objects read by ranges, with a cache on disk
 shards       where data shards come from (node or origin), StreamingDownloader, and when a shard may be deleted
 streaming    StreamingShardDataset: an exact order over shards, resumable; a tokenising loader

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import functools
 import os
 import selectors
 import sys
@@ -17,6 +18,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from node.origin.forked import no_fork
+from torch_bridge.waiting import ServingThread, is_collecting
 
 T = TypeVar("T")
 _QUEUED_ITEMS = 16
@@ -30,7 +32,9 @@ class LoopThread:
         self.process = os.getpid()
         self.selector = selectors.DefaultSelector()
         self._loop = asyncio.SelectorEventLoop(self.selector)
-        self._thread = threading.Thread(target=self._loop.run_forever, name="torch_bridge", daemon=True)
+        self._thread = ServingThread(self._loop.run_forever, "torch_bridge")
+        self._ahead: set[_Ahead] = set()
+        """Iterators that were not ended. Of one that nobody goes through, nothing else may know."""
         self._thread.start()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
@@ -52,16 +56,33 @@ class LoopThread:
             future.cancel()
             raise
 
+    def end(self, work: Coroutine[Any, Any, object]) -> None:
+        """As `run`; on the loop itself, and for what the collector ends, it is only begun."""
+        if is_collecting() or threading.current_thread() is self._thread:
+            self.submit(work)
+        else:
+            self.run(work)
+
+    def call_apart(self, call: Callable[[], object]) -> None:
+        """Begin a call on a thread of its own, without waiting for anything: good for what the collector ends, too."""
+        thread = functools.partial(threading.Thread, target=call, name="torch_bridge-apart", daemon=True)
+        self._loop.call_soon_threadsafe(lambda: thread().start())
+
     def iterate(self, items: AsyncIterator[T]) -> Iterator[T]:
-        """Go through an async iterator from this thread, a few items ahead; leaving early closes it first."""
+        """Go through an async iterator from this thread, a few items ahead; leaving early closes it first (`end`)."""
         ahead = _Ahead(items)
-        self.run(ahead.begin())
+        self._ahead.add(ahead)
         try:
+            self.run(ahead.begin())
             while items_here := self.run(ahead.next()):
                 yield from items_here
         finally:
             if self._is_here():
-                self.run(ahead.end())
+                self.end(self._ended(ahead))
+
+    async def _ended(self, ahead: _Ahead) -> None:
+        await ahead.end()
+        self._ahead.discard(ahead)
 
     async def iterate_async(self, items: AsyncIterator[T]) -> AsyncIterator[T]:
         """The same for async code, on whatever event loop."""

@@ -114,7 +114,7 @@ class O3Client:
             store.close()
         account, self._native = self._native, None
         if account is not None and account[0] == os.getpid():
-            loop_thread().run(account[1].close())
+            loop_thread().end(account[1].close())
 
     def _account(self) -> AkaveStore:
         if self._native is None or self._native[0] != os.getpid():

@@ -96,7 +96,7 @@ class Store:
 
     def close(self) -> None:
         """Let go of this process's connections; the next call opens them again."""
-        loop_thread().run(self._place.close())
+        loop_thread().end(self._place.close())
 
 
 class AsyncStore:

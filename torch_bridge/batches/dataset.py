@@ -20,6 +20,7 @@ from torch_bridge.batches.session import Decode, Session
 from torch_bridge.batches.settings import BatchSettings, byte_count, consumer_of
 from torch_bridge.batches.sources import FileSource, OriginFiles
 from torch_bridge.batches.timing import Timing, timing
+from torch_bridge.ending import Held
 from torch_bridge.o3_client import O3Client
 from torch_bridge.ranks import Ranks
 from torch_bridge.stores import Store
@@ -146,7 +147,8 @@ class StreamingBatchDataset(IterableDataset[Any]):
             )
         used_for: dict[str, str | int] = {"source": self.source.name, "seed": self.settings.seed}
         folder = ConsumerFolder(self.folder, consumer_of(self._ranks), used_for)
-        with folder.held():
+        with Held() as held:
+            held.enter_context(folder.held())
             progress = Progress(folder)
             unfinished = progress.first_epoch()
             given, self._given = self._given, None
@@ -164,7 +166,7 @@ class StreamingBatchDataset(IterableDataset[Any]):
                 self.source, folder, self.settings, epoch, files, given[1] if given else progress.done(epoch),
                 paths_leave=leave,
             )  # fmt: skip
-            yield from self._session.samples(self._decode, self._metadata)
+            yield from self._session.samples(held, self._decode, self._metadata)
 
     def _listed(self, notes: Path) -> list[RemoteFile]:
         found = dict.fromkeys(self.source.list(notes))

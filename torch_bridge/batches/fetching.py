@@ -13,6 +13,7 @@ from protocol.errors import CancelledRequestError, InsufficientDiskError, Origin
 from torch_bridge.batches.folder import ConsumerFolder, writing
 from torch_bridge.batches.plan import Batch, RemoteFile
 from torch_bridge.batches.sources import FileSource, vanished
+from torch_bridge.waiting import ServingThread
 
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.5
@@ -42,7 +43,7 @@ class Fetching:
         self._keep_free_bytes = keep_free_bytes
         # Daemons, not a pool: the end of a worker's process waits for a pool's downloads.
         self._threads = [
-            threading.Thread(target=self._bring_all, name=f"torch_bridge-batches-{number}", daemon=True)
+            ServingThread(self._bring_all, f"torch_bridge-batches-{number}")
             for number in range(1 if source.in_order else concurrency)
         ]
         self._files = [(batch.number, file) for batch in batches for file in batch.files]

@@ -26,6 +26,7 @@ from torch_bridge.batches.progress import Done, Position, Progress
 from torch_bridge.batches.settings import BatchSettings
 from torch_bridge.batches.sources import FileSource
 from torch_bridge.batches.timing import Spent
+from torch_bridge.ending import Held
 
 _log = logging.getLogger(__name__)
 Decode = Callable[[Path, Any], Any]
@@ -74,8 +75,10 @@ class Session:
         self._before = Spent()
         self._samples = 0
 
-    def samples(self, decode: Decode | None, meta_of: Callable[[RemoteFile], Any]) -> Iterator[Any]:
-        """Each of its files, as often as a subset is gone through. The progress is written down as they are used."""
+    def samples(self, held: Held, decode: Decode | None, meta_of: Callable[[RemoteFile], Any]) -> Iterator[Any]:
+        """Each of its files, as often as a subset is gone through. The progress is written down as they are used.
+        The end of `held` ends the downloads.
+        """
         known = read_json(self._folder.home / "progress.json")
         if isinstance(known, dict):
             self._before = Spent(**known["spent"])
@@ -86,19 +89,17 @@ class Session:
             self._source, self._folder, self._batches, max_bytes=self._max_bytes, concurrency=settings.concurrency,
             skip_missing=settings.on_missing == "skip", keep_free_bytes=settings.keep_free_bytes,
         )  # fmt: skip
-        try:
-            fetching.start()
-            for batch in self._batches:
-                yield from self._batch(batch, fetching, decode, meta_of)
-                self._leaving.append((batch, self._samples))
-                self._release(fetching)
-                self._say(batch, fetching)
-            self._all_trained()
-            self._write(len(self._batches), 0, epoch=self.epoch + 1)
-            if not self._paths_leave:
-                self._release(fetching, all_of_them=True)
-        finally:
-            fetching.close()
+        held.callback(fetching.close)
+        fetching.start()
+        for batch in self._batches:
+            yield from self._batch(batch, fetching, decode, meta_of)
+            self._leaving.append((batch, self._samples))
+            self._release(fetching)
+            self._say(batch, fetching)
+        self._all_trained()
+        self._write(len(self._batches), 0, epoch=self.epoch + 1)
+        if not self._paths_leave:
+            self._release(fetching, all_of_them=True)
 
     def _batch(
         self, batch: Batch, fetching: Fetching, decode: Decode | None, meta_of: Callable[[RemoteFile], Any]

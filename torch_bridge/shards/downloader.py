@@ -12,6 +12,7 @@ from typing import Any, Self
 from protocol import errors
 from protocol.errors import CancelledRequestError, InsufficientDiskError, InvalidParamsError, ShoalError, TimedOutError
 from protocol.manifest import ShardEntry
+from torch_bridge.ending import Held
 from torch_bridge.shards.disk import FreeSpace, saying_where_full
 from torch_bridge.shards.integrity import as_published
 from torch_bridge.shards.measures import Measures
@@ -19,13 +20,13 @@ from torch_bridge.shards.readers import Ledger
 from torch_bridge.shards.source import FetchedFile, ShardSource
 from torch_bridge.shards.status import StreamingStatus
 from torch_bridge.shards.window import HEAD_START_S, Window
+from torch_bridge.waiting import ServingThread
 
 log = logging.getLogger(__name__)
 
 Shard = ShardEntry | str | int
 """A shard by its entry, its file name, or its id."""
-_LOOK_S = 0.25
-_CLEAN_STOP_S = 30.0
+_LOOK_S, _CLEAN_STOP_S = 0.25, 30.0
 
 
 class StreamingDownloader:
@@ -59,7 +60,7 @@ class StreamingDownloader:
         self._at_once, self._retry_total_s, self._disk_patience_s = at_once, retry_total_s, disk_patience_s
         self._changed = threading.Condition()
         self._stopping = threading.Event()
-        self._threads: list[threading.Thread] = []
+        self._threads: list[ServingThread] = []
         self._ledger: Ledger | None = None
         self._deleted = 0
 
@@ -72,9 +73,7 @@ class StreamingDownloader:
         with saying_where_full(self._source.folder):
             self._source.folder.mkdir(parents=True, exist_ok=True)
             self._ledger = Ledger(self._source.folder, self._run, self._reader, self._window.reader())
-        self._threads = [
-            threading.Thread(target=self._work, name=f"shards-{number}", daemon=True) for number in range(self._at_once)
-        ]
+        self._threads = [ServingThread(self._work, f"shards-{number}") for number in range(self._at_once)]
         for thread in self._threads:
             thread.start()
 
@@ -187,10 +186,11 @@ class StreamingDownloader:
 
     def __enter__(self) -> Self:
         self.start()
+        self._held = Held(self.stop)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        self._held.close()
 
     # In the threads
 

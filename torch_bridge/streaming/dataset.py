@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from protocol.errors import InvalidParamsError
 from protocol.manifest import ShardEntry
+from torch_bridge.ending import Held
 from torch_bridge.ranks import Ranks
 from torch_bridge.shards.downloader import StreamingDownloader
 from torch_bridge.shards.source import ShardSource
@@ -154,20 +155,19 @@ class StreamingShardDataset(IterableDataset[Any]):
         self._reading = downloader
         rows = ShardRows(self._entries, downloader, self._columns, self._buffering)
         due = sorted(spans, key=lambda span: span.last, reverse=True)
-        try:
-            for done, batch in enumerate(order.taken(numbers), 1):
-                while due and due[-1].last < batch.number:
+        with Held(downloader.stop, rows.close):
+            try:
+                for done, batch in enumerate(order.taken(numbers), 1):
+                    while due and due[-1].last < batch.number:
+                        rows.leave(due.pop().shard)
+                    given = self._given(rows.table(batch))
+                    self._place = Place(began.epoch, Position(base, own + done))
+                    yield given
+                while due:
                     rows.leave(due.pop().shard)
-                given = self._given(rows.table(batch))
-                self._place = Place(began.epoch, Position(base, own + done))
-                yield given
-            while due:
-                rows.leave(due.pop().shard)
-        finally:
-            self._open -= 1
-            self._reading = None
-            rows.close()
-            downloader.stop()
+            finally:
+                self._open -= 1
+                self._reading = None
 
     def _given(self, table: pa.Table) -> Any:
         columns = as_arrays(table)
