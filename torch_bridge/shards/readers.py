@@ -69,6 +69,7 @@ class Ledger:
         self._mine = self._root / quote(run, safe="") / quote(reader, safe="")
         self._lock = FileLock(self._mine.with_name(self._mine.name + ".lock"))
         self._give_up_after_s = give_up_after_s
+        self._said: Reader | None = None
         self._threads = threading.RLock()
         self._inside = 0
         self._mine.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,9 @@ class Ledger:
                     self._inside -= 1
 
     def write(self, state: Reader) -> None:
-        """Say what this reader needs."""
+        """Say what this reader needs, where that is not what it said last."""
+        if state == self._said:
+            return
         with self.alone():
             new = self._mine.with_name(self._mine.name + ".new")
             try:
@@ -115,6 +118,7 @@ class Ledger:
             except OSError:
                 new.unlink(missing_ok=True)
                 raise
+            self._said = state
 
     def delete(self, candidates: Sequence[str], discard: Callable[[str], bool]) -> list[str]:
         """Call `discard` for those that no live reader of any run needs; the names of those that went."""

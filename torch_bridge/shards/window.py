@@ -91,7 +91,7 @@ class Window:
             expected=self._expected,
             epoch=self.epoch,
             remaining=tuple(name for name in self.order if name not in past),
-            held=tuple({*self.here, *self.on_the_way, *behind, *self.pinned}),
+            held=tuple(sorted({*self.here, *self.on_the_way, *behind, *self.pinned})),
         )
 
     def errors(self) -> Mapping[str, str]:
