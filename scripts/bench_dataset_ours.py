@@ -202,9 +202,9 @@ def streaming_shards(job: Job) -> Batches:
 OURS: dict[str, tuple[tuple[str, ...], Callable[[Job], Batches]]] = {
     "local files": ((), local),
     "local parquet": (("pyarrow.parquet", "torch_bridge.streaming.rows"), local_parquet),
-    "O3Dataset": (("torch_bridge.objects.dataset",), o3_dataset),
+    "O3Dataset": (("torch_bridge.objects.dataset", "node.origin.s3"), o3_dataset),
     "StreamingShardDataset": (
-        ("torch_bridge.shards.origin_source", "torch_bridge.streaming.dataset"),
+        ("torch_bridge.shards.origin_source", "torch_bridge.streaming.dataset", "node.origin.s3"),
         streaming_shards,
     ),
 }
