@@ -1,7 +1,8 @@
 """Large objects in parts, resumable: what an upload that broke off has brought is not sent again.
 
-The server keeps the parts of an upload that was never completed. The next upload under the same name looks for one,
-and takes a part as done if its size and its MD5 (S3's ETag of a part) are those of the bytes here.
+The server keeps the parts of an upload that was never completed. The next upload under the same name looks for one
+whose last part is of the bytes here, and takes a part as done if its size and its MD5 (S3's ETag of a part) are theirs.
+One without such a part may be somebody's who writes something else under that name right now: its parts stay alone.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class PartsUpload:
         return await self._complete(upload_id)
 
     async def _resumable(self) -> tuple[str, dict[int, tuple[int, str]]] | None:
-        """An upload of this name that was begun, and its parts: size and ETag by number."""
+        """An upload of this name and content that was begun, and its parts: size and ETag by number."""
         try:
             answer = await self._call("list_multipart_uploads", "look for uploads of", Prefix=self.full)
         except OriginDeniedError:
@@ -103,7 +104,8 @@ class PartsUpload:
         for one in begun[:_UPLOADS_LOOKED_AT]:
             with suppress(OriginNotFoundError):  # ended meanwhile
                 parts = await self._parts(one["UploadId"])
-                if best is None or len(parts) > len(best[1]):
+                longer = len(parts) > (len(best[1]) if best else 0)
+                if longer and await self._is_done(max(parts), parts):
                     best = one["UploadId"], parts
         return best
 
@@ -119,6 +121,19 @@ class PartsUpload:
                 return parts
             more = {"PartNumberMarker": marker}
 
+    def _span(self, number: int) -> tuple[int, int]:
+        """The bytes [start, end) of a part."""
+        start = (number - 1) * part_bytes(self.size)
+        return start, min(start + part_bytes(self.size), self.size)
+
+    async def _is_done(self, number: int, there: Mapping[int, tuple[int, str]]) -> bool:
+        """Whether a part that is there is of the bytes here."""
+        start, end = self._span(number)
+        size, etag = there[number]
+        if size != end - start:
+            return False
+        return await asyncio.to_thread(_md5, await read_part(self.body, start, end)) == etag
+
     async def _begin(self) -> str:
         answer = await self._call(
             "create_multipart_upload", "begin to write", Key=self.full, Metadata=dict(self.metadata)
@@ -127,8 +142,7 @@ class PartsUpload:
 
     async def _send(self, numbers: Iterator[int], upload_id: str, there: Mapping[int, tuple[int, str]]) -> None:
         for number in numbers:
-            start = (number - 1) * part_bytes(self.size)
-            end = min(start + part_bytes(self.size), self.size)
+            start, end = self._span(number)
             data = await read_part(self.body, start, end)
             if len(data) != end - start:
                 raise self._changed()

@@ -135,5 +135,21 @@ async def test_of_two_writers_of_a_new_name_one_wins(weed: S3Server, tmp_path: P
         done = await asyncio.gather(*(store.put("a", body, if_absent=True) for body in bodies), return_exceptions=True)
         won = [body for body, outcome in zip(bodies, done, strict=True) if not isinstance(outcome, BaseException)]
         assert len(won) == 1, done
-        assert [type(outcome) for outcome in done if isinstance(outcome, BaseException)] == [OriginExistsError]
+        assert [type(outcome) for outcome in done if isinstance(outcome, BaseException)] == [OriginExistsError], done
         assert await streamed(store, "a") == won[0]
+
+
+async def test_two_writers_of_other_bytes_do_not_take_each_others_parts(
+    weed: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = Recorded(monkeypatch)
+    store, bodies = open_store("o3://shards/mixed", settings_of(weed)), [os.urandom(LARGE), os.urandom(LARGE)]
+    sent = asyncio.Event()
+    first = asyncio.create_task(store.put("file", bodies[0], if_absent=True, on_bytes=lambda _: sent.set()))
+    await sent.wait()
+    second = asyncio.create_task(store.put("file", bodies[1], if_absent=True))
+    done = await asyncio.gather(first, second, return_exceptions=True)
+    assert sorted(type(outcome).__name__ for outcome in done) == ["ObjectInfo", "OriginExistsError"], done
+    won = [body for body, outcome in zip(bodies, done, strict=True) if not isinstance(outcome, BaseException)]
+    assert await streamed(store, "file") == won[0]
+    assert [method for method, _ in recorded.calls].count("create_multipart_upload") == 2

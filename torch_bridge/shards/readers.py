@@ -17,7 +17,7 @@ from urllib.parse import quote
 import msgspec
 
 from protocol.errors import ShardInUseError
-from torch_bridge.shards.locks import FileLock, locked
+from torch_bridge.shards.locks import FileLock, held_here, locked
 
 
 class Reader(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +55,10 @@ def deletable(candidates: Iterable[str], needs: Collection[str] | None) -> list[
     return [] if needs is None else [name for name in candidates if name not in needs]
 
 
+_ENDING_S = 5.0
+"""So long an iteration of this process that was left may take to let go (torch_bridge/ending.py)."""
+
+
 class Ledger:
     """One reader's hand in the ledger of a folder."""
 
@@ -63,16 +67,31 @@ class Ledger:
     ) -> None:
         """Registers, with what it needs. `give_up_after_s`: so long readers that have not registered are waited for.
 
-        Raises ShardInUseError where a living process is this reader already, OSError of the disk.
+        Raises ShardInUseError where something living is this reader already, OSError of the disk.
         """
         self._root = folder / ".readers"
         self._mine = self._root / quote(run, safe="") / quote(reader, safe="")
-        self._lock = FileLock(self._mine.with_name(self._mine.name + ".lock"))
+        self._lock_path = self._mine.with_name(self._mine.name + ".lock")
+        self._lock = FileLock(self._lock_path)
         self._give_up_after_s = give_up_after_s
         self._said: Reader | None = None
         self._threads = threading.RLock()
         self._inside = 0
         self._mine.parent.mkdir(parents=True, exist_ok=True)
+        until = time.monotonic() + _ENDING_S
+        while True:
+            ends_soon = held_here(self._lock_path) and time.monotonic() < until
+            if self._register(state):
+                break
+            if not ends_soon:
+                raise ShardInUseError(
+                    f"something else reads as {reader!r} of run {run!r} in {folder}: give each its own "
+                    "reader= (rank and worker), and each run its own (run=)"
+                )
+            time.sleep(0.02)
+
+    def _register(self, state: Reader | None) -> bool:
+        """Whether nobody else is this reader."""
         with self.alone():
             if not any(_is_held(path) for path in self._mine.parent.glob("*.lock")):
                 kept = () if state is None else tuple(self._finished(state.epoch))
@@ -81,16 +100,14 @@ class Ledger:
                         stale.unlink(missing_ok=True)
                 self._mine.with_name("began").touch()
             if not self._lock.take():
-                raise ShardInUseError(
-                    f"another process reads as {reader!r} of run {run!r} in {folder}: give each its own "
-                    "reader= (rank and worker), and each run its own (run=)"
-                )
+                return False
             if state is not None:
                 try:
                     self.write(state)
                 except OSError:
                     self._lock.leave()
                     raise
+            return True
 
     @contextmanager
     def alone(self) -> Iterator[None]:
