@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,6 +124,26 @@ def test_a_reader_goes_through_more_than_the_disk_holds(published: tuple[Path, M
             assert shards.wait_for_shard(entry, 20).stat().st_size == entry.size
             shards.consumed(entry)
         assert shards.status().deleted == 4
+
+
+def test_what_was_fetched_ahead_gives_way_to_what_is_waited_for(
+    published: tuple[Path, Manifest], small_disk: Path
+) -> None:
+    base, manifest = published
+    first, ahead, later, last = manifest.shards
+    with StreamingDownloader(source_of(base, small_disk), buffer_size=4, stop_free_bytes=0, at_once=1) as shards:
+        read = shards.wait_for_shard(first, 20)
+        until = time.monotonic() + 20
+        while len(shards.status().ready) < 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert shards.status().ready == (first.filename, ahead.filename)
+        assert hash_file(shards.wait_for_shard(last, 20)).content_id == last.content_id
+        assert hash_file(read).content_id == first.content_id, "it is being read"
+        for entry in (last, first, ahead, later):
+            assert hash_file(shards.wait_for_shard(entry, 20)).content_id == entry.content_id
+            shards.consumed(entry)
+        assert shards.status().deleted == 5
+    assert list(small_disk.glob("shard*")) == []
 
 
 def test_a_full_disk_at_the_start_and_on_the_way_is_said_and_passes(

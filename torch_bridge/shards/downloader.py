@@ -123,7 +123,7 @@ class StreamingDownloader:
                     if left_s <= 0:
                         raise TimedOutError(f"{name} was not here within {timeout_s:g} s: {self._what_goes_on(name)}")
                     self._changed.wait(left_s)
-                return self._window.here[name].path
+                return self._window.hand_out(name).path
             finally:
                 self._window.wanted.remove(name)
                 self._measures.waits_s += time.monotonic() - began

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from protocol.errors import CancelledRequestError, ShoalError
+from protocol.errors import CancelledRequestError, InsufficientDiskError, ShoalError
 from torch_bridge.shards.failures import Failure
 from torch_bridge.shards.plan import next_to_fetch
 from torch_bridge.shards.readers import Reader
@@ -31,6 +31,10 @@ class Window:
         """This reader is past them, and they may still be there."""
         self.alone_until = 0.0
         """Until then, on the monotonic clock, nothing is fetched beside the first shard."""
+        self._handed: set[str] = set()
+        """Somebody has had these, and may be reading them."""
+        self._given_way: set[str] = set()
+        """Needed later, and deleted for now."""
         self._distrusted: set[str] = set()
         self._keep_behind, self._expected = keep_behind, expected
 
@@ -40,13 +44,34 @@ class Window:
             return None
         return next_to_fetch(
             self.order, pinned=self.pinned, here=self.here, on_the_way=self.on_the_way, consumed=set(self.consumed),
-            wanted=self.wanted, ahead=ahead,
+            wanted=self.wanted, ahead=0 if self._wants_room() else ahead,
             not_now=[name for name, failure in self.failed.items() if failure.for_good or now_s < failure.again_at],
         )  # fmt: skip
+
+    def hand_out(self, name: str) -> FetchedFile:
+        """For who waited for it: it stays until this reader is past it."""
+        self._handed.add(name)
+        return self.here[name]
+
+    def _wants_room(self) -> bool:
+        """Whether the disk was too full for what somebody waits for."""
+        errors = [failure.error for name, failure in self.failed.items() if name in self.wanted]
+        return any(isinstance(error, InsufficientDiskError) for error in errors)
+
+    def _give_way(self) -> None:
+        """The shard that is read last of those here, and that nobody has had, is let go, for what is waited for now."""
+        for name in reversed(self.order):
+            if name in self.here and name not in self._handed and name not in (*self.pinned, *self.wanted):
+                del self.here[name]
+                self._given_way.add(name)
+                self.undeleted.append(name)
+                return
 
     def came(self, name: str, found: FetchedFile) -> None:
         """It is here; where the order changed while it was on its way, only to be deleted."""
         self.failed.pop(name, None)
+        self._given_way.discard(name)
+        self.undeleted = [other for other in self.undeleted if other != name]
         if self._is_needed(name):
             self.here[name] = found
         else:
@@ -57,11 +82,14 @@ class Window:
         if isinstance(error, CancelledRequestError):
             return None
         self.failed[name] = failure = Failure(error, self.failed.get(name), total_s)
+        if self._wants_room():
+            self._give_way()
         return failure
 
     def distrust(self, name: str) -> bool:
         """It is not handed out any more, and on its way until that is cleared; whether this is the second time."""
         self.here.pop(name, None)
+        self._handed.discard(name)
         self.on_the_way.add(name)
         known = name in self._distrusted
         self._distrusted.add(name)
@@ -72,12 +100,14 @@ class Window:
         if name not in self.consumed:
             self.consumed.append(name)
         self.here.pop(name, None)
+        self._handed.discard(name)
         self.undeleted = [*(other for other in self.undeleted if other != name), name]
 
     def read_on(self, order: list[str], epoch: int, consumed: Sequence[str]) -> None:
         """Another order, or another place in it: what it does not need is let go."""
         self.order, self.epoch, self.consumed = order, epoch, list(consumed)
         self.failed.clear()
+        self._given_way.clear()
         left = [name for name in self.here if not self._is_needed(name)]
         for name in left:
             del self.here[name]
@@ -90,7 +120,7 @@ class Window:
         return Reader(
             expected=self._expected,
             epoch=self.epoch,
-            remaining=tuple(name for name in self.order if name not in past),
+            remaining=tuple(name for name in self.order if name not in past and name not in self._given_way),
             held=tuple(sorted({*self.here, *self.on_the_way, *behind, *self.pinned})),
         )
 
