@@ -12,9 +12,9 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(VENV)/.model
 	@$(BIN)/python -m node demo
 
-# Two workers: most tests wait for sockets and time-outs more than they compute.
+# A worker more than two cores: most tests wait for sockets and time-outs more than they compute.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
