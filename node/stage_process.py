@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ctypes
+import faulthandler
 import gc
 import logging
 import os
@@ -42,6 +43,7 @@ def main() -> None:
     _die_with(args.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the daemon ends us in order
     logging.basicConfig(level=args.log_level, format="%(asctime)s %(levelname)-7s engine[%(process)d]: %(message)s")
+    faulthandler.enable()  # the daemon's stderr: what every thread was in when a native library crashed
     _take_over_stdout()
     code = 1
     try:

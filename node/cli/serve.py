@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import json
 import logging
 import os
@@ -129,6 +130,7 @@ def serve(
     settings = load_settings(**flags)
     check_platform()
     _log_to_stderr(settings.log_level.upper())
+    faulthandler.enable()  # a native library that crashes leaves in the log what every thread was in
     for name in unknown_variables():
         log.warning("%s is no setting of a node, and is ignored; `serve --help` lists them", name)
     warn_if_reachable(settings)

@@ -155,3 +155,11 @@ def test_a_provider_that_died_is_named_in_time(slow_seed: Daemon, smollm2_shards
         assert f"127.0.0.1:{first.ports['bt']} (has it)" in caught.value.message
         assert caught.value.details["providers"] == {f"127.0.0.1:{first.ports['bt']}": True}
         assert node.call("STATUS")["downloads"] == []
+
+
+def test_a_crash_of_a_native_library_leaves_in_the_log_what_the_threads_were_in(tmp_path: Path) -> None:
+    with daemon(tmp_path / "a") as node:
+        node.process.send_signal(signal.SIGSEGV)
+        assert node.process.wait(5) == -signal.SIGSEGV
+        assert "Segmentation fault" in node.log
+        assert "node/cli/serve.py" in node.log
