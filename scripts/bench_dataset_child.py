@@ -5,6 +5,7 @@ python -m scripts.bench_dataset_child read|write|probe JSON
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import sys
@@ -35,6 +36,7 @@ def _import(job: Job) -> float:
 
 def _read(job: Job) -> dict[str, float]:
     import_s = _import(job)
+    gc.freeze()  # or whoever makes the collector's hundredth object goes through all of torch: 250 ms, by chance
     began = time.perf_counter()
     batches = CONTENDERS[job.contender][1](job)
     first_s, samples = 0.0, 0

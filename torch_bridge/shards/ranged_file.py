@@ -16,6 +16,8 @@ from torch_bridge.shards.disk import FULL
 from torch_bridge.shards.source import OnProgress
 from torch_bridge.stores import Store
 
+FIRST_RANGE_BYTES = 1 << 20
+"""So that what came first is written and hashed while the rest is on its way; each further one is twice as long."""
 RANGE_BYTES = 8 << 20
 AT_ONCE = 4
 """Ranges in memory at a time: 32 MiB a shard."""
@@ -40,13 +42,13 @@ def download(
             file.truncate(0)
         while block := file.read(_READ_BYTES):
             hasher.update(block)
-        asked = hasher.seen
+        asked, length = hasher.seen, min(FIRST_RANGE_BYTES, RANGE_BYTES)
         try:
             while hasher.seen < entry.size:
                 while asked < entry.size and len(ahead) < AT_ONCE:
-                    end = min(asked + RANGE_BYTES, entry.size)
+                    end = min(asked + length, entry.size)
                     ahead.append(loop_thread().submit(store.aio.get_range(key, asked, end)))
-                    asked = end
+                    asked, length = end, min(2 * length, RANGE_BYTES)
                 body = _wait(ahead[0], stop, entry.filename)
                 ahead.popleft()
                 left = memoryview(body)
