@@ -111,6 +111,7 @@ class Window:
         left = [name for name in self.here if not self._is_needed(name)]
         for name in left:
             del self.here[name]
+        self._handed.intersection_update(self.here)
         self.undeleted = list(dict.fromkeys([*self.undeleted, *left, *consumed]))
 
     def reader(self) -> Reader:
