@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Collection
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import libtorrent as lt
 
@@ -16,6 +17,8 @@ from node.swarm.settings import SwarmSettings, session_params
 from node.swarm.torrent import Torrent
 from protocol.errors import BusyError, InternalError, InvalidShardError, UnreachableError
 from protocol.ids import InfoHash
+
+T = TypeVar("T")
 
 _CHECK_TIMEOUT_S = 3600.0
 
@@ -36,22 +39,23 @@ class Session:
         """Raises UnreachableError where the address cannot be listened on."""
         # One reference in one place: dropping it ends libtorrent's threads, which takes a moment and a thread of ours.
         held = [await asyncio.to_thread(lt.session, session_params(settings))]
-        try:
-            port = await asyncio.to_thread(held[0].listen_port)
-            if not port or (settings.port and port != settings.port):
-                raise UnreachableError(
-                    f"cannot listen for BitTorrent on {settings.listen_host}:{settings.port}: is the port taken?"
-                )
-            session = cls(held[0], port)
-            pump = AlertPump(held[0], session._on_event)
+        with contextlib.ExitStack() as last:
             try:
-                yield session
+                port = await asyncio.to_thread(held[0].listen_port)
+                if not port or (settings.port and port != settings.port):
+                    raise UnreachableError(
+                        f"cannot listen for BitTorrent on {settings.listen_host}:{settings.port}: is the port taken?"
+                    )
+                session = cls(held[0], port)
+                pump = AlertPump(held[0], session._on_event)
+                last.callback(pump.close)
+                try:
+                    yield session
+                finally:
+                    session._raw = None
+                    pump.detach()
             finally:
-                session._raw = None
-                pump.detach()
-        finally:
-            await asyncio.to_thread(held.clear)
-        pump.close()
+                await _to_the_end(held.clear)
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, SessionCounters):
@@ -96,7 +100,7 @@ class Session:
         self._handles[torrent.info_hash] = handle
         checked = handle.expect(Checked)
         try:
-            handle.attach(await asyncio.to_thread(self._raw.add_torrent, params))
+            await _to_the_end(partial(self._raw.add_torrent, params), handle.attach)
             async with asyncio.timeout(_CHECK_TIMEOUT_S):
                 await checked
         except BaseException as err:
@@ -129,6 +133,18 @@ class Session:
         """Ask for the counters and for the status of every torrent that changed; both come as events."""
         self._raw.post_session_stats()
         self._raw.post_torrent_updates(0)
+
+
+async def _to_the_end(call: Callable[[], T], take: Callable[[T], object] = lambda _: None) -> None:
+    """Run it in a thread and take what it gives, also where this task is cancelled meanwhile."""
+    running = asyncio.ensure_future(asyncio.to_thread(call))
+    try:
+        await asyncio.shield(running)
+    finally:
+        if not running.done():
+            await asyncio.wait([running])
+        if not running.exception():
+            take(running.result())
 
 
 def _params(torrent: Torrent, path: Path, piece_layer: bytes, resume: bytes) -> Any:

@@ -120,7 +120,7 @@ async def test_a_seed_notices_at_the_first_upload_that_its_file_changed(tmp_path
     source = tmp_path / "source.bin"
     hashed = make_file(source, 4 * MIB)
     torrent = Torrent.of("shard.bin", hashed.size, hashed.content_id)
-    poison(source, source, every=300_000)
+    poison(source, source, every=200_000)  # in each piece
     found: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     async with (
         Swarm.open(SwarmSettings(tmp_path / "bad")) as bad,
