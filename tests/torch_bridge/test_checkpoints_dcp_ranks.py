@@ -49,7 +49,7 @@ def one_rank(rank: int, rendezvous: str, url: str, said: Connection) -> None:
     """Load what one process saved, and save it cut."""
     try:
         warnings.simplefilter("ignore")
-        torch.set_num_threads(1)  # OpenMP's threads did not come along with the fork
+        torch.set_num_threads(1)
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS)
         store = O3Client().at(url)
@@ -76,7 +76,7 @@ def one_rank(rank: int, rendezvous: str, url: str, said: Connection) -> None:
 
 def run_ranks(folder: Path, url: str) -> list[str]:
     """What each rank says at its end."""
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a fork would inherit the locks of whatever ran in this process
     answers = []
     ranks = []
     for rank in range(RANKS):
