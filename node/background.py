@@ -1,12 +1,14 @@
-"""Work of a node that nobody waits for, with an owner all the same."""
+"""Work of a node that nobody waits for, or no longer, with an owner all the same."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, ParamSpec
+
+P = ParamSpec("P")
 
 log = logging.getLogger(__name__)
 
@@ -66,3 +68,13 @@ async def _logged(work: Coroutine[Any, Any, None], name: str) -> None:
         await work
     except Exception:
         log.exception("%s failed", name)
+
+
+async def to_the_end(call: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Run a call in a thread, and wait for its end also where the caller is cancelled."""
+    work = asyncio.ensure_future(asyncio.to_thread(call, *args, **kwargs))
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
+        raise

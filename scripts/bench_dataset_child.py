@@ -36,7 +36,7 @@ def _import(job: Job) -> float:
 
 def _read(job: Job) -> dict[str, float]:
     import_s = _import(job)
-    gc.freeze()  # or whoever makes the collector's hundredth object goes through all of torch: 250 ms, by chance
+    gc.freeze()  # else a full collection goes through all that torch made: 250 ms, for whom it happens to
     began = time.perf_counter()
     batches = CONTENDERS[job.contender][1](job)
     first_s, samples = 0.0, 0

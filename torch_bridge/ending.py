@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
@@ -13,6 +14,7 @@ from torch_bridge.loop import loop_thread
 from torch_bridge.waiting import may_wait
 
 _log = logging.getLogger(__name__)
+_LOOK_S = 0.02
 
 
 class Held(ExitStack):
@@ -37,6 +39,7 @@ class Held(ExitStack):
         if self._process != os.getpid() or sys.is_finalizing():
             return False
         if not may_wait():
+            _leaving.add(self)
             self._loop.call_apart(self._close_later)
             return False
         _held.discard(self)
@@ -47,7 +50,19 @@ class Held(ExitStack):
             self.close()
         except Exception as error:  # nobody is there to be told
             _log.warning("an iteration that was left did not end as it should: %s", error)
+        finally:
+            _leaving.discard(self)
+
+
+def wait_for_others(limit_s: float) -> None:
+    """Until what lets go on threads of its own right now, of this process, has."""
+    others, until = set(_leaving), time.monotonic() + limit_s
+    while others & _leaving and time.monotonic() < until:
+        time.sleep(_LOOK_S)
 
 
 _held: set[Held] = set()
 """What has not ended. The collector, which ends the parts of a thing in any order, finds none of it here."""
+_leaving: set[Held] = set()
+"""Of these, what is letting go on a thread of its own."""
+os.register_at_fork(after_in_child=_leaving.clear)

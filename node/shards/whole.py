@@ -9,16 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, ParamSpec
+from typing import BinaryIO
 
+from node.background import to_the_end
 from node.shards.fetching import Fetch, FetchProgress
 from node.shards.ports import OriginPlace
 from node.shards.space import whole_part_of
 from node.shards.supply import Supply
 from protocol.content import ContentHash, ContentHasher
 from protocol.errors import OriginError
-
-P = ParamSpec("P")
 
 READ_BYTES = 1024 * 1024
 RETRY_S = 0.25
@@ -130,16 +129,6 @@ class Whole:
         self._foreign = False
         self._givers.clear()
         self._hasher = ContentHasher(self._entry.size)
-
-
-async def to_the_end(call: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-    """Run a call in a thread, and wait for its end also where the caller is cancelled."""
-    work = asyncio.ensure_future(asyncio.to_thread(call, *args, **kwargs))
-    try:
-        await asyncio.shield(work)
-    except asyncio.CancelledError:
-        await asyncio.wait([work])
-        raise
 
 
 def _open(path: Path) -> BinaryIO:

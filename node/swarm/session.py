@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Collection
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import libtorrent as lt
 
+from node.background import to_the_end
 from node.swarm.alerts import AlertPump, Checked, Event, Removed, SessionCounters
 from node.swarm.handle import Handle
 from node.swarm.settings import SwarmSettings, session_params
 from node.swarm.torrent import Torrent
 from protocol.errors import BusyError, InternalError, InvalidShardError, UnreachableError
 from protocol.ids import InfoHash
-
-T = TypeVar("T")
 
 _CHECK_TIMEOUT_S = 3600.0
 
@@ -55,7 +53,7 @@ class Session:
                     session._raw = None
                     pump.detach()
             finally:
-                await _to_the_end(held.clear)
+                await to_the_end(held.clear)
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, SessionCounters):
@@ -100,7 +98,7 @@ class Session:
         self._handles[torrent.info_hash] = handle
         checked = handle.expect(Checked)
         try:
-            await _to_the_end(partial(self._raw.add_torrent, params), handle.attach)
+            await to_the_end(self._add_now, handle, params)
             async with asyncio.timeout(_CHECK_TIMEOUT_S):
                 await checked
         except BaseException as err:
@@ -113,6 +111,9 @@ class Session:
                 raise InternalError(f"libtorrent refused {torrent.name!r}: {err}") from None
             raise
         return handle
+
+    def _add_now(self, handle: Handle, params: Any) -> None:
+        handle.attach(self._raw.add_torrent(params))
 
     async def remove(self, handle: Handle) -> None:
         """Take a torrent out of the session; its file stays. Returns when libtorrent has let go of it."""
@@ -133,18 +134,6 @@ class Session:
         """Ask for the counters and for the status of every torrent that changed; both come as events."""
         self._raw.post_session_stats()
         self._raw.post_torrent_updates(0)
-
-
-async def _to_the_end(call: Callable[[], T], take: Callable[[T], object] = lambda _: None) -> None:
-    """Run it in a thread and take what it gives, also where this task is cancelled meanwhile."""
-    running = asyncio.ensure_future(asyncio.to_thread(call))
-    try:
-        await asyncio.shield(running)
-    finally:
-        if not running.done():
-            await asyncio.wait([running])
-        if not running.exception():
-            take(running.result())
 
 
 def _params(torrent: Torrent, path: Path, piece_layer: bytes, resume: bytes) -> Any:

@@ -174,6 +174,19 @@ def test_on_the_loop_thread(kind: Any, how: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_next_may_begin_while_it_lets_go(kind: Any, tmp_path: Path) -> None:
+    gate = Gate()
+    cycle = abandoned(kind, tmp_path, gate)
+    del cycle
+    gc.collect()
+    assert serving(), "it lets go"
+    threading.Timer(0.3, gate.go.set).start()
+    following = Gate()
+    following.go.set()
+    assert len(list(kind(tmp_path, following))) >= 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_on_a_thread_that_fetches(kind: Any, tmp_path: Path) -> None:
     gate, collected = Gate(), threading.Event()
     cycle = abandoned(kind, tmp_path, gate)

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +60,6 @@ def test_a_reader_that_was_killed_needs_nothing(tmp_path: Path) -> None:
     child.join(10)
     assert mine.delete(["a", "b"], lambda _: True) == ["a"]
     mine.close()
-
-
-def test_a_reader_of_this_process_that_lets_go_soon_is_waited_for(tmp_path: Path) -> None:
-    last = Ledger(tmp_path, "run", "rank0")
-    threading.Timer(0.3, last.close).start()
-    Ledger(tmp_path, "run", "rank0").close()
 
 
 def test_a_reader_that_was_through_before_another_began_counts_as_registered(tmp_path: Path) -> None:

@@ -177,5 +177,5 @@ def translated(what: str) -> Iterator[None]:
         yield
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
         raise InvalidShardError(f"{what} is no whole archive of its kind ({error}): make it again") from error
-    except (RuntimeError, NotImplementedError) as error:  # how zipfile refuses encryption and rare compressions
+    except RuntimeError as error:  # how zipfile refuses encryption and rare compressions
         raise InvalidShardError(f"{what} cannot be read: {error}") from error

@@ -72,7 +72,7 @@ class StreamingDownloader:
         self._window.alone_until = time.monotonic() + HEAD_START_S
         with saying_where_full(self._source.folder):
             self._source.folder.mkdir(parents=True, exist_ok=True)
-            self._ledger = Ledger(self._source.folder, self._run, self._reader, self._window.reader())
+            self._ledger = Ledger.join(self._source.folder, self._run, self._reader, self._window.reader())
         self._threads = [ServingThread(self._work, f"shards-{number}") for number in range(self._at_once)]
         for thread in self._threads:
             thread.start()

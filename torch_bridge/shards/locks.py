@@ -55,11 +55,6 @@ class FileLock:
 _all: weakref.WeakSet[FileLock] = weakref.WeakSet()
 
 
-def held_here(path: Path) -> bool:
-    """Whether this process has the lock."""
-    return any(lock._path == path and lock._fd is not None for lock in list(_all))
-
-
 def _forget_all() -> None:
     for lock in list(_all):
         lock.forget()

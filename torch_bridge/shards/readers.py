@@ -17,7 +17,11 @@ from urllib.parse import quote
 import msgspec
 
 from protocol.errors import ShardInUseError
-from torch_bridge.shards.locks import FileLock, held_here, locked
+from torch_bridge.ending import wait_for_others
+from torch_bridge.shards.locks import FileLock, locked
+
+LEAVING_S = 15.0
+"""So long one of the same name may take to end: a DataLoader starts new workers before the old ones are gone."""
 
 
 class Reader(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,10 +59,6 @@ def deletable(candidates: Iterable[str], needs: Collection[str] | None) -> list[
     return [] if needs is None else [name for name in candidates if name not in needs]
 
 
-_ENDING_S = 5.0
-"""So long an iteration of this process that was left may take to let go (torch_bridge/ending.py)."""
-
-
 class Ledger:
     """One reader's hand in the ledger of a folder."""
 
@@ -67,31 +67,16 @@ class Ledger:
     ) -> None:
         """Registers, with what it needs. `give_up_after_s`: so long readers that have not registered are waited for.
 
-        Raises ShardInUseError where something living is this reader already, OSError of the disk.
+        Raises ShardInUseError where a living process is this reader already, OSError of the disk.
         """
         self._root = folder / ".readers"
         self._mine = self._root / quote(run, safe="") / quote(reader, safe="")
-        self._lock_path = self._mine.with_name(self._mine.name + ".lock")
-        self._lock = FileLock(self._lock_path)
+        self._lock = FileLock(self._mine.with_name(self._mine.name + ".lock"))
         self._give_up_after_s = give_up_after_s
         self._said: Reader | None = None
         self._threads = threading.RLock()
         self._inside = 0
         self._mine.parent.mkdir(parents=True, exist_ok=True)
-        until = time.monotonic() + _ENDING_S
-        while True:
-            ends_soon = held_here(self._lock_path) and time.monotonic() < until
-            if self._register(state):
-                break
-            if not ends_soon:
-                raise ShardInUseError(
-                    f"something else reads as {reader!r} of run {run!r} in {folder}: give each its own "
-                    "reader= (rank and worker), and each run its own (run=)"
-                )
-            time.sleep(0.02)
-
-    def _register(self, state: Reader | None) -> bool:
-        """Whether nobody else is this reader."""
         with self.alone():
             if not any(_is_held(path) for path in self._mine.parent.glob("*.lock")):
                 kept = () if state is None else tuple(self._finished(state.epoch))
@@ -100,14 +85,25 @@ class Ledger:
                         stale.unlink(missing_ok=True)
                 self._mine.with_name("began").touch()
             if not self._lock.take():
-                return False
+                raise ShardInUseError(
+                    f"another process reads as {reader!r} of run {run!r} in {folder}: give each its own "
+                    "reader= (rank and worker), and each run its own (run=)"
+                )
             if state is not None:
                 try:
                     self.write(state)
                 except OSError:
                     self._lock.leave()
                     raise
-            return True
+
+    @classmethod
+    def join(cls, folder: Path, run: str, reader: str, state: Reader) -> Ledger:
+        """The same; one of this name that the collector has just ended, and that is letting go, is waited for."""
+        try:
+            return cls(folder, run, reader, state)
+        except ShardInUseError:
+            wait_for_others(LEAVING_S)
+            return cls(folder, run, reader, state)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

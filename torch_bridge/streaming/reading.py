@@ -12,12 +12,11 @@ import pyarrow as pa
 from protocol.errors import InvalidShardError, ShardInUseError
 from protocol.manifest import ShardEntry
 from torch_bridge.shards.downloader import StreamingDownloader
+from torch_bridge.shards.readers import LEAVING_S
 from torch_bridge.streaming.order import Batch, Indices
 from torch_bridge.streaming.rows import DecodedGroups, RowReader, assembled
 from torch_bridge.streaming.settings import Buffering
 
-LEAVING_S = 15.0
-"""How long an earlier iteration may take to end: a DataLoader starts new workers before the old ones are gone."""
 _LOOK_S = 0.1
 _BROUGHT_ANEW = 3
 """How often one shard is brought anew in an iteration, on a disk that damages it again and again."""
