@@ -62,6 +62,8 @@ class NodeSource:
     def _begin(self) -> None:
         self._process = 0
         self._guard = threading.Lock()
+        self._letting_go = threading.Lock()
+        """Held while a lease is taken again and while one is let go of: a shard is not both."""
         self._local = threading.local()
         self._clients: list[tuple[threading.Thread, SyncClient]] = []
         self._held: dict[int, ShardEntry] = {}
@@ -136,10 +138,11 @@ class NodeSource:
 
     def _released(self, entry: ShardEntry, *, evict: bool) -> ReleaseResult:
         self._in_this_process()
-        with self._guard:
-            self._held.pop(entry.shard_id, None)
-        params = self._shard(entry) | {"evict": evict}
-        return self._call("RELEASE", params, ReleaseResult, patience_s=0.0, answer_s=_ANSWER_S)
+        with self._letting_go:
+            with self._guard:
+                self._held.pop(entry.shard_id, None)
+            params = self._shard(entry) | {"evict": evict}
+            return self._call("RELEASE", params, ReleaseResult, patience_s=0.0, answer_s=_ANSWER_S)
 
     def close(self) -> None:
         """Release the lease; files stay with the node, which may evict them then."""
@@ -181,14 +184,20 @@ class NodeSource:
                     log.warning("the lease at the node %s was not renewed: %s", self.address, err)
 
     def _renew_once(self, closed: threading.Event) -> None:
-        times: dict[str, Any] = {"patience_s": self._ttl_s / 3, "answer_s": min(_ANSWER_S, self._ttl_s)}
+        answer_s = min(_ANSWER_S, self._ttl_s)
         params = {"lease": self._lease, "ttl_s": self._ttl_s}
-        known = {shard.shard_id for shard in self._call("RENEW", params, RenewResult, stop=closed, **times).shards}
+        known = self._call(
+            "RENEW", params, RenewResult, stop=closed, patience_s=self._ttl_s / 3, answer_s=answer_s
+        ).shards
         with self._guard:
-            lost = [entry for number, entry in self._held.items() if number not in known]
-        for entry in lost:  # the node was restarted: what is still there is held again, and no byte moves
-            params = self._shard(entry) | {"ttl_s": self._ttl_s, "wait": False}
-            self._call("FETCH_SHARD", params, ShardResult, stop=closed, **times)
+            lost = self._held.keys() - {shard.shard_id for shard in known}
+        for number in lost:  # the node was restarted: what is still there is held again, and no byte moves
+            with self._letting_go:
+                with self._guard:
+                    entry = self._held.get(number)
+                if entry is not None:
+                    params = self._shard(entry) | {"ttl_s": self._ttl_s, "wait": False}
+                    self._call("FETCH_SHARD", params, ShardResult, stop=closed, patience_s=0.0, answer_s=answer_s)
 
     # The connection: one a thread
 
