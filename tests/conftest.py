@@ -10,13 +10,17 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from node.formats.split import split_gguf
 
 
 def pytest_configure() -> None:
-    """A shell that runs the suite in the background has it ignore Ctrl-C, and all that it starts would inherit that."""
+    # A machine that stalls is no defect of what is tested: each test has a time-out of its own.
+    hypothesis.settings.register_profile("shoal", deadline=None)
+    hypothesis.settings.load_profile("shoal")
+    # A shell that runs the suite in the background has it ignore Ctrl-C, and all that it starts would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

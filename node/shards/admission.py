@@ -12,7 +12,7 @@ from node.shards.catalog import Catalog, ShardFile
 from node.shards.hasher import FileChangedError, Hasher
 from node.shards.holding import Holding, sign_loose
 from node.shards.index import Index
-from node.shards.scan import FoundFile
+from node.shards.scan import Fingerprint, FoundFile
 from node.shards.seeds import Seeds
 from node.shards.settings import ShardsSettings
 from protocol.content import ContentHash
@@ -104,6 +104,8 @@ class Admission:
             try:
                 hashed = await self._hasher.hash(file.path, file.kind)
             except InvalidShardError as err:
+                if await asyncio.to_thread(Fingerprint.of, file.path) != file.fingerprint:
+                    return  # it is being written to: the survey sees it
                 if time.monotonic() - since >= self._settings.incomplete_s:
                     self._refuse(file, err.message)
                 else:

@@ -44,6 +44,12 @@ class Custody:
         self._hasher = hasher
         self._leases = leases
         self._tasks = tasks
+        self._withdrawing = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing that was found wrong is seeded still."""
+        return not self._withdrawing
 
     async def evict(self, signed: SignedManifest, entry: ShardEntry) -> Path:
         """Delete a shard's file, and what an unfinished download or a bad file left of it. Returns where it was."""
@@ -122,11 +128,16 @@ class Custody:
         if self._catalog.get(file.path) is not file or file.state != "seeding":
             return False
         self._catalog.invalidate(file, error)
+        self._withdrawing += 1
         return True
 
     async def _stop_seeding(self, file: ShardFile) -> None:
-        await asyncio.to_thread(self._index.forget, file.path)
-        await self._seeds.stop(file)
+        try:
+            await asyncio.to_thread(self._index.forget, file.path)
+            await self._seeds.stop(file)
+        finally:
+            self._withdrawing -= 1
+            self._catalog.pulse()
 
 
 def _unlink(path: Path) -> bool:

@@ -77,9 +77,10 @@ def link_or_copy(source: Path, target: Path) -> None:
     part.replace(target)
 
 
-def remove_if_empty(folder: Path) -> None:
-    """Take a fetched manifest's folder away, unless something lies beside the manifest."""
+def remove_if_empty(folder: Path) -> bool:
+    """Take a fetched manifest's folder away, unless something lies beside the manifest. Whether that is gone."""
     with suppress(OSError):
         if all(name == MANIFEST_FILENAME for name in os.listdir(folder)):
             (folder / MANIFEST_FILENAME).unlink()
             folder.rmdir()
+    return not (folder / MANIFEST_FILENAME).exists()

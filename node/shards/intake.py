@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
-from node.shards.catalog import Catalog, ShardFile, torrent_of
+from node.background import to_the_end
+from node.shards.catalog import Catalog, HeldFolder, ShardFile, torrent_of
 from node.shards.feeder import Feeder, WholeNeededError
 from node.shards.fetching import Fetch, FetchProgress
 from node.shards.folders import prepare_folder, set_aside
@@ -69,16 +70,26 @@ class Intake:
         self._origin = origin
         self._space = space
         self._tasks = tasks
+        self.folders = asyncio.Lock()
+        """Held while a manifest's folder is made or taken away, and the catalog told."""
 
     async def target(self, fetch: Fetch) -> Path:
-        folder = self._catalog.folder_of(fetch.holding.digest)
-        if folder is None:
-            prepared = await asyncio.to_thread(
-                prepare_folder, self._settings.shards_dir, fetch.holding, self._catalog.folders()
-            )
-            folder = prepared[0]
-            self._catalog.hold_folder(*prepared)
+        async with self.folders:
+            folder = self._catalog.folder_of(fetch.holding.digest) or await self._prepare(fetch)
         return shard_path(folder, fetch.entry)
+
+    async def _prepare(self, fetch: Fetch) -> Path:
+        prepared: list[tuple[Path, HeldFolder]] = []
+
+        def prepare() -> None:
+            prepared.append(prepare_folder(self._settings.shards_dir, fetch.holding, self._catalog.folders()))
+
+        try:
+            await to_the_end(prepare)
+        finally:
+            for folder, held in prepared:  # also of a fetch that is cancelled: `tidy` takes away what is held
+                self._catalog.hold_folder(folder, held)
+        return prepared[0][0]
 
     async def bring(self, fetch: Fetch) -> tuple[Path, dict[str, int]]:
         """Have the shard here, checked and seeded. Returns its file, and how many bytes came from where."""

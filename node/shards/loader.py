@@ -67,10 +67,12 @@ class Loader:
 
     async def tidy(self, digest: ManifestDigest, besides: Fetch | None = None) -> None:
         """Take the folder of a fetched manifest away, if nothing is in it and no other fetch is about to use it."""
-        folder = self._catalog.folder_of(digest)
-        busy = any(fetch.holding.digest == digest and fetch is not besides for fetch in self.fetches())
-        if folder and not busy and self._catalog.folders()[folder].holding.fetched:
-            await asyncio.to_thread(remove_if_empty, folder)
+        async with self._intake.folders:
+            folder = self._catalog.folder_of(digest)
+            busy = any(fetch.holding.digest == digest and fetch is not besides for fetch in self.fetches())
+            is_fetched = folder is not None and self._catalog.folders()[folder].holding.fetched
+            if folder and is_fetched and not busy and await asyncio.to_thread(remove_if_empty, folder):
+                self._catalog.release_folder(folder)
         self._survey.poke()
 
     async def fetch(self, holding: Holding, entry: ShardEntry, on_progress: OnProgress | None) -> FetchedShard:
@@ -152,6 +154,8 @@ class Loader:
         for file in self._catalog.of_shard(digest, entry.shard_id):
             if file.state == "seeding":
                 return file.path
+            if file.state == "invalid":  # found so just now, it may be in the swarm still, which would take it for good
+                await self._seeds.stop(file)
         for copy in self._catalog.of_content(entry.content_id):
             if copy.state == "seeding" and (path := await self._copy(fetch, copy)):
                 return path

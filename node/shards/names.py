@@ -76,13 +76,8 @@ class Names:
         if "://" in name:
             return await self._at(kind, name)
         plain, digest = split_name(name)
-        local = [holding.signed for holding in self._catalog.holdings()]
-        chosen = _fitting([_candidate(signed) for signed in local], kind, plain, digest)
-        if not chosen and digest:
-            chosen = _fitting([_candidate(signed) for signed in self._fetched.values()], kind, plain, digest)
         failures: list[str] = []
-        if not chosen:
-            chosen = await self._find(kind, plain, digest) or await self._find_at_origins(kind, name, failures)
+        chosen = await self._find(kind, plain, digest) or await self._find_at_origins(kind, name, failures)
         if not chosen:
             chosen = await self._insist(lambda: self._find(kind, plain, digest))
         if not chosen:
@@ -139,7 +134,14 @@ class Names:
             found.add(Candidate(holding.manifest.name, holding.manifest.kind, holding.digest))
         return {candidate for candidate in found if candidate.kind == kind}
 
+    def _here(self, kind: Kind | None, plain: str, digest: str) -> set[Candidate]:
+        held = [_candidate(holding.signed) for holding in self._catalog.holdings()]
+        fetched = [_candidate(signed) for signed in self._fetched.values()] if digest else []
+        return _fitting(held, kind, plain, digest) or _fitting(fetched, kind, plain, digest)
+
     async def _find(self, kind: Kind | None, plain: str, digest: str) -> set[Candidate]:
+        if here := self._here(kind, plain, digest):
+            return here
         named = [*await self._discovery.find_name(plain)]
         if digest and digest != plain:  # or the name itself ends like this
             named += await self._discovery.find_name(f"{plain}@{digest}")
@@ -149,12 +151,12 @@ class Names:
         return chosen
 
     async def _insist(self, look: Callable[[], Awaitable[set[Candidate]]]) -> set[Candidate]:
-        """Look again for a while: an announcement may be on its way."""
-        give_up = asyncio.get_running_loop().time() + self._settings.name_timeout_s
-        pause = 0.1
-        while not (found := await look()) and asyncio.get_running_loop().time() + pause < give_up:
-            await asyncio.sleep(pause)
-            pause *= 2
+        """Look again for a while: an announcement may be on its way, or a file not yet looked at."""
+        loop, pause_s = asyncio.get_running_loop(), 0.1
+        give_up = loop.time() + self._settings.name_timeout_s
+        while not (found := await look()) and (left_s := give_up - loop.time()) > 0:
+            await asyncio.sleep(min(pause_s, left_s))
+            pause_s *= 2
         return found
 
     async def _known(self, kind: Kind | None) -> list[str]:

@@ -71,7 +71,8 @@ class Remember:
                     except OSError as err:
                         log.info("%s is hashed at the next start instead: %s", path, err)
             finally:
-                self._queue.pop(path, None)
+                if self._queue.get(path) is file:
+                    del self._queue[path]
 
 
 def _sync(path: Path) -> None:

@@ -141,8 +141,7 @@ class Shards:
             if failure:
                 raise failure
         finally:
-            for hasher in hashers:
-                await hasher.close()
+            await asyncio.gather(*(hasher.close() for hasher in hashers))
             await asyncio.to_thread(index.close)
 
     # What is here
@@ -203,6 +202,7 @@ class Shards:
                 self._survey.idle
                 and all(file.state in ("seeding", "invalid") for file in self._catalog.files())
                 and self._remember.idle
+                and self._custody.idle
                 and self._announcer.idle
             )
         )

@@ -141,7 +141,7 @@ class Survey:
             try:
                 holding = await asyncio.to_thread(read_manifest, path, self._key)
             except InvalidManifestError as err:
-                if quiet_s < self._settings.incomplete_s:
+                if quiet_s < self._settings.incomplete_s or not await asyncio.to_thread(path.exists):
                     unsettled.add(folder)
                     continue
                 log.warning("%s is left out: %s", path, err)

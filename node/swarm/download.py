@@ -240,8 +240,8 @@ class Download:
         resume, have = b"", None
         if self._layer.is_new_to_session:  # resume data would go on without it
             await self._layer.keep()
+            have = frozenset(self._have)  # before the flush: what comes after it may not be on the disk
             await handle.flush()
-            have = frozenset(self._have)
         else:
             resume = await handle.resume_data()
         self._layer.is_new_to_session = False

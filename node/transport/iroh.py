@@ -10,15 +10,18 @@ What it must be protected from, all measured with 0.1.1a3:
 - `shutdown` waits, holding the GIL, for a pending `wait_for_tensor`: a deadlock. So the wait is cancelled, and seen
   to have ended, first.
 - A thread of tensor_iroh that still lets go of a finished future when the interpreter ends aborts the process
-  (once in 5 to 20 exits). So closing ends with a short rest; a program that wants to be sure leaves by `os._exit`.
+  (once in 5 to 20 exits). So a process that has closed an endpoint rests before it ends; a program that wants to be
+  sure leaves by `os._exit`.
 - Sends that are started without waiting for each other may arrive in another order: the receiver sorts.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +37,11 @@ _START_TIMEOUT_S = 20.0
 _QUEUED_WHILE_DIALING = 256
 _MAX_ROUTES = 4096
 _MAX_SOCKETS = 4
-_REST_S = 0.05
+_REST_S = 0.3
+
+
+def _rest() -> None:
+    time.sleep(_REST_S)
 
 
 class _Socket:
@@ -185,7 +192,8 @@ class IrohNode:
             future.cancel()
         for socket in self._sockets:
             await socket.close()
-        await asyncio.sleep(_REST_S)
+        atexit.unregister(_rest)
+        atexit.register(_rest)
 
     def _begin(self, peer: bytes, route: _Route, ticket: str, name: str, tensor: object) -> None:
         while route.sends and route.sends[0].done():

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,9 +142,3 @@ def write_model(folder: Path, name: str = "tiny", n_shards: int = 2, size: int =
     manifest = Manifest(name=name, kind="model", shards=tuple(entries), model=model)
     (folder / "manifest.json").write_bytes(msgspec.json.encode({"manifest": manifest}))
     return manifest
-
-
-async def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 - what is waited for happens on disk
-            await asyncio.sleep(0.05)

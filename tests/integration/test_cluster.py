@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from daemons import Daemon, daemon, shoal, wait_until
+from daemons import Daemon, daemon, shoal
 
 from protocol.errors import (
     CancelledRequestError,
@@ -29,6 +29,7 @@ from protocol.errors import (
     UnreachableError,
 )
 from protocol.sync_client import SyncClient
+from tests.waiting import wait_until
 
 CHAT = {
     "task_type": "ai_inference",

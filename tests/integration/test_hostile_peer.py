@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import msgspec
 import pytest
-from daemons import Daemon, daemon, wait_until
+from daemons import Daemon, daemon
 
 from node.discovery import Discovery, DiscoverySettings
 from node.rpc import Call, Command, RpcServer
@@ -20,6 +20,7 @@ from protocol.errors import NoSourceError
 from protocol.ids import ContentId, ManifestDigest
 from protocol.manifest import Manifest, ShardEntry, SignedManifest
 from protocol.signing import SigningKey
+from tests.waiting import eventually
 
 EVIL_FILES = ["../evil.gguf", "/tmp/evil.gguf", "..", ".hidden.gguf", "a/b.gguf", "a\\b.gguf", "nul\0.gguf", "e" * 300]
 REFUSED_FILES = ["manifest.json", "MANIFEST.JSON", "evil.gguf.part", "evil.tmp"]
@@ -92,22 +93,18 @@ async def test_names_from_a_peer_never_lead_out_of_the_shards_folder(tmp_path: P
             for signed in map(manifest, REFUSED_FILES):
                 digest = await peer.offer(signed)
                 await ask(node, "FETCH_SHARD", {"dataset": digest, "shard_id": 0, "wait": False}, request_id=digest)
-                await until(lambda digest=digest: f"request {digest}: a shard cannot be called" in node.log)  # type: ignore[misc]
+                await eventually(lambda digest=digest: f"request {digest}: a shard cannot be called" in node.log)  # type: ignore[misc]
 
             for name in ODD_NAMES:
                 digest = await peer.offer(manifest(name=name))
                 await ask(node, "FETCH_SHARD", {"dataset": digest, "shard_id": 0, "wait": False}, request_id=digest)
-                await until(lambda digest=digest: any((home / "shards").glob(f"*@{digest[:12]}/manifest.json")))  # type: ignore[misc]
+                await eventually(lambda digest=digest: any((home / "shards").glob(f"*@{digest[:12]}/manifest.json")))  # type: ignore[misc]
                 assert (await ask(node, "CANCEL", {"request_id": digest}))["cancelled"] is True
             assert everything(tmp_path, but=home / "shards") - before <= {home / "index.sqlite-journal"}
 
 
 async def ask(node: Daemon, method: str, params: dict[str, Any], **options: Any) -> Any:
     return await asyncio.to_thread(node.call, method, params, **options)
-
-
-async def until(condition: Any) -> None:
-    await asyncio.to_thread(wait_until, condition)
 
 
 def everything(folder: Path, but: Path | None = None) -> set[Path]:

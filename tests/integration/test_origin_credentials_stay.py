@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from daemons import Daemon, daemon, wait_until
+from daemons import Daemon, daemon
 from origin_server import credentials, s3_server, settings, typed
 
 from node.cli.demo.s3_server import S3Server
@@ -21,6 +21,7 @@ from node.origin.opening import open_store
 from protocol.errors import OriginDeniedError, ShoalError
 from protocol.ids import ManifestDigest
 from protocol.signing import SigningKey
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]  # daemons and servers of their own
 

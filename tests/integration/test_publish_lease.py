@@ -10,10 +10,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from daemons import Daemon, daemon, shoal, wait_until
+from daemons import Daemon, daemon, shoal
 
 from protocol.content import hash_file
 from protocol.errors import InvalidParamsError, InvalidShardError, ShardInUseError
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]  # daemons and servers of their own
 

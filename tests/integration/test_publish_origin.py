@@ -12,7 +12,7 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
-from daemons import Daemon, daemon, wait_until
+from daemons import Daemon, daemon
 from origin_server import credentials, s3_server, settings, typed
 
 from node.cli.demo.s3_server import S3Server
@@ -24,6 +24,7 @@ from protocol.content import hash_file
 from protocol.errors import InvalidShardError, OriginNotFoundError
 from protocol.manifest import Manifest, ShardEntry, manifest_from_wire, sign_manifest
 from protocol.signing import SigningKey
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]  # daemons and servers of their own
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from origin_places import FilePlace, Places, not_found
-from shards_rooms import Network, Node, eventually, open_node, write_gguf
+from shards_rooms import Network, Node, open_node, write_gguf
 
 from node.shards.catalog import torrent_of
 from node.shards.fetching import FetchedShard, FetchProgress
@@ -23,6 +23,7 @@ from protocol.content import hash_file
 from protocol.errors import OriginCorruptError, OriginDeniedError, OriginNotFoundError, OriginUnavailableError
 from protocol.manifest import Manifest, ModelInfo, ShardEntry, SignedManifest, sign_manifest
 from protocol.signing import SigningKey
+from tests.waiting import eventually
 
 MB = 1_000_000
 

@@ -12,11 +12,12 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from shards_rooms import Network, Node, eventually, open_node, write_gguf, write_model
+from shards_rooms import Network, Node, open_node, write_gguf, write_model
 
 from protocol.commands.common import ShardSelector
 from protocol.errors import InsufficientDiskError, NoSourceError, ShardNotFoundError
 from protocol.manifest import SignedManifest
+from tests.waiting import eventually
 
 
 def states(node: Node) -> dict[str, str]:

@@ -13,9 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
-from daemons import Daemon, daemon, wait_until
+from daemons import Daemon, daemon
 
 from protocol.errors import CancelledRequestError, NoSourceError, ShoalError, UnreachableError
+from tests.waiting import wait_until
 
 UPLOAD_BYTES_S = 16_000_000
 TASK = {"task_type": "ai_inference", "model": "smol", "prompt": "1 2 3 4", "max_tokens": 400, "stream": True}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -55,16 +53,6 @@ def node_info(node: Discovery, cores: int = 4) -> NodeInfo:
 
 async def announce(node: Discovery, signed: SignedManifest, *on_disk: int, loaded: tuple[int, ...] = ()) -> None:
     await node.announce_shards(signed, frozenset(on_disk), frozenset(loaded), rpc_port=7400, bt_port=7402)
-
-
-async def eventually(condition: Callable[[], Any], timeout_s: float = 20) -> None:
-    """Wait for a condition, which may be a coroutine function, by asking it over and over."""
-    async with asyncio.timeout(timeout_s):
-        while True:
-            answer = condition()
-            if await answer if asyncio.iscoroutine(answer) else answer:
-                return
-            await asyncio.sleep(0.05)
 
 
 def provider_value(

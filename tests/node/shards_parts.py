@@ -104,6 +104,7 @@ class MemorySwarm:
         self.seeds[torrent.info_hash] = (torrent, path, piece_layer)
 
     async def download(self, torrent: Torrent, path: Path) -> MemoryDownload:
+        assert torrent.info_hash not in self.seeds, f"{path.name} is seeded still: the real swarm says it is there"
         self.downloads.append(MemoryDownload(torrent, path))
         return self.downloads[-1]
 
@@ -252,9 +253,3 @@ def age(folder: Path) -> None:
     """Make files look as if they had lain there for long, so that nobody waits for them to become quiet."""
     for path in folder.rglob("*.*"):
         os.utime(path, (1_000_000_000, 1_000_000_000))
-
-
-async def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 - what is waited for happens on disk
-            await asyncio.sleep(0.02)

@@ -10,7 +10,7 @@ import random
 
 import msgpack
 import pytest
-from discovery_nodes import HOST, a_manifest, announce, eventually, kill, opened, provider_value
+from discovery_nodes import HOST, a_manifest, announce, kill, opened, provider_value
 from discovery_raw_peer import raw_peer
 from kademlia.node import Node
 
@@ -18,6 +18,7 @@ from node.discovery import crawl as crawl_module
 from node.discovery.dht_protocol import contact_id
 from node.discovery.wire import MAX_DATAGRAM_BYTES
 from protocol.signing import SigningKey
+from tests.waiting import eventually
 
 
 @pytest.fixture

@@ -7,11 +7,12 @@ import time
 from contextlib import AsyncExitStack
 
 import pytest
-from discovery_nodes import HOST, a_manifest, announce, eventually, kill, node_info, opened
+from discovery_nodes import HOST, a_manifest, announce, kill, node_info, opened
 
 from node.discovery import DhtStats, DiscoverySettings, FoundName, FoundNode, FoundProvider
 from protocol.errors import UnknownNameError
 from protocol.signing import SigningKey
+from tests.waiting import eventually
 
 
 async def test_a_node_alone_finds_its_own_names_and_node_but_is_not_its_own_provider():

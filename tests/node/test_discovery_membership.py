@@ -8,10 +8,11 @@ import logging
 import socket
 
 import pytest
-from discovery_nodes import HOST, a_manifest, announce, eventually, kill, opened
+from discovery_nodes import HOST, a_manifest, announce, kill, opened
 
 from node.discovery import Discovery, DiscoverySettings
 from protocol.signing import SigningKey
+from tests.waiting import eventually
 
 
 def free_port() -> int:

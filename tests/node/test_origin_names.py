@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from shards_parts import OTHER_KEY, MemoryDiscovery, age, manifest_of, open_room, write_shard, write_unsigned
 
-from node.shards.catalog import Catalog
-from node.shards.holding import write_manifest
+from node.shards.catalog import Catalog, HeldFolder
+from node.shards.holding import Holding, write_manifest
 from node.shards.names import Names
+from node.shards.scan import Fingerprint
 from node.shards.settings import ShardsSettings
 from protocol.commands.common import ShardSelector
 from protocol.errors import (
@@ -81,6 +82,16 @@ async def test_an_origin_is_asked_at_once_and_only_where_the_cluster_does_not_kn
     discovery.publish(in_cluster.manifest)
     assert (await names.resolve("dataset", "set")).digest == in_cluster.digest
     assert len(origin.asked) == asked
+
+
+async def test_a_manifest_that_is_read_from_the_disk_meanwhile_is_found(tmp_path: Path) -> None:
+    names, _ = names_of(tmp_path, None)
+    looking = asyncio.create_task(names.resolve("dataset", "set"))
+    await asyncio.sleep(0.05)
+    assert not looking.done()
+    here = published("set", "a")
+    names._catalog.hold_folder(tmp_path / "set", HeldFolder(Holding(here), Fingerprint(1, 1)))
+    assert await looking == here
 
 
 async def test_two_origins_that_differ_are_an_ambiguity(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from protocol.errors import (
 )
 from protocol.ids import NodeId
 from protocol.msgpackrpc import CLIENT_LIMITS, Limits
+from tests.waiting import eventually
 
 NODE = NodeId("ab" * 32)
 ERRORS = {
@@ -185,12 +186,6 @@ async def node() -> AsyncIterator[Node]:
         yield found
 
 
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 (anything that can be looked at)
-            await asyncio.sleep(0.01)
-
-
 async def test_answers_come_as_they_finish(node: Node) -> None:
     async with node.peer() as peer:
         waits = [("slow", 0.6), ("middle", 0.3), ("fast", 0.0)]
@@ -326,7 +321,7 @@ async def test_nonsense_ends_what_is_in_progress_on_its_connection(node: Node) -
         await peer.receive()
         peer.send_bytes(b"\xc1")
         assert (await peer.receive())[2]["code"] == "malformed_message"
-        await until(lambda: node.ended == ["first"])
+        await eventually(lambda: node.ended == ["first"])
         assert await peer.receive() is None
 
 
@@ -363,14 +358,14 @@ async def test_requests_end_with_their_connection(node: Node) -> None:
     async with node.peer() as peer:
         peer.send([0, 1, "WAIT", [{"label": "a", "seconds": 30}]], [0, 2, "WAIT", [{"label": "b", "seconds": 30}]])
         await peer.receive()
-    await until(lambda: sorted(node.ended) == ["a", "b"])
-    await until(lambda: node.server.connections == 0 and node.server.held_bytes == 0)
+    await eventually(lambda: sorted(node.ended) == ["a", "b"])
+    await eventually(lambda: node.server.connections == 0 and node.server.held_bytes == 0)
 
 
 async def test_too_many_requests_on_a_connection_are_busy_but_cancel_goes_through() -> None:
     async with serving(max_in_flight=3) as node, node.client() as client, node.client() as other:
         waits = [asyncio.create_task(client.call("WAIT", {"seconds": 30}, request_id=f"r{n}")) for n in range(3)]
-        await until(lambda: node.server.held_bytes and len(node.server._running) == 3)
+        await eventually(lambda: node.server.held_bytes and len(node.server._running) == 3)
         with pytest.raises(BusyError) as caught:
             await client.call("FILL")
         assert caught.value.retryable
@@ -422,8 +417,8 @@ async def test_a_peer_that_reads_no_notifications_loses_its_connection() -> None
     async with serving(max_unsent_bytes=1_000_000) as node, node.client() as other, node.peer() as peer:
         peer.pause_reading()
         peer.send([0, 1, "FLOOD", [{"size": 50_000, "count": 1_000_000}]])
-        await until(lambda: node.closed_connections)
-        await until(lambda: node.server.connections == 1)
+        await eventually(lambda: node.closed_connections)
+        await eventually(lambda: node.server.connections == 1)
         assert node.closed_connections == 1
         assert await other.call("FILL") == {"data": b""}
 
@@ -442,12 +437,12 @@ async def test_a_peer_that_reads_no_answers_loses_its_connection() -> None:
     async with serving(stall_s=0.5) as node, node.client() as other, node.peer() as peer:
         peer.pause_reading()
         peer.send(*([0, msgid, "FILL", [{"size": 2_000_000}]] for msgid in range(200)))
-        await until(lambda: len(node.server._running) > 50)
+        await eventually(lambda: len(node.server._running) > 50)
         [connection] = [c for c in node.server._connections.values() if c._requests]
         # One answer is packed at a time: the others wait as the values they are.
         assert connection._writer.transport.get_write_buffer_size() < 4_100_000
         assert await other.call("FILL") == {"data": b""}
-        await until(lambda: node.server.connections == 1)
+        await eventually(lambda: node.server.connections == 1)
 
 
 async def test_a_large_answer_over_a_slow_reader_is_not_a_stall() -> None:
@@ -476,13 +471,13 @@ async def test_what_all_connections_hold_together_is_bounded() -> None:
         peers = [await stack.enter_async_context(node.peer()) for _ in range(3)]
         for peer in peers[:2]:
             peer.send_bytes(b"\x94\x00\x07\xa4WAIT\x91\xc6\x00\x0a\x00\x00" + bytes(600_000))
-        await until(lambda: node.server.incoming_bytes > 1_200_000)
+        await eventually(lambda: node.server.incoming_bytes > 1_200_000)
         peers[2].send_bytes(b"\x94\x00\x07\xa4WAIT\x91\xc6\x00\x0a\x00\x00" + bytes(600_000))
         _, msgid, error, _ = await peers[2].receive()
         assert (msgid, error["code"], error["retryable"]) == (7, "busy", True)
         for peer in peers:
             peer.close()
-        await until(lambda: node.server.incoming_bytes == 0)
+        await eventually(lambda: node.server.incoming_bytes == 0)
 
 
 async def test_requests_in_progress_count_as_held() -> None:
@@ -494,7 +489,7 @@ async def test_requests_in_progress_count_as_held() -> None:
         with pytest.raises(BusyError, match="hold"):
             await client.call("WAIT", params)
         waiting.cancel()
-        await until(lambda: node.server.held_bytes < 10_000)
+        await eventually(lambda: node.server.held_bytes < 10_000)
         assert await client.call("WAIT", {"label": "y" * 700_000}) == {"label": "y" * 700_000}
 
 
@@ -506,7 +501,7 @@ async def test_too_many_connections_are_turned_away() -> None:
             assert error["code"] == "busy"
             assert await third.receive() is None
         assert await first.call("FILL") == {"data": b""}
-        await until(lambda: node.server.connections == 2)
+        await eventually(lambda: node.server.connections == 2)
 
 
 async def test_shutdown_answers_what_is_in_progress() -> None:
@@ -541,7 +536,7 @@ async def test_shutdown_does_not_wait_for_a_handler_that_will_not_end(caplog: py
         await asyncio.wait([waiting])
         with contextlib.suppress(UnreachableError):
             await waiting
-    await until(lambda: node.server.connections == 0)
+    await eventually(lambda: node.server.connections == 0)
 
 
 async def test_an_unknown_command_lists_the_known_ones(node: Node) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import time
 from pathlib import Path
 
 import msgspec
 import pytest
-from shards_parts import MemoryDiscovery, Room, eventually, manifest_of, open_room, write_shard
+from shards_parts import MemoryDiscovery, Room, manifest_of, open_room, write_shard
 
 from node.shards import space as space_module
 from node.shards.fetching import FetchProgress
+from node.shards.holding import write_manifest
 from node.shards.space import Space
 from protocol.errors import (
     CancelledRequestError,
@@ -22,6 +25,7 @@ from protocol.errors import (
     ShardNotFoundError,
 )
 from protocol.manifest import SignedManifest
+from tests.waiting import eventually
 
 
 @pytest.fixture
@@ -160,6 +164,46 @@ async def test_evicting_deletes_withdraws_and_leaves_no_folder_behind(
         await room.shards.settled()
         assert (room.states(), cluster.announced, list(room.folder.iterdir())) == ({}, {}, [])
         assert room.shards.manifests() == []
+
+
+async def test_a_fetch_that_follows_the_last_eviction_at_once_finds_its_folder_made_anew(
+    tmp_path: Path, made: Path, cluster: MemoryDiscovery, signed: SignedManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = signed.manifest.shards
+    async with open_room(tmp_path, cluster) as room:
+        task = asyncio.create_task(room.shards.fetch(signed, first))
+        await downloading(room)
+        room.swarm.downloads[0].finish((made / "a.parquet").read_bytes())
+        folder = (await task).path.parent
+        await room.shards.settled()
+        monkeypatch.setattr(room.shards._survey, "_look", asyncio.Event().wait)  # as one that is late
+        await room.shards.evict(signed, first)
+        assert not folder.exists()
+        task = asyncio.create_task(room.shards.fetch(signed, second))
+        await downloading(room, 2)
+        assert (folder / "manifest.json").exists()
+        room.swarm.downloads[1].finish((made / "b.bin").read_bytes())
+        assert (await task).path == folder / "b.bin"
+
+
+async def test_a_file_found_wrong_is_out_of_the_swarm_before_it_is_fetched_anew(
+    tmp_path: Path, made: Path, cluster: MemoryDiscovery, signed: SignedManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = signed.manifest.shards[1]
+    folder = tmp_path / "shards" / "set"
+    folder.mkdir(parents=True)
+    write_manifest(folder, signed)
+    shutil.copy(made / "b.bin", folder)
+    async with open_room(tmp_path, cluster) as room:
+        await room.shards.settled()
+        ((torrent, _, _),) = room.swarm.seeds.values()
+        monkeypatch.setattr(room.shards._index, "forget", lambda path: time.sleep(0.3))
+        assert room.swarm.on_invalid is not None
+        room.swarm.on_invalid(torrent, "piece 0 is not what was hashed")
+        task = asyncio.create_task(room.shards.fetch(signed, entry))
+        await downloading(room)
+        room.swarm.downloads[0].finish((made / "b.bin").read_bytes())
+        assert (await task).source == "peers"
 
 
 async def test_the_same_content_under_another_manifest_moves_no_bytes(

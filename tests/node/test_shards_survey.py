@@ -13,7 +13,6 @@ import pytest
 from shards_parts import (
     KEY,
     OTHER_KEY,
-    eventually,
     manifest_of,
     open_room,
     write_shard,
@@ -24,6 +23,7 @@ from node.shards import survey as survey_module
 from node.shards.holding import write_manifest
 from node.shards.scan import Fingerprint
 from protocol.manifest import sign_manifest
+from tests.waiting import eventually
 
 
 async def test_a_folder_is_seeded_and_announced(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ async def test_files_come_change_and_go_without_a_restart(tmp_path: Path) -> Non
 
 async def test_a_file_that_is_still_written_to_waits(tmp_path: Path) -> None:
     whole = write_shard(tmp_path / "made.gguf", 1000).read_bytes()
-    async with open_room(tmp_path) as room:
+    async with open_room(tmp_path, incomplete_s=5.0) as room:
         path = room.folder / "slow.gguf"
         states = set()
         for n_bytes in range(0, len(whole), len(whole) // 5 + 1):

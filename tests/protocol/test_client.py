@@ -25,6 +25,7 @@ from protocol.errors import (
 from protocol.ids import NodeId
 from protocol.msgpackrpc import SERVER_LIMITS
 from protocol.sync_client import SyncClient
+from tests.waiting import eventually
 
 NODE = NodeId("ab" * 32)
 
@@ -90,12 +91,6 @@ async def client(node: Node) -> AsyncIterator[Client]:
         yield found
 
 
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 (anything that can be looked at)
-            await asyncio.sleep(0.01)
-
-
 async def test_many_calls_at_once_each_get_their_own_answer(client: Client) -> None:
     async def one(n: int) -> bool:
         params = WaitParams(label=f"{n}", seconds=(n * 7 % 10) / 50, key=bytes([n]))
@@ -149,20 +144,20 @@ async def test_a_cancelled_call_is_cancelled_on_the_node(node: Node, client: Cli
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    await until(lambda: node.cancelled == ["a"])
+    await eventually(lambda: node.cancelled == ["a"])
     assert (await client.call("WAIT", {"label": "b"}))["label"] == "b"
 
 
 async def test_a_call_that_runs_out_of_time_is_cancelled_on_the_node(node: Node, client: Client) -> None:
     with pytest.raises(TimedOutError, match=r"WAIT within 0\.1 s"):
         await client.call("WAIT", {"seconds": 30, "label": "a"}, timeout_s=0.1)
-    await until(lambda: node.cancelled == ["a"])
+    await eventually(lambda: node.cancelled == ["a"])
     assert (await client.call("WAIT", {"label": "b"}))["label"] == "b"
 
 
 async def test_a_lost_connection_ends_every_call(node: Node, client: Client) -> None:
     waits = [asyncio.create_task(client.call("WAIT", {"seconds": 30})) for _ in range(3)]
-    await until(lambda: len(node.connections) == 3)
+    await eventually(lambda: len(node.connections) == 3)
     node.connections[0]._close()
     answers = await asyncio.gather(*waits, return_exceptions=True)
     assert [type(answer) for answer in answers] == [UnreachableError] * 3
@@ -178,7 +173,7 @@ async def test_leaving_the_client_ends_its_calls_and_the_nodes(node: Node) -> No
         await node.started.wait()
     with pytest.raises(UnreachableError, match="closed here"):
         await waiting
-    await until(lambda: node.cancelled == ["a"])
+    await eventually(lambda: node.cancelled == ["a"])
 
 
 async def test_an_error_in_the_body_comes_through_as_it_is(node: Node) -> None:

@@ -17,7 +17,8 @@ import torch
 from node.cli.demo.s3_server import running_s3
 from scripts.base_train_settings import Settings, accumulation, evaluation_batches, parsed, shards_needed
 from scripts.text_corpus import NAME, write_shards
-from tests.integration.daemons import daemon, shoal, wait_until
+from tests.integration.daemons import daemon, shoal
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--depth=1", "--max_seq_len=64", "--device_batch_size=1", "--total_batch_size=128", "--eval_tokens=128")

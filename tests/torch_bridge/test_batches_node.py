@@ -15,8 +15,9 @@ import pytest
 from torch.utils.data import DataLoader
 
 from protocol.errors import UnreachableError
-from tests.integration.daemons import Daemon, daemon, shoal, wait_until
+from tests.integration.daemons import Daemon, daemon, shoal
 from tests.torch_bridge.batches_parts import SIZE, bodies, bytes_under, dataset, folder_of, name_and_body, sampled
+from tests.waiting import wait_until
 from torch_bridge import Ranks
 from torch_bridge.batches.sources import SwarmFiles
 from torch_bridge.shards.node_source import NodeSource

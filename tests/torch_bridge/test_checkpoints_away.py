@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tests.integration.origin_server import s3_server
 from tests.torch_bridge.checkpoints_training import RUN, Training, assert_same, large_state, saves_large_until_killed
 from tests.torch_bridge.o3_client_parts import client_of
 from tests.torch_bridge.test_origin_away import AWAY_S, Proxy, client_through, proxy
+from tests.waiting import wait_until
 from torch_bridge import O3CheckpointManager, O3Client, RetryPolicy
 from torch_bridge.stores import Store
 
@@ -55,13 +56,6 @@ def impatient(through: Proxy, weed: S3Server) -> O3Client:
     )  # fmt: skip
 
 
-def until(found: Callable[[], Any], within_s: float = 60.0) -> None:
-    end = time.monotonic() + within_s
-    while not found():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def save(checkpoints: O3CheckpointManager, epoch: int, **options: Any) -> None:
     checkpoints.save_checkpoint(large_state(epoch), None, epoch, run_id=RUN, **options)
 
@@ -72,7 +66,7 @@ def test_a_save_outlasts_an_origin_that_is_away(
     training = Training()
     with O3CheckpointManager(url, client=client_through(proxy, weed), key_file=tmp_path / "key") as checkpoints:
         save(checkpoints, 0)
-        until(lambda: direct.list("shards/"))
+        wait_until(lambda: direct.list("shards/"), 60)
         began = time.monotonic()
         with proxy.away():
             training.steps(50)
@@ -92,7 +86,7 @@ def test_a_save_that_gives_up_says_so_and_the_next_one_works(
     with O3CheckpointManager(url, client=impatient(proxy, weed), key_file=tmp_path / "key") as checkpoints:
         save(checkpoints, 0, wait=True)
         save(checkpoints, 1)
-        until(lambda: len(direct.list("shards/")) > PARTS)
+        wait_until(lambda: len(direct.list("shards/")) > PARTS, 60)
         with proxy.away():
             training.steps(50)
             with pytest.raises(OriginUnavailableError, match=re.escape(url)):
@@ -120,7 +114,7 @@ def test_a_restore_waits_for_it_or_gives_up_with_nothing_loaded(
     with patient, hasty, ThreadPoolExecutor(2) as pool:
         waiting = pool.submit(patient.load_checkpoint, RUN, model=restored)
         giving_up = pool.submit(hasty.load_checkpoint, RUN, model=untouched)
-        until(lambda: proxy.ask("sent")["payload_bytes"] > 8 << 20)
+        wait_until(lambda: proxy.ask("sent")["payload_bytes"] > 8 << 20, 60)
         with proxy.away():
             assert not waiting.done()
             with pytest.raises(OriginUnavailableError):
@@ -146,7 +140,7 @@ def test_a_saver_that_is_killed_in_the_middle_of_its_parts(
         assert said.get(timeout=60) == "saved"
         before = len(direct.list("shards/"))
         assert said.get(timeout=60) == "sending"
-        until(lambda: len(direct.list("shards/")) > before and parts_under_way(weed))
+        wait_until(lambda: len(direct.list("shards/")) > before and parts_under_way(weed), 60)
     finally:
         assert child.pid is not None
         os.kill(child.pid, signal.SIGKILL)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.daemons import daemon, wait_until
+from tests.integration.daemons import daemon
 from tests.torch_bridge.checkpoints_training import Training, assert_same_training, in_folder
+from tests.waiting import wait_until
 
 
 @pytest.mark.slow

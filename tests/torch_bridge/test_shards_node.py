@@ -20,8 +20,9 @@ import pytest
 
 from protocol.errors import CancelledRequestError, InvalidShardError, UnreachableError
 from protocol.manifest import ShardEntry
-from tests.integration.daemons import Daemon, daemon, shoal, wait_until
+from tests.integration.daemons import Daemon, daemon, shoal
 from tests.torch_bridge.bridge_shards import overwrite_in_the_middle, parquet_files
+from tests.waiting import wait_until
 from torch_bridge.shards.downloader import StreamingDownloader
 from torch_bridge.shards.node_source import NodeSource
 from torch_bridge.shards.opening import open_source

@@ -18,8 +18,9 @@ import pytest
 from torch.utils.data import DataLoader
 
 from protocol.errors import TimedOutError
-from tests.integration.daemons import Daemon, daemon, shoal, wait_until
+from tests.integration.daemons import Daemon, daemon, shoal
 from tests.torch_bridge.streaming_parts import NAME, lines, numbered_files, numbers
+from tests.waiting import wait_until
 from torch_bridge.shards.node_source import NodeSource
 from torch_bridge.streaming.settings import Buffering
 

@@ -19,6 +19,7 @@ import typer
 from rich.markup import escape
 from rich.progress import Progress as RichProgress
 
+from node.background import to_the_end
 from node.cli.console import bytes_progress, examples, fail, human_bytes, out
 from node.cli.demo import origin as demo_origin
 from node.cli.demo import view
@@ -95,7 +96,8 @@ async def _demo(source: Path, prompt: str, max_tokens: int) -> bool:
     async with AsyncExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-demo-")))
         view.step(1, f"Cut {source.name} ({human_bytes(source.stat().st_size)}) into {len(NODES)} shards")
-        await asyncio.to_thread(_split, source, home / NODES[0] / "shards" / MODEL)
+        # To its end also when it is interrupted: its folder goes after it.
+        await to_the_end(_split, source, home / NODES[0] / "shards" / MODEL)
 
         view.step(2, "Start three nodes, only alpha has files; and SeaweedFS, in the part of Akave O3")
         s3 = await stack.enter_async_context(running_s3(home / "s3"))

@@ -1,0 +1,28 @@
+"""How a test waits for what comes about by itself: by looking again, never by a pause that is long enough."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+_LOOK_S = 0.02
+
+
+async def eventually(condition: Callable[[], Any], timeout_s: float = 20.0) -> None:
+    """Ask until the answer is true; the condition may be a coroutine function."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            answer = condition()
+            if await answer if asyncio.iscoroutine(answer) else answer:
+                return
+            await asyncio.sleep(_LOOK_S)
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float = 20.0) -> None:
+    """The same where no loop runs."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(_LOOK_S)
