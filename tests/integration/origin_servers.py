@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -22,6 +21,7 @@ from node.cli.demo.s3_server import S3Server
 from node.origin.credentials import Credentials, Secret
 from node.origin.interface import ObjectStore
 from node.origin.settings import OriginSettings
+from tests.ports import free_port
 
 QUICK = {"connect_timeout_s": 2.0, "read_timeout_s": 0.6, "timeout_s": 20.0, "retry_total_s": 1.5}
 
@@ -59,9 +59,7 @@ async def juicefs_gateway(folder: Path) -> AsyncIterator[OriginSettings]:
     meta = f"sqlite3://{folder}/meta.db"
     form = [program, "format", meta, "shards", "--storage", "file", "--bucket", f"{folder}/data/", "--trash-days", "0"]
     await asyncio.to_thread(subprocess.run, form, check=True, capture_output=True, timeout=30)
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
+    port = free_port()
     with (folder / "gateway.log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(
             program, "gateway", meta, f"127.0.0.1:{port}", "--no-usage-report", "--keep-etag", "--no-banner",

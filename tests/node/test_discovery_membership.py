@@ -12,17 +12,12 @@ from discovery_nodes import HOST, a_manifest, announce, kill, opened
 
 from node.discovery import Discovery, DiscoverySettings
 from protocol.signing import SigningKey
+from tests.ports import free_port
 from tests.waiting import eventually
 
 
-def free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
 async def test_a_bootstrap_node_that_comes_up_later_is_joined_and_gets_the_records(caplog):
-    port = free_port()
+    port = free_port(socket.SOCK_DGRAM)
     with caplog.at_level(logging.WARNING):
         async with opened((HOST, port)) as early:
             signed = a_manifest()
@@ -40,14 +35,14 @@ async def test_a_bootstrap_node_that_comes_up_later_is_joined_and_gets_the_recor
 
 async def test_one_of_several_bootstrap_nodes_is_enough_and_names_are_resolved():
     async with opened() as first:
-        dead = (HOST, free_port())
+        dead = (HOST, free_port(socket.SOCK_DGRAM))
         unknown = ("no-such-host.invalid", 7401)
         async with opened(dead, unknown, ("localhost", first.port)) as second:
             assert second.stats().nodes == 1
 
 
 async def test_a_node_whose_peers_all_died_goes_on_alone_and_joins_again():
-    port = free_port()
+    port = free_port(socket.SOCK_DGRAM)
     async with opened(port=port) as first, opened(first) as second:
         signed = a_manifest()
         await announce(second, signed, 0)
@@ -63,7 +58,7 @@ async def test_a_node_whose_peers_all_died_goes_on_alone_and_joins_again():
 
 
 async def test_a_node_that_lists_itself_as_bootstrap_is_simply_alone():
-    port = free_port()
+    port = free_port(socket.SOCK_DGRAM)
     async with opened((HOST, port), port=port) as node:
         await announce(node, a_manifest(), 0)
         assert node.stats().nodes == 0
@@ -72,7 +67,7 @@ async def test_a_node_that_lists_itself_as_bootstrap_is_simply_alone():
 
 async def test_groups_of_different_bootstrap_nodes_become_one(monkeypatch):
     monkeypatch.setattr("node.discovery.membership._UPKEEP_S", 0.2)
-    port = free_port()
+    port = free_port(socket.SOCK_DGRAM)
     async with opened() as left, opened(left, (HOST, port)) as between:
         signed = a_manifest()
         await announce(left, signed, 0)
@@ -117,7 +112,9 @@ async def test_opening_cleans_up_where_it_is_cancelled_while_joining():
 
     async def open_it():
         async with Discovery.open(
-            DiscoverySettings(cluster="reef", advertise_host=HOST, bootstrap=((HOST, free_port()),), rpc_timeout_s=10),
+            DiscoverySettings(
+                cluster="reef", advertise_host=HOST, bootstrap=((HOST, free_port(socket.SOCK_DGRAM)),), rpc_timeout_s=10
+            ),
             SigningKey.generate(),
         ):
             raise AssertionError("there is nobody to join")

@@ -34,6 +34,7 @@ from protocol.errors import (
     OriginNotFoundError,
     OriginUnavailableError,
 )
+from tests.waiting import eventually
 
 SMALL = random.Random(1).randbytes(5000)
 
@@ -234,8 +235,7 @@ async def test_a_file_that_ends_early_is_never_committed(node: Any, tmp_path: Pa
     size = path.stat().st_size
     node.hang = threading.Event()
     task = asyncio.create_task(store.put("a", path))
-    await asyncio.sleep(0.3)  # it has opened the file, and hangs at the node
-    assert node.calls == ["file_info"]
+    await eventually(lambda: node.calls == ["file_info"])  # it has opened the file, and hangs at the node
     os.truncate(path, 1_000_000)
     node.hang.set()
     with pytest.raises(OriginError, match=f"ends after 1000000 of {size} bytes"):
@@ -414,10 +414,11 @@ async def test_what_passes_is_tried_again(network: Any, node: Any) -> None:
     await store.close()
 
 
-async def test_a_node_that_hangs(network: Any, node: Any) -> None:
+async def test_a_node_that_hangs(network: Any, node: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     put_behind(network, node, "a", SMALL)
-    store = akave_store(read_timeout_s=0.2, retry_total_s=0.0)
+    store = akave_store(retry_total_s=0.0)
     await store.head("a")
+    monkeypatch.setattr(store, "_small_s", 0.2)
     node.hang = threading.Event()
     for _ in range(6):  # more than there are threads
         with pytest.raises(OriginUnavailableError, match="0 s"):
@@ -425,6 +426,7 @@ async def test_a_node_that_hangs(network: Any, node: Any) -> None:
     assert sum(thread.name == "akavesdk" for thread in threading.enumerate()) <= 4
     node.hang.set()
     node.hang = None
+    monkeypatch.setattr(store, "_small_s", 10.0)
     assert (await store.head("a")).size == 5000, "and it goes on once the node does"
     assert await store.get_range("a", 0, 10) == SMALL[:10]
     await store.close()

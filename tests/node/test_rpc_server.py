@@ -446,14 +446,14 @@ async def test_a_peer_that_reads_no_answers_loses_its_connection() -> None:
 
 
 async def test_a_large_answer_over_a_slow_reader_is_not_a_stall() -> None:
-    async with serving(stall_s=0.4) as node, node.peer() as peer:
-        peer.send([0, 1, "FILL", [{"size": 12_000_000}]])
+    async with serving(stall_s=1.0) as node, node.peer() as peer:
+        peer.send([0, 1, "FILL", [{"size": 20_000_000}]])
         received = 0
-        while received < 12_000_000:
+        while received < 20_000_000:
             data = await peer._reader.read(400_000)
             assert data
             received += len(data)
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.03)
 
 
 async def test_a_message_that_does_not_go_on_ends_its_connection() -> None:

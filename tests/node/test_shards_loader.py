@@ -273,7 +273,7 @@ async def test_a_download_that_got_stuck_is_begun_anew(
     tmp_path: Path, made: Path, cluster: MemoryDiscovery, signed: SignedManifest
 ) -> None:
     entry = signed.manifest.shards[0]
-    async with open_room(tmp_path, cluster, restart_s=0.4, stall_timeout_s=20.0) as room:
+    async with open_room(tmp_path, cluster, restart_s=1.5, stall_timeout_s=20.0) as room:
         task = asyncio.create_task(room.shards.fetch(signed, entry))
         await downloading(room)
         room.swarm.downloads[0].bytes_done = 10

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from node.cli.demo.s3_server import running_s3
 from scripts.base_train_settings import Settings, accumulation, evaluation_batches, parsed, shards_needed
 from scripts.text_corpus import NAME, write_shards
 from tests.integration.daemons import daemon, shoal
+from tests.ports import free_port
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,10 +33,7 @@ def started(
 ) -> tuple[list[dict[str, Any]], subprocess.CompletedProcess[str]]:
     run = ["-m", "scripts.base_train", "--json", "--log_every=1", "--threads=1", *flags]
     if ranks > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        where = [f"--nproc_per_node={ranks}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        where = [f"--nproc_per_node={ranks}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
         run = ["-m", "torch.distributed.run", *where, *run]
     more = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | (environment or {})
     done = subprocess.run(
