@@ -110,6 +110,7 @@ class Bench:
                 rank.stdin.write(b"go\n")
             each = [json.loads(await _said(rank)) for rank in ranks]
             seconds = time.monotonic() - began
+            await asyncio.sleep(1.0)  # what nodes say of their swarm is at most a second old
             sent = await (await self.session.get(f"{self.control}/sent")).json()
             return Outcome(
                 what, n, tally([np.load(part.out) for part in parts], self.data.samples), seconds,

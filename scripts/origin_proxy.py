@@ -24,7 +24,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,9 +187,12 @@ class OriginProxy:
                 block = _spoiled(block, fault.offset - start - sent.size)
             kept = block if cut is None else block[: cut - sent.size]
             await self.bucket.take(len(kept))
-            with suppress(ConnectionResetError):
+            sent.size += len(kept)  # before it goes: who has it may look at the ledger at once
+            try:
                 await response.write(kept)
-            sent.size += len(kept)
+            except ConnectionResetError:
+                sent.size -= len(kept)
+                return response
             if cut is not None and sent.size >= cut:
                 if fault and fault.kind == "stall":
                     await asyncio.Event().wait()

@@ -38,6 +38,7 @@ class LeaseHandlers:
     async def release(self, params: ReleaseParams, call: Call) -> ReleaseResult:
         """RELEASE."""
         del call
+        await self.shards.surveyed()
         named = await self._named(params)
         chosen = self.shards.leases.of_lease(params.lease, time.monotonic()) if named is None else [named]
         # All of them first: what is deleted takes time, and the client has said that it reads none of them.

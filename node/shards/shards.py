@@ -195,6 +195,10 @@ class Shards:
         """Read and hashed since the start."""
         return self._reader.hashed_bytes + self._urgent.hashed_bytes
 
+    async def surveyed(self) -> None:
+        """Wait until the folder was looked at since the start: before that, nothing seems to be here."""
+        await self._catalog.wait_until(lambda: self._survey.done_once)
+
     async def settled(self) -> None:
         """Wait until every file that is here is seeded or invalid, hashes are kept, and others were told."""
         await self._catalog.wait_until(
@@ -250,6 +254,7 @@ class Shards:
         Returns where it was. Raises ShardInUseError while a stage has it, it is downloaded or a lease holds it,
         and ShardNotFoundError.
         """
+        await self.surveyed()
         return await self._custody.evict(signed, entry)
 
     async def verify(self, signed: SignedManifest, entry: ShardEntry) -> ContentId | None:

@@ -17,6 +17,7 @@ import pytest_asyncio
 from origin_lab import ONE, Daemon, Stock, daemon, stocked
 
 from scripts.origin_faults import Ledger
+from tests.waiting import wait_until
 
 SIZE = 16_000_005
 
@@ -33,7 +34,9 @@ def start_seed(stack: ExitStack, home: Path, stock: Stock, rate: str, bootstrap:
     folder.mkdir(parents=True)
     shutil.copyfile(stock.path, folder / "shard.bin")
     (folder / "manifest.json").write_bytes(msgspec.json.encode(stock.signed))
-    return stack.enter_context(daemon(home, "--upload-limit", rate, bootstrap=bootstrap))
+    seed = stack.enter_context(daemon(home, "--upload-limit", rate, bootstrap=bootstrap))
+    wait_until(lambda: [file["state"] for file in seed.files().values()] == ["seeding"])
+    return seed
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ async def test_one_of_two_that_share_the_origin_is_killed_and_the_other_takes_it
                 start = daemon(tmp_path / name, *flags, bootstrap=first, **stock.environment())
                 nodes.append(await asyncio.to_thread(stack.enter_context, start))
             victim = nodes[1]
+            for node in nodes:  # or one of them begins later by the start of its client, and finds the other at work
+                await asyncio.to_thread(node.call, "GET_MANIFEST", {"dataset": "lab"})
             fetches = [asyncio.create_task(asyncio.to_thread(node.call, "FETCH_SHARD", selector)) for node in nodes]
             try:
                 async with asyncio.timeout(20):

@@ -119,9 +119,11 @@ def test_text_that_ends_inside_a_character(cluster: list[Daemon]) -> None:
 
 def test_figures_are_sane(cluster: list[Daemon]) -> None:
     began = time.monotonic()
-    timings = cluster[0].call("EXECUTE_TASK", CHAT)["timings"]
+    told: list[str] = []
+    timings = cluster[0].call("EXECUTE_TASK", CHAT, on_notification=lambda name, _: told.append(name))["timings"]
     took = time.monotonic() - began
-    assert 0 <= timings["load_s"] < 0.5, "everything is loaded"
+    assert "PROGRESS" not in told, "everything is loaded"
+    assert 0 <= timings["load_s"] < 3, "what it takes to find them"
     assert 0 < timings["time_to_first_token_s"] < timings["total_s"] < took
     decode_s = timings["total_s"] - timings["time_to_first_token_s"]
     assert timings["tokens_per_s"] == pytest.approx(23 / decode_s, rel=0.1)
@@ -166,7 +168,7 @@ def test_a_client_that_leaves_frees_its_session(cluster: list[Daemon]) -> None:
         client.call("EXECUTE_TASK", LONG, on_notification=leave)
     began = time.monotonic()
     no_sessions(cluster)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10, "it was noticed by the keepalive, after 11 s"
 
 
 def test_a_coordinator_that_runs_no_stage_and_dies(cluster: list[Daemon], tmp_path: Path) -> None:
@@ -323,7 +325,7 @@ def test_published_files_and_a_second_model_while_the_nodes_run(
             return False
         return Path(path).read_text() == "a loose file"
 
-    wait_until(fetched, timeout_s=5)
+    wait_until(fetched)
 
     alone = cluster[0].call("EXECUTE_TASK", CHAT)["tokens"]
     together: dict[str, Any] = {}

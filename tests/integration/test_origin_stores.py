@@ -221,10 +221,10 @@ FORKED = """
 import asyncio, os, sys
 from node.origin.opening import open_store
 from protocol.errors import OriginError
-from tests.integration.origin_servers import s3_settings
+from tests.integration.origin_servers import PATIENT, s3_settings
 
 def main():
-    settings = s3_settings(*sys.argv[1:4])
+    settings = s3_settings(*sys.argv[1:4], **PATIENT)
     store = open_store("o3://shards/forked", settings)
     asyncio.run(store.put("a", b"x" * 20_000_000))
     child = os.fork()
@@ -256,7 +256,7 @@ async def test_a_forked_child_opens_its_own_and_is_refused_its_parents(weed: S3S
         start_new_session=True,
     )
     try:
-        out, _ = await asyncio.wait_for(process.communicate(), 20)
+        out, _ = await asyncio.wait_for(process.communicate(), 45)
     finally:
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGKILL)

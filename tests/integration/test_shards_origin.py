@@ -177,7 +177,7 @@ async def test_the_origin_may_be_gone_for_a_while(
 @pytest.mark.slow
 async def test_after_an_error_the_next_try_goes_on_from_there(tmp_path: Path, shard: Published) -> None:
     place = shard.place(rate_bytes_s=4 * MB)
-    async with open_node(tmp_path / "a", Network(), stall_timeout_s=1.0, origin=Places(place)) as a:
+    async with open_node(tmp_path / "a", Network(), stall_timeout_s=3.0, origin=Places(place)) as a:
         fetching = asyncio.create_task(fetch(a, shard))
         await eventually(lambda: place.out_bytes > 3 * MB)
         place.gone = True
@@ -242,7 +242,7 @@ async def test_without_a_torrent_anywhere_one_of_three_takes_it_whole(tmp_path: 
 @pytest.mark.slow
 async def test_a_whole_shard_that_broke_off_goes_on_at_the_next_try(tmp_path: Path, shard: Published) -> None:
     place = shard.place(layer=b"", rate_bytes_s=4 * MB)
-    async with open_node(tmp_path / "a", Network(), stall_timeout_s=1.0, origin=Places(place)) as a:
+    async with open_node(tmp_path / "a", Network(), stall_timeout_s=3.0, origin=Places(place)) as a:
         fetching = asyncio.create_task(fetch(a, shard))
         await eventually(lambda: place.out_bytes > 3 * MB)
         place.gone = True
@@ -277,7 +277,7 @@ async def test_the_blocks_of_a_fetcher_that_died_are_taken_over_when_its_lease_e
         open_node(tmp_path / "dead", network, bootstrap=(a,)) as dead,
     ):
         block_pieces = len(blocks_of(torrent_of(shard.entry))[0].pieces)
-        await dead.discovery.announce_want(shard.entry.content_id, dead.swarm.port, block_pieces=block_pieces, ttl_s=4)
+        await dead.discovery.announce_want(shard.entry.content_id, dead.swarm.port, block_pieces=block_pieces, ttl_s=8)
         dead.discovery._protocol.transport.abort()  # No goodbye, and no refresh that would arrive.
         fetching = asyncio.create_task(fetch(a, shard))
         await eventually(lambda: place.out_bytes > 0)

@@ -71,7 +71,7 @@ def test_a_download_keeps_to_the_limit_is_cancelled_and_holds_up_no_shutdown(slo
         began = time.monotonic()
         fetched = node.call("FETCH_SHARD", {"model": "smol", "shard_id": 1})
         rate = fetched["bytes"] / (time.monotonic() - began)
-        assert 0.3 * UPLOAD_BYTES_S < rate < 1.3 * UPLOAD_BYTES_S, f"{rate / 1e6:.1f} MB/s on loopback"
+        assert 0.1 * UPLOAD_BYTES_S < rate < 1.3 * UPLOAD_BYTES_S, f"{rate / 1e6:.1f} MB/s on loopback"
 
         large = {"model": "smol", "shard_id": 0}
         ended = asking(node, "LOAD_SHARD", large, request_id="waiting")

@@ -87,13 +87,16 @@ def in_folder(tmp_path: Path, **options: Any) -> Iterator[O3CheckpointManager]:
         yield checkpoints
 
 
-def saves_until_killed(environment: dict[str, Any], url: str, key_file: str, cache_dir: str, say: Any) -> None:
-    """For a spawned process: one whole checkpoint, then another one that does not end."""
+def saves_until_killed(
+    environment: dict[str, Any], url: str, key_file: str, cache_dir: str, say: Any, go_on: Any
+) -> None:
+    """For a spawned process: one whole checkpoint, then, told to go on, another one that does not end."""
     client = O3Client(**environment)
     training = Training()
     checkpoints = O3CheckpointManager(url, client=client, key_file=key_file, cache_dir=cache_dir)
     training.save(checkpoints, 0)
     say.put("saved")
+    assert go_on.wait(60)
     training.steps(2)
     training.save(checkpoints, 1, wait=False)
     say.put("sending")
@@ -105,11 +108,12 @@ def large_state(seed: int = 0) -> dict[str, torch.Tensor]:
     return {f"weight{number}": torch.full((10 << 20,), float(10 * seed + number)) for number in range(6)}
 
 
-def saves_large_until_killed(environment: dict[str, Any], url: str, key_file: str, say: Any) -> None:
-    """For a spawned process: one small checkpoint, then one that is long on its way."""
+def saves_large_until_killed(environment: dict[str, Any], url: str, key_file: str, say: Any, go_on: Any) -> None:
+    """For a spawned process: one small checkpoint, then, told to go on, a large one."""
     checkpoints = O3CheckpointManager(url, client=O3Client(**environment), key_file=key_file)
     checkpoints.save_checkpoint({"weight": torch.ones(9)}, None, 0, run_id=RUN, wait=True)
     say.put("saved")
+    assert go_on.wait(60)
     checkpoints.save_checkpoint(large_state(), None, 1, run_id=RUN)
     say.put("sending")
     time.sleep(60)

@@ -101,7 +101,8 @@ def numbers(source: ShardSource, **more: Any) -> StreamingShardDataset:
 def train(at: dict[str, str], folder: Path, out: Path) -> None:
     """A training process that saves each step: one line a batch, with its samples and the state after it.
 
-    It goes on from the last whole line. RANK and WORLD_SIZE are those of the environment.
+    It goes on from the last whole line. RANK, WORLD_SIZE and STEP_S, how long a step takes, are those of the
+    environment.
     """
     data = numbers(source_of(at, folder))
     log = out / f"rank{data.ranks.rank}.jsonl"
@@ -111,7 +112,7 @@ def train(at: dict[str, str], folder: Path, out: Path) -> None:
         for batch in data:
             file.write(json.dumps({"ids": batch["id"].tolist(), "state": data.state_dict()}) + "\n")
             file.flush()
-            time.sleep(0.01)  # a step
+            time.sleep(float(os.environ.get("STEP_S", "0.01")))
 
 
 def lines(log: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.torch_bridge.batches_parts import SIZE, bodies, bytes_here, dataset, 
 from tests.torch_bridge.o3_client_parts import in_fork
 from torch_bridge.batches.metadata import MetadataOf, read_table
 from torch_bridge.batches.plan import RemoteFile
+from torch_bridge.batches.sources import OriginFiles
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]  # servers and processes of their own
 
@@ -88,8 +90,15 @@ def test_a_child_that_inherits_an_iteration_leaves_it_alone(origin: Any, tmp_pat
 
 
 def test_a_line_of_the_log_for_each_batch_says_what_limits(
-    origin: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    origin: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    really = OriginFiles.fetch
+
+    def slowly(*args: Any, **more: Any) -> Path:
+        time.sleep(0.05)
+        return really(*args, **more)
+
+    monkeypatch.setattr(OriginFiles, "fetch", slowly)
     files = dataset(origin, tmp_path / "cache")
     with caplog.at_level(logging.INFO, "torch_bridge.batches"):
         list(files)

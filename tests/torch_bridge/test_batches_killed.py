@@ -44,7 +44,7 @@ CHILD = """
         files.set_epoch(0)
         loader = DataLoader(files, batch_size=2, num_workers=2, multiprocessing_context=start)
         for batch in loader:
-            time.sleep(0.02)
+            time.sleep(0.04)
             for name in batch:
                 print(name, flush=True)
         print("END", flush=True)

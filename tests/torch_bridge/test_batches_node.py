@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from protocol.errors import UnreachableError
 from tests.integration.daemons import Daemon, daemon, shoal
+from tests.ports import free_port
 from tests.torch_bridge.batches_parts import SIZE, bodies, bytes_under, dataset, folder_of, name_and_body, sampled
 from tests.waiting import wait_until
 from torch_bridge import Ranks
@@ -109,12 +110,12 @@ def test_two_epochs_in_workers(trainer: Daemon, source_of: Sources, tmp_path: Pa
 
 def test_a_node_that_is_killed_and_comes_back_loses_no_file(seed: Daemon, source_of: Sources, tmp_path: Path) -> None:
     with ExitStack() as stack:
-        node = stack.enter_context(daemon(tmp_path / "trainer", bootstrap=seed))
+        port = str(free_port())
+        node = stack.enter_context(daemon(tmp_path / "trainer", "--rpc-port", port, bootstrap=seed))
         steps = iter(dataset(source_of(node), tmp_path / "cache", decode=name_and_body))
         found = [next(steps)]
         wait_until(lambda: [file["state"] for file in node.files().values()] == ["seeding"] * 8)  # two batches
         node.end(signal.SIGKILL)
-        port = str(node.ports["rpc"])
         again: list[Daemon] = []
 
         def come_back() -> None:

@@ -65,6 +65,7 @@ def test_a_save_outlasts_an_origin_that_is_away(
 ) -> None:
     training = Training()
     with O3CheckpointManager(url, client=client_through(proxy, weed), key_file=tmp_path / "key") as checkpoints:
+        proxy.hang("/shards/", "PUT")  # or it might be through before the origin is gone
         save(checkpoints, 0)
         wait_until(lambda: direct.list("shards/"), 60)
         began = time.monotonic()
@@ -85,6 +86,7 @@ def test_a_save_that_gives_up_says_so_and_the_next_one_works(
     training = Training()
     with O3CheckpointManager(url, client=impatient(proxy, weed), key_file=tmp_path / "key") as checkpoints:
         save(checkpoints, 0, wait=True)
+        proxy.hang("/shards/", "PUT")
         save(checkpoints, 1)
         wait_until(lambda: len(direct.list("shards/")) > PARTS, 60)
         with proxy.away():
@@ -126,19 +128,22 @@ def test_a_restore_waits_for_it_or_gives_up_with_nothing_loaded(
 
 
 def test_a_saver_that_is_killed_in_the_middle_of_its_parts(
-    weed: S3Server, url: str, direct: Store, tmp_path: Path
+    weed: S3Server, proxy: Proxy, url: str, direct: Store, tmp_path: Path
 ) -> None:
     environment = {
-        "endpoint": weed.endpoint, "access_key": weed.access_key, "secret_key": weed.secret_key, "backend": "gateway",
+        "endpoint": proxy.endpoint, "access_key": weed.access_key, "secret_key": weed.secret_key, "backend": "gateway",
     }  # fmt: skip
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.torch_bridge.checkpoints_training"])
-    said = context.Queue()
-    child = context.Process(target=saves_large_until_killed, args=(environment, url, str(tmp_path / "key"), said))
+    said, go_on = context.Queue(), context.Event()
+    arguments = (environment, url, str(tmp_path / "key"), said, go_on)
+    child = context.Process(target=saves_large_until_killed, args=arguments)
     child.start()
     try:
         assert said.get(timeout=60) == "saved"
         before = len(direct.list("shards/"))
+        proxy.hang("/shards/", "PUT")
+        go_on.set()
         assert said.get(timeout=60) == "sending"
         wait_until(lambda: len(direct.list("shards/")) > before and parts_under_way(weed), 60)
     finally:

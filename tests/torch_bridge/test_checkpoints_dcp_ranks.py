@@ -20,9 +20,12 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch_bridge import O3Client
 from torch_bridge.checkpoints.dcp import O3StorageReader, O3StorageWriter
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+pytestmark = [
+    pytest.mark.timeout(200),  # each rank imports torch first
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
+]
 RANKS = 2
-WAIT_S = 40.0
+WAIT_S = 90.0
 DIMS = {"rows": 0, "columns": 1, "one": 0}
 
 

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import re
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from scripts.origin_proxy import Fault, OriginProxy
 from tests.integration.origin_server import s3_server
 from tests.torch_bridge.checkpoints_training import RUN, Training, assert_same_training, saves_until_killed
 from tests.torch_bridge.o3_client_parts import client_of, served
+from tests.waiting import wait_until
 from torch_bridge import O3CheckpointManager, O3Client, RetryPolicy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]  # servers and processes of their own
@@ -127,19 +127,18 @@ def test_a_saver_that_is_killed_leaves_the_checkpoint_before(
     expected = Training()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.torch_bridge.checkpoints_training"])
-    say = context.Queue()
-    arguments = (through(proxy, server), url, str(tmp_path / "key"), str(tmp_path / "c"), say)
+    say, go_on = context.Queue(), context.Event()
+    arguments = (through(proxy, server), url, str(tmp_path / "key"), str(tmp_path / "c"), say, go_on)
     child = context.Process(target=saves_until_killed, args=arguments)
     child.start()
     try:
         assert say.get(timeout=40) == "saved"
         # The first of the second save's requests of this kind is never answered.
         proxy.rules.add(Fault(kind="hang", key=key, methods=methods))
+        go_on.set()
         assert say.get(timeout=20) == "sending"
-        deadline = time.monotonic() + 20
-        while not proxy.rules.applied and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert proxy.rules.applied == {"hang": proxy.rules.applied["hang"]}
+        wait_until(lambda: proxy.rules.applied)
+        assert proxy.rules.applied.keys() == {"hang"}
     finally:
         assert child.pid is not None
         os.kill(child.pid, signal.SIGKILL)

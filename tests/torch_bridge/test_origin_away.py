@@ -60,6 +60,12 @@ class Proxy:
         with urllib.request.urlopen(urllib.request.Request(f"{self._control}/{what}", method=method), timeout=10) as a:
             return json.loads(a.read() or b"null")
 
+    def hang(self, key: str, method: str) -> None:
+        """The next such request is never answered, as long as its connection lasts."""
+        rule = json.dumps({"kind": "hang", "key": key, "methods": [method], "times": 1}).encode()
+        request = urllib.request.Request(f"{self._control}/faults", data=rule, method="POST")
+        urllib.request.urlopen(request, timeout=10).close()
+
     @contextmanager
     def away(self) -> Iterator[None]:
         """Gone at once, and back after AWAY_S, whatever happens meanwhile."""

@@ -69,7 +69,8 @@ def test_downloads_at_the_same_time_do_not_take_each_others_room(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(50)
+        assert not thread.is_alive()
     came = sorted(name for name, error in said.items() if error is None)
     assert len(came) == 2
     assert sorted(path.name for path in small_disk.glob("shard*")) == came, "and nothing half-written"

@@ -54,7 +54,7 @@ def proxy(published: tuple[S3Server, Manifest]) -> Iterator[OriginProxy]:
 def slow_proxy(published: tuple[S3Server, Manifest]) -> Iterator[OriginProxy]:
     server = published[0]
     keys = server.access_key, server.secret_key
-    with served(OriginProxy.running(server.endpoint, keys=keys, rate_bytes_s=50_000)) as proxy:
+    with served(OriginProxy.running(server.endpoint, keys=keys, rate_bytes_s=25_000)) as proxy:
         yield proxy
 
 

@@ -21,6 +21,7 @@ import pytest
 from protocol.errors import CancelledRequestError, InvalidShardError, UnreachableError
 from protocol.manifest import ShardEntry
 from tests.integration.daemons import Daemon, daemon, shoal
+from tests.ports import free_port
 from tests.torch_bridge.bridge_shards import overwrite_in_the_middle, parquet_files
 from tests.waiting import wait_until
 from torch_bridge.shards.downloader import StreamingDownloader
@@ -112,11 +113,8 @@ def test_each_process_has_a_lease_of_its_own(trainer: Daemon, source: ShardSourc
 
 def test_threads_of_one_process_share_a_lease(trainer: Daemon, source: ShardSource) -> None:
     entries = source.manifest().shards
-    threads = [threading.Thread(target=source.fetch, args=(entry,)) for entry in entries]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(source.fetch, entries))
     assert list(leases(trainer).values()) == [3]
     assert all(source.discard(entry) for entry in entries)
 
@@ -179,9 +177,10 @@ def test_a_shard_that_is_discarded_while_its_lease_is_taken_again_stays_gone(
             takes_again.set()
             assert discarding.wait(20)
             time.sleep(0.5)  # the discard would come first, if it could
-            result = really(method, *args, **more)
-            taken.set()
-            return result
+            try:
+                return really(method, *args, **more)
+            finally:
+                taken.set()
 
         monkeypatch.setattr(source, "_call", call)
         trainer.call("RELEASE", {"lease": lease})  # as after the node's restart: it knows nothing of the lease
@@ -197,11 +196,10 @@ def test_a_shard_that_is_discarded_while_its_lease_is_taken_again_stays_gone(
 def test_a_node_that_is_restarted_is_asked_again_and_its_leases_are_taken_again(
     seed: Daemon, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    home = tmp_path / "trainer"
+    home, port = tmp_path / "trainer", free_port()
     with ExitStack() as whole:
-        with daemon(home, bootstrap=seed) as node:
-            port = node.ports["rpc"]
-            source = NodeSource(f"127.0.0.1:{port}", "org/set", tmp_path / "ledger", ttl_s=1.5, reconnect_s=20.0)
+        with daemon(home, "--rpc-port", str(port), bootstrap=seed) as node:
+            source = NodeSource(f"127.0.0.1:{port}", "org/set", tmp_path / "ledger", ttl_s=1.5, reconnect_s=60.0)
             whole.enter_context(closing(source))
             first, second, _ = source.manifest().shards
             path = source.fetch(first).path

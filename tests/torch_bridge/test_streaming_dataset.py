@@ -50,6 +50,7 @@ def test_one_order_for_all_numbers_of_workers(folder: Path) -> None:
         assert ids(loader(dataset(folder), workers)) == alone
 
 
+@pytest.mark.timeout(150)
 def test_the_same_in_spawned_workers(folder: Path) -> None:
     assert ids(loader(dataset(folder), 2, "spawn")) == ids(dataset(folder))
 

@@ -188,7 +188,10 @@ def test_after_an_epoch_the_data_sets_own_state_is_its_end(server: S3Server, tmp
     assert sorted(flat(ids(later))) == ALL
 
 
-def test_killed_in_an_epoch_the_rest_is_exactly_the_rest(server: S3Server, tmp_path: Path) -> None:
+def test_killed_in_an_epoch_the_rest_is_exactly_the_rest(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEP_S", "0.05")
     alone = ids(numbers(source_at(server, tmp_path / "alone")))
     folder, out = tmp_path / "shards", tmp_path / "out"
     out.mkdir()

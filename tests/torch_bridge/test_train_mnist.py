@@ -118,7 +118,7 @@ def test_a_run_that_is_killed_at_random_steps_ends_as_one_that_is_not(
     assert whole["test_accuracy"] > 0.9
     assert program.steps("whole") == list(range(1, STEPS + 1))
 
-    kills = [random.randrange(start, start + STEPS // 3) for start in (1, STEPS // 2)]
+    kills = [random.randrange(start, start + STEPS // 5) for start in (1, STEPS // 2)]
     print("killed at", kills)
     for step in kills:
         program.killed_at("killed", step)
