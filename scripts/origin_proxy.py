@@ -23,6 +23,7 @@ import json
 import signal
 import socket
 import sys
+import weakref
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -85,6 +86,7 @@ class OriginProxy:
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.2)
         self._site: web.SockSite | None = None
         self._session: aiohttp.ClientSession | None = None
+        self._transports: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
 
     @classmethod
     @asynccontextmanager
@@ -115,6 +117,8 @@ class OriginProxy:
                 finally:
                     await proxy.gone()
                     await proxy._runner.cleanup()
+                    for transport in proxy._transports:  # closed, and still with something for who does not read
+                        transport.abort()
         finally:
             proxy._place.close()
 
@@ -138,6 +142,8 @@ class OriginProxy:
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.ledger.requests += 1
+        if request.transport:
+            self._transports.add(request.transport)
         key = request.rel_url.path.lstrip("/")
         asked = Range.asked(request.headers.get("Range"))
         fault = self.rules.take(request.method, key, asked)

@@ -167,10 +167,12 @@ async def raw_server(body: bytes, *modes: str) -> AsyncIterator[RawServer]:
         try:
             yield server
         finally:
-            await _part(server.writers)
+            await _part(listening, server.writers)
 
 
-async def _part(writers: list[asyncio.StreamWriter]) -> None:
+async def _part(listening: asyncio.Server, writers: list[asyncio.StreamWriter]) -> None:
+    listening.close()
+    await asyncio.sleep(0.01)  # a connection that was accepted already has its writer then
     for writer in writers:
         writer.transport.abort()
     await asyncio.sleep(0)
@@ -283,7 +285,7 @@ async def hub_stand_in(
         try:
             yield hub
         finally:
-            await _part(hub.writers)
+            await _part(listening, hub.writers)
 
 
 def _sha1(body: bytes) -> str:
