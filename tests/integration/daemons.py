@@ -18,6 +18,7 @@ from typing import Any
 from protocol.sync_client import SyncClient
 
 READY_S = 30.0
+CRASHES = {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Daemon:
 
 @contextlib.contextmanager
 def daemon(home: Path, *arguments: str, bootstrap: Daemon | None = None, **environment: str) -> Iterator[Daemon]:
-    """Start a node and wait until it says that it is ready."""
+    """Start a node and wait until it says that it is ready. One that crashed fails the test, with its log."""
     home.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "node", "serve", "--data-dir", str(home), "--threads", "1", "--ctx-size", "512"]
     for port in ("rpc", "dht", "bt", "http"):
@@ -74,8 +75,12 @@ def daemon(home: Path, *arguments: str, bootstrap: Daemon | None = None, **envir
         assert process.stdout is not None
         readable, _, _ = select.select([process.stdout], [], [], READY_S)
         line = process.stdout.readline() if readable else b""
-        assert line, f"the node did not get ready:\n{(home / 'node.log').read_text(errors='replace')[-3000:]}"
+        assert line, f"the node did not get ready:\n{_tail(home)}"
         yield Daemon(home, process, json.loads(line))
+    except Exception as err:
+        if process.poll():
+            err.add_note(f"the node had ended with status {process.returncode}; its log ends:\n{_tail(home)}")
+        raise
     finally:
         if process.poll() is None:
             process.terminate()
@@ -86,6 +91,11 @@ def daemon(home: Path, *arguments: str, bootstrap: Daemon | None = None, **envir
                 process.wait(5)
         assert process.stdout is not None
         process.stdout.close()
+        assert process.returncode not in CRASHES, f"the node crashed ({process.returncode}):\n{_tail(home)}"
+
+
+def _tail(home: Path) -> str:
+    return (home / "node.log").read_text(errors="replace")[-6000:]
 
 
 def shoal(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -16,6 +16,8 @@ from typing import Any
 
 READY_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 6.0
+_LOG_LINES = 60
+"""Of a log, in an error: the stacks of a few threads."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -45,7 +47,8 @@ async def running_node(
 ) -> AsyncIterator[RunningNode]:
     """Start `python -m node serve` on free loopback ports with `home` as its data directory; end it at the exit.
 
-    `environment` stands over this process's own. Raises NodeStartError with the last lines of its log.
+    `environment` stands over this process's own. Raises NodeStartError with the last lines of its log; to an error of
+    the block, of a node that ended by itself meanwhile, they are added as a note.
     """
     home.mkdir(parents=True, exist_ok=True)
     log_path = home / "node.log"
@@ -66,6 +69,10 @@ async def running_node(
         ready = await _ready_line(process, log_path)
         ports = ready["ports"]
         yield RunningNode(name, ready["node_id"], ports["rpc"], ports["dht"], log_path, process)
+    except Exception as err:
+        if process.returncode:
+            err.add_note(f"node {name} had ended with status {process.returncode}; its log ends:\n{_tail(log_path)}")
+        raise
     finally:
         await _stop(process)
 
@@ -81,9 +88,12 @@ async def _ready_line(process: asyncio.subprocess.Process, log_path: Path) -> di
         ready: dict[str, Any] = json.loads(line)
         return ready
     except json.JSONDecodeError:
-        tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-15:])
         what = "ended" if process.stdout.at_eof() else f"was not ready within {READY_TIMEOUT_S:.0f} s"
-        raise NodeStartError(f"a node {what}; its log ends:\n{tail}") from None
+        raise NodeStartError(f"a node {what}; its log ends:\n{_tail(log_path)}") from None
+
+
+def _tail(log_path: Path) -> str:
+    return "\n".join(log_path.read_text(errors="replace").splitlines()[-_LOG_LINES:])
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:
