@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class Daemon:
     home: Path
     process: subprocess.Popen[bytes]
     ready: dict[str, Any]
+    signals: set[int] = field(default_factory=set)
+    """Sent by `end`."""
 
     @property
     def node_id(self) -> str:
@@ -53,6 +55,7 @@ class Daemon:
     def end(self, number: int = signal.SIGTERM) -> float:
         """Send a signal; return how long the process took, and fail the test where it takes over 10 s."""
         started = time.monotonic()
+        self.signals.add(number)
         self.process.send_signal(number)
         self.process.wait(10)
         return time.monotonic() - started
@@ -71,12 +74,14 @@ def daemon(home: Path, *arguments: str, bootstrap: Daemon | None = None, **envir
         process = subprocess.Popen(
             [*command, *arguments], stdout=subprocess.PIPE, stderr=log, env=os.environ | environment
         )
+    node = Daemon(home, process, {})
     try:
         assert process.stdout is not None
         readable, _, _ = select.select([process.stdout], [], [], READY_S)
         line = process.stdout.readline() if readable else b""
         assert line, f"the node did not get ready:\n{_tail(home)}"
-        yield Daemon(home, process, json.loads(line))
+        node.ready = json.loads(line)
+        yield node
     except Exception as err:
         if process.poll():
             err.add_note(f"the node had ended with status {process.returncode}; its log ends:\n{_tail(home)}")
@@ -91,7 +96,8 @@ def daemon(home: Path, *arguments: str, bootstrap: Daemon | None = None, **envir
                 process.wait(5)
         assert process.stdout is not None
         process.stdout.close()
-        assert process.returncode not in CRASHES, f"the node crashed ({process.returncode}):\n{_tail(home)}"
+        crashes = CRASHES - {-number for number in node.signals}
+        assert process.returncode not in crashes, f"the node crashed ({process.returncode}):\n{_tail(home)}"
 
 
 def _tail(home: Path) -> str:

@@ -162,7 +162,7 @@ def test_a_provider_that_died_is_named_in_time(slow_seed: Daemon, smollm2_shards
 def test_a_crash_of_a_native_library_leaves_in_the_log_what_the_threads_were_in(tmp_path: Path) -> None:
     with daemon(tmp_path / "a") as node:
         resource.prlimit(node.process.pid, resource.RLIMIT_CORE, (0, 0))  # no dump in whatever folder this is
-        node.process.send_signal(signal.SIGSEGV)
-        assert node.process.wait(5) == -signal.SIGSEGV
+        node.end(signal.SIGSEGV)
+        assert node.process.returncode == -signal.SIGSEGV
         assert "Segmentation fault" in node.log
         assert "node/cli/serve.py" in node.log
