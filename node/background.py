@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
-from typing import Any, ParamSpec
+from contextlib import asynccontextmanager, suppress
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
+R = TypeVar("R")
 
 log = logging.getLogger(__name__)
 
@@ -76,5 +77,18 @@ async def to_the_end(call: Callable[P, object], *args: P.args, **kwargs: P.kwarg
     try:
         await asyncio.shield(work)
     except asyncio.CancelledError:
-        await asyncio.wait([work])
+        while not work.done():  # nor does a second cancellation end the wait
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([work])
         raise
+
+
+async def to_the_end_then(call: Callable[[], R], then: Callable[[R], object]) -> R:
+    """The same; what the call returned is handed to `then`, also where the caller is cancelled."""
+    results: list[R] = []
+    try:
+        await to_the_end(lambda: results.append(call()))
+    finally:
+        for result in results:
+            then(result)
+    return results[0]

@@ -117,8 +117,9 @@ class OriginProxy:
                 finally:
                     await proxy.gone()
                     await proxy._runner.cleanup()
-                    for transport in proxy._transports:  # closed, and still with something for who does not read
-                        transport.abort()
+                    for transport in proxy._transports:
+                        if transport.get_write_buffer_size():  # closed, and with something for who does not read
+                            transport.abort()
         finally:
             proxy._place.close()
 

@@ -38,7 +38,6 @@ class LeaseHandlers:
     async def release(self, params: ReleaseParams, call: Call) -> ReleaseResult:
         """RELEASE."""
         del call
-        await self.shards.surveyed()
         named = await self._named(params)
         chosen = self.shards.leases.of_lease(params.lease, time.monotonic()) if named is None else [named]
         # All of them first: what is deleted takes time, and the client has said that it reads none of them.
@@ -69,8 +68,11 @@ class LeaseHandlers:
 
     async def _released(self, shard: LeasedId, was_held: bool, *, evict: bool) -> ReleasedShard:
         kept_because = ""
+        is_surveyed = self.shards.is_surveyed
         published = self.shards.is_published_here(shard.digest, shard.shard_id)
-        if evict and published:
+        if evict and not is_surveyed:
+            kept_because = "the shards folder was not looked through yet, since the start: ask again"
+        elif evict and published:
             kept_because = "it was published here, not fetched: EVICT_SHARD deletes it"
         elif evict and (signed := self.shards.manifest(shard.digest)):
             try:
@@ -86,7 +88,7 @@ class LeaseHandlers:
             shard_id=shard.shard_id,
             content_id=shard.content_id,
             held=was_held,
-            gone=not self.shards.has_file(shard.digest, shard.shard_id),
+            gone=is_surveyed and not self.shards.has_file(shard.digest, shard.shard_id),
             leases=self.shards.leases.holders(shard, time.monotonic()).leases,
             kept_because=kept_because,
             published=published,

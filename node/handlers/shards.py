@@ -72,6 +72,7 @@ class ShardHandlers:
         """EVICT_SHARD."""
         del call
         started = time.monotonic()
+        await self.shards.surveyed()
         signed, entry = await self.shards.select(params)
         path = await self.shards.evict(signed, entry)
         return still_local(entry, "evicted", path, time.monotonic() - started)

@@ -44,7 +44,7 @@ class Custody:
         self._hasher = hasher
         self._leases = leases
         self._tasks = tasks
-        self._withdrawing = 0
+        self._withdrawing: set[asyncio.Task[None]] = set()
 
     @property
     def idle(self) -> bool:
@@ -116,28 +116,33 @@ class Custody:
     def distrust(self, file: ShardFile, error: str) -> None:
         """A file that was good is not: from now on it is invalid, and soon neither seeded nor remembered."""
         if self._is_now_invalid(file, error):
-            self._tasks.create_task(self._stop_seeding(file), name=f"withdraw {file.path.name}")
+            self._withdraw(file)
 
     async def _distrust(self, file: ShardFile, error: str) -> None:
         """Done when it is seeded no more: whoever fetches it then is not in the way of its end."""
         if self._is_now_invalid(file, error):
-            await self._stop_seeding(file)
+            await asyncio.shield(self._withdraw(file))  # also where nobody waits for the answer any more
 
     def _is_now_invalid(self, file: ShardFile, error: str) -> bool:
         """False where it was not good, or is another file by now."""
         if self._catalog.get(file.path) is not file or file.state != "seeding":
             return False
         self._catalog.invalidate(file, error)
-        self._withdrawing += 1
         return True
 
+    def _withdraw(self, file: ShardFile) -> asyncio.Task[None]:
+        task = self._tasks.create_task(self._stop_seeding(file), name=f"withdraw {file.path.name}")
+        self._withdrawing.add(task)
+        task.add_done_callback(self._withdrawn)
+        return task
+
+    def _withdrawn(self, task: asyncio.Task[None]) -> None:
+        self._withdrawing.discard(task)
+        self._catalog.pulse()
+
     async def _stop_seeding(self, file: ShardFile) -> None:
-        try:
-            await asyncio.to_thread(self._index.forget, file.path)
-            await self._seeds.stop(file)
-        finally:
-            self._withdrawing -= 1
-            self._catalog.pulse()
+        await asyncio.to_thread(self._index.forget, file.path)
+        await self._seeds.stop(file)
 
 
 def _unlink(path: Path) -> bool:

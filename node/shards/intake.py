@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
-from node.background import to_the_end
+from node.background import to_the_end_then
 from node.shards.catalog import Catalog, HeldFolder, ShardFile, torrent_of
 from node.shards.feeder import Feeder, WholeNeededError
 from node.shards.fetching import Fetch, FetchProgress
@@ -79,17 +79,12 @@ class Intake:
         return shard_path(folder, fetch.entry)
 
     async def _prepare(self, fetch: Fetch) -> Path:
-        prepared: list[tuple[Path, HeldFolder]] = []
+        def prepare() -> tuple[Path, HeldFolder]:
+            return prepare_folder(self._settings.shards_dir, fetch.holding, self._catalog.folders())
 
-        def prepare() -> None:
-            prepared.append(prepare_folder(self._settings.shards_dir, fetch.holding, self._catalog.folders()))
-
-        try:
-            await to_the_end(prepare)
-        finally:
-            for folder, held in prepared:  # also of a fetch that is cancelled: `tidy` takes away what is held
-                self._catalog.hold_folder(folder, held)
-        return prepared[0][0]
+        # Also of a fetch that is cancelled meanwhile: `tidy` takes away what is held.
+        folder, _ = await to_the_end_then(prepare, lambda prepared: self._catalog.hold_folder(*prepared))
+        return folder
 
     async def bring(self, fetch: Fetch) -> tuple[Path, dict[str, int]]:
         """Have the shard here, checked and seeded. Returns its file, and how many bytes came from where."""

@@ -8,8 +8,10 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
+from node.background import to_the_end_then
 from node.shards.catalog import Catalog, ShardFile
 from node.shards.fetching import Fetch, FetchedShard, FetchProgress, OnProgress
 from node.shards.folders import link_or_copy, remove_if_empty
@@ -71,9 +73,13 @@ class Loader:
             folder = self._catalog.folder_of(digest)
             busy = any(fetch.holding.digest == digest and fetch is not besides for fetch in self.fetches())
             is_fetched = folder is not None and self._catalog.folders()[folder].holding.fetched
-            if folder and is_fetched and not busy and await asyncio.to_thread(remove_if_empty, folder):
-                self._catalog.release_folder(folder)
+            if folder and is_fetched and not busy:
+                await to_the_end_then(partial(remove_if_empty, folder), partial(self._removed, folder))
         self._survey.poke()
+
+    def _removed(self, folder: Path, is_gone: bool) -> None:
+        if is_gone:
+            self._catalog.release_folder(folder)
 
     async def fetch(self, holding: Holding, entry: ShardEntry, on_progress: OnProgress | None) -> FetchedShard:
         """Have the shard here and checked; callers for one shard share one fetch."""
@@ -131,15 +137,15 @@ class Loader:
         began = time.monotonic()
         await self._catalog.wait_until(lambda: self._survey.done_once)
         async with self.alone_with(fetch.entry.content_id):
-            path = await self._local(fetch)
-            if path:
-                return FetchedShard(path, "local", time.monotonic() - began)
-            async with self._slots:
-                try:
+            try:
+                path = await self._local(fetch)
+                if path:
+                    return FetchedShard(path, "local", time.monotonic() - began)
+                async with self._slots:
                     path, moved = await self._intake.bring(fetch)
-                except BaseException:
-                    await self.tidy(fetch.holding.digest, besides=fetch)
-                    raise
+            except BaseException:
+                await self.tidy(fetch.holding.digest, besides=fetch)
+                raise
         return FetchedShard(path, _source(moved), time.monotonic() - began, moved)
 
     async def _local(self, fetch: Fetch) -> Path | None:
@@ -154,8 +160,9 @@ class Loader:
         for file in self._catalog.of_shard(digest, entry.shard_id):
             if file.state == "seeding":
                 return file.path
-            if file.state == "invalid":  # found so just now, it may be in the swarm still, which would take it for good
-                await self._seeds.stop(file)
+        for copy in self._catalog.of_content(entry.content_id):
+            if copy.state == "invalid":  # found so just now, it may be in the swarm still, which would take it for good
+                await self._seeds.stop(copy)
         for copy in self._catalog.of_content(entry.content_id):
             if copy.state == "seeding" and (path := await self._copy(fetch, copy)):
                 return path

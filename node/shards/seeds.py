@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 
 from node.shards.catalog import ShardFile
 from node.shards.index import Index
 from node.shards.ports import Swarm
 from node.swarm.torrent import Torrent
+from protocol.errors import ShoalError
 from protocol.ids import InfoHash
+
+log = logging.getLogger(__name__)
 
 
 class Seeds:
@@ -41,8 +45,9 @@ class Seeds:
         info_hash = file.torrent.info_hash
         async with self._turn:
             copies = self._copies.get(info_hash, {})
-            if file.path not in copies:
-                return
+            seeded = copies.get(file.path)
+            if seeded is None or seeded.fingerprint != file.fingerprint:
+                return  # or it lies there anew
             was_seeded = next(iter(copies)) == file.path
             del copies[file.path]
             if not copies:
@@ -51,12 +56,22 @@ class Seeds:
                 return
             await self._swarm.remove(info_hash)
             for copy in list(copies.values()):
-                assert copy.fingerprint is not None, f"{copy.path} is not here yet"
-                content = await asyncio.to_thread(self._index.get, copy.path, copy.fingerprint)
-                if content:
-                    await self._swarm.seed(_torrent(copy), copy.path, content.piece_layer)
+                if await self._takes_over(copy):
                     return
                 del copies[copy.path]
+            self._copies.pop(info_hash, None)
+
+    async def _takes_over(self, copy: ShardFile) -> bool:
+        assert copy.fingerprint is not None, f"{copy.path} is not here yet"
+        content = await asyncio.to_thread(self._index.get, copy.path, copy.fingerprint)
+        if content is None:
+            return False
+        try:
+            await self._swarm.seed(_torrent(copy), copy.path, content.piece_layer)
+        except (ShoalError, OSError) as err:
+            log.warning("%s is not seeded in place of a copy of it: %s", copy.path, err)
+            return False
+        return True
 
     def seeded_path(self, torrent: Torrent) -> Path | None:
         """The file that the swarm reads for this torrent."""

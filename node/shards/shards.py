@@ -195,8 +195,13 @@ class Shards:
         """Read and hashed since the start."""
         return self._reader.hashed_bytes + self._urgent.hashed_bytes
 
+    @property
+    def is_surveyed(self) -> bool:
+        """Whether the folder was looked at since the start: before that, nothing seems to be here."""
+        return self._survey.done_once
+
     async def surveyed(self) -> None:
-        """Wait until the folder was looked at since the start: before that, nothing seems to be here."""
+        """Wait until it was."""
         await self._catalog.wait_until(lambda: self._survey.done_once)
 
     async def settled(self) -> None:
@@ -251,10 +256,8 @@ class Shards:
     async def evict(self, signed: SignedManifest, entry: ShardEntry) -> Path:
         """Stop to seed a shard and delete its file, or what an unfinished download left of it.
 
-        Returns where it was. Raises ShardInUseError while a stage has it, it is downloaded or a lease holds it,
-        and ShardNotFoundError.
+        Returns where it was. Raises ShardInUseError while it is loaded, downloaded or leased, and ShardNotFoundError.
         """
-        await self.surveyed()
         return await self._custody.evict(signed, entry)
 
     async def verify(self, signed: SignedManifest, entry: ShardEntry) -> ContentId | None:
@@ -274,8 +277,7 @@ class Shards:
     # How it is done
 
     def _holding(self, signed: SignedManifest) -> Holding:
-        digest = signed.digest
-        return self._catalog.holding(digest) or Holding(signed)
+        return self._catalog.holding(signed.digest) or Holding(signed)
 
     def _info(self, file: ShardFile) -> FileInfo:
         loaded, leases = False, 0

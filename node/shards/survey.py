@@ -124,7 +124,8 @@ class Survey:
         for folder in known:
             if MANIFEST_FILENAME in listing.get(folder, ()):
                 continue
-            if not await asyncio.to_thread((folder / MANIFEST_FILENAME).exists):
+            is_there = await asyncio.to_thread((folder / MANIFEST_FILENAME).exists)
+            if not is_there and self._catalog.folders().get(folder) is known[folder]:
                 self._catalog.release_folder(folder)
         for folder, files in listing.items():
             fingerprint = files.get(MANIFEST_FILENAME)

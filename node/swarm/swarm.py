@@ -53,6 +53,8 @@ class Swarm:
         self._seeds: dict[InfoHash, Handle] = {}
         self._downloads: dict[InfoHash, Download] = {}
         self._slots: dict[InfoHash, UploadSlots] = {}
+        self._leaving: dict[InfoHash, asyncio.Task[None]] = {}
+        """Found wrong, and on their way out of the session: until then it takes no other of this info hash."""
         self._seeding = asyncio.Lock()
 
     @classmethod
@@ -100,6 +102,7 @@ class Swarm:
         the content id's. A torrent that is seeded already goes on as it is.
         """
         async with self._seeding:
+            await self._left(torrent.info_hash)
             if torrent.info_hash in self._seeds:
                 return
             size = await asyncio.to_thread(_size, path)
@@ -121,6 +124,7 @@ class Swarm:
 
         Without `piece_layer` peers give it. Two calls for one info hash return the same download.
         """
+        await self._left(torrent.info_hash)
         if download := self._downloads.get(torrent.info_hash):
             return download
         part = PartFile(torrent, path, self._settings.state_dir)
@@ -139,6 +143,11 @@ class Swarm:
         self._slots.pop(info_hash, None)
         if handle := self._seeds.pop(info_hash, None):
             await self._session.remove(handle)
+        await self._left(info_hash)
+
+    async def _left(self, info_hash: InfoHash) -> None:
+        if leaving := self._leaving.get(info_hash):
+            await asyncio.wait([leaving])
 
     async def _carry(self, download: Download) -> None:
         torrent = download.torrent
@@ -171,7 +180,8 @@ class Swarm:
         if handle is None:
             return
         _log.warning("%s is not seeded any more: %s", torrent.name, reason)
-        self._tasks.create_task(self._session.remove(handle))
+        self._leaving[torrent.info_hash] = leaving = self._tasks.create_task(self._session.remove(handle))
+        leaving.add_done_callback(lambda _: self._leaving.pop(torrent.info_hash))
         if self.on_invalid:
             self.on_invalid(torrent, reason)
 

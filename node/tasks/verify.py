@@ -12,6 +12,7 @@ from protocol.commands.tasks import VerifyShardParams, VerifyShardResult
 async def verify_shard(context: TaskContext, params: VerifyShardParams, call: Call) -> VerifyShardResult:
     """Raises ShardNotFoundError where the shard is not on this node's disk."""
     del call
+    await context.shards.surveyed()
     signed, entry = await context.shards.select(params)
     started = time.monotonic()
     path = context.shards.path_of(signed, entry)

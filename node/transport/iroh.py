@@ -10,7 +10,7 @@ What it must be protected from, all measured with 0.1.1a3:
 - `shutdown` waits, holding the GIL, for a pending `wait_for_tensor`: a deadlock. So the wait is cancelled, and seen
   to have ended, first.
 - A thread of tensor_iroh that still lets go of a finished future when the interpreter ends aborts the process
-  (once in 5 to 20 exits). So a process that has closed an endpoint rests before it ends; a program that wants to be
+  (once in 5 to 20 exits). So a process that had an endpoint rests before it ends; a program that wants to be
   sure leaves by `os._exit`.
 - Sends that are started without waiting for each other may arrive in another order: the receiver sorts.
 """
@@ -58,6 +58,8 @@ class _Socket:
 
     async def start(self) -> str:
         """Bind; returns the ticket."""
+        atexit.unregister(_rest)  # once
+        atexit.register(_rest)
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
                 await self._node.start()
@@ -192,8 +194,6 @@ class IrohNode:
             future.cancel()
         for socket in self._sockets:
             await socket.close()
-        atexit.unregister(_rest)
-        atexit.register(_rest)
 
     def _begin(self, peer: bytes, route: _Route, ticket: str, name: str, tensor: object) -> None:
         while route.sends and route.sends[0].done():

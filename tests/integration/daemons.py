@@ -83,7 +83,9 @@ def daemon(home: Path, *arguments: str, bootstrap: Daemon | None = None, **envir
         node.ready = json.loads(line)
         yield node
     except Exception as err:
-        if process.poll():
+        with contextlib.suppress(subprocess.TimeoutExpired):  # its connections end before it is seen to have ended
+            process.wait(0.3)
+        if process.returncode:
             err.add_note(f"the node had ended with status {process.returncode}; its log ends:\n{_tail(home)}")
         raise
     finally:

@@ -50,7 +50,8 @@ class Progress:
 class MemoryDownload:
     """Ends when the test says so."""
 
-    def __init__(self, torrent: Torrent, path: Path) -> None:
+    def __init__(self, swarm: MemorySwarm, torrent: Torrent, path: Path) -> None:
+        self.swarm = swarm
         self.torrent = torrent
         self.path = path
         self.peers: set[PeerAddress] = set()
@@ -82,6 +83,7 @@ class MemoryDownload:
         self.part.write_bytes(data)
         self.bytes_done = self.torrent.size
         self.part.replace(self.path)
+        self.swarm.seeds[self.torrent.info_hash] = (self.torrent, self.path, b"")  # as the real one goes on
         self.ended.set_result(self.path)
 
 
@@ -105,7 +107,7 @@ class MemorySwarm:
 
     async def download(self, torrent: Torrent, path: Path) -> MemoryDownload:
         assert torrent.info_hash not in self.seeds, f"{path.name} is seeded still: the real swarm says it is there"
-        self.downloads.append(MemoryDownload(torrent, path))
+        self.downloads.append(MemoryDownload(self, torrent, path))
         return self.downloads[-1]
 
     async def remove(self, info_hash: str) -> None:

@@ -204,6 +204,9 @@ async def test_a_file_found_wrong_is_out_of_the_swarm_before_it_is_fetched_anew(
         await downloading(room)
         room.swarm.downloads[0].finish((made / "b.bin").read_bytes())
         assert (await task).source == "peers"
+        await room.shards.settled()
+        await asyncio.sleep(0.5)  # the one that was found wrong has been looked after
+        assert room.swarm.seeded == {"b.bin"}, "the new one stays"
 
 
 async def test_the_same_content_under_another_manifest_moves_no_bytes(

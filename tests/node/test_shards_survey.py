@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from shards_parts import (
@@ -22,6 +23,7 @@ from shards_parts import (
 from node.shards import survey as survey_module
 from node.shards.holding import write_manifest
 from node.shards.scan import Fingerprint
+from protocol.errors import InvalidShardError
 from protocol.manifest import sign_manifest
 from tests.waiting import eventually
 
@@ -256,6 +258,29 @@ async def test_two_copies_are_one_seed_and_the_second_takes_over(tmp_path: Path)
         ((_, other, _),) = room.swarm.seeds.values()
         assert other != seeded
         assert len(room.discovery.announced) == 1
+
+
+async def test_a_copy_that_cannot_take_over_as_a_seed_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("one", "two"):
+        write_shard(tmp_path / "shards" / folder / "same.parquet")
+    async with open_room(tmp_path) as room:
+        await room.shards.settled()
+        ((torrent, seeded, _),) = room.swarm.seeds.values()
+        with monkeypatch.context() as patched:
+
+            async def refuse(*_: Any) -> None:
+                raise InvalidShardError("same.parquet has 0 bytes")
+
+            patched.setattr(room.swarm, "seed", refuse)
+            assert room.swarm.on_invalid is not None
+            room.swarm.on_invalid(torrent, "a piece on disk is not what was hashed")
+            await room.shards.settled()
+        assert room.swarm.seeds == {}
+        assert room.states()[f"{seeded.parent.name}/same.parquet"] == "invalid"
+        write_shard(room.folder / "another.parquet", 600)
+        await eventually(lambda: room.swarm.seeded == {"another.parquet"})
 
 
 async def test_a_seed_that_the_swarm_found_changed_is_invalid_and_withdrawn(tmp_path: Path) -> None:

@@ -239,6 +239,36 @@ async def test_what_cannot_be_seeded_is_refused(tmp_path: Path):
                 pass
 
 
+async def test_a_seed_that_was_found_changed_is_downloaded_anew_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = source_of(tmp_path, MIB)
+    copy = tmp_path / "copy.bin"
+    copy.write_bytes(source.path.read_bytes())
+    async with seeding(tmp_path, source) as seed, node(tmp_path) as good, node(tmp_path, "other") as other:
+        await good.seed(source.torrent, copy, source.hashed.piece_layer)
+        found: asyncio.Future[asyncio.Task[Download]] = asyncio.get_running_loop().create_future()
+
+        def again(torrent: Torrent, _: str) -> None:
+            found.set_result(asyncio.create_task(seed.download(torrent, tmp_path / "again.bin")))
+
+        really = seed._session.remove
+
+        async def remove(handle: Handle) -> None:
+            await asyncio.sleep(0.3)  # as a busy session takes it out
+            await really(handle)
+
+        monkeypatch.setattr(seed._session, "remove", remove)
+        seed.on_invalid = again
+        with source.path.open("r+b") as file:
+            file.write(bytes(MIB))
+        (await other.download(source.torrent, tmp_path / "got.bin")).add_peers(at(seed))
+        async with asyncio.timeout(20):
+            download = await (await found)
+            download.add_peers(at(good))
+            assert filecmp.cmp(copy, await download.verified(), shallow=False)
+
+
 @pytest.mark.slow
 async def test_four_nodes_that_know_each_other_share(tmp_path: Path):
     source = source_of(tmp_path, 6 * MIB)

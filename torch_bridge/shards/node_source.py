@@ -148,8 +148,13 @@ class NodeSource:
         """Release the lease; files stay with the node, which may evict them then."""
         if self._process == os.getpid() and not self._closed.is_set():
             self._closed.set()
-            with contextlib.suppress(ShoalError), self._connect() as client:
-                client.call("RELEASE", {"lease": self._lease}, timeout_s=5)
+            is_alone = self._letting_go.acquire(timeout=_LOOK_S * 5)  # the renewal, which is told to stop
+            try:
+                with contextlib.suppress(ShoalError), self._connect() as client:
+                    client.call("RELEASE", {"lease": self._lease}, timeout_s=5)
+            finally:
+                if is_alone:
+                    self._letting_go.release()
         self._hang_up()
 
     def _hang_up(self) -> None:
@@ -198,6 +203,7 @@ class NodeSource:
                 if entry is not None:
                     params = self._shard(entry) | {"ttl_s": self._ttl_s, "wait": False}
                     self._call("FETCH_SHARD", params, ShardResult, stop=closed, patience_s=0.0, answer_s=answer_s)
+            closed.wait(0.001)  # who waits to let go of one comes first
 
     # The connection: one a thread
 

@@ -9,13 +9,14 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 READY_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 6.0
+_SEEN_S = 0.3
 _LOG_LINES = 60
 """Of a log, in an error: the stacks of a few threads."""
 _PR_SET_PDEATHSIG = 1
@@ -67,12 +68,17 @@ async def running_node(
         )
     try:
         ready = await _ready_line(process, log_path)
-        ports = ready["ports"]
-        yield RunningNode(name, ready["node_id"], ports["rpc"], ports["dht"], log_path, process)
-    except Exception as err:
-        if process.returncode:
-            err.add_note(f"node {name} had ended with status {process.returncode}; its log ends:\n{_tail(log_path)}")
-        raise
+        ports, node_id = ready["ports"], ready["node_id"]
+        try:
+            yield RunningNode(name, node_id, ports["rpc"], ports["dht"], log_path, process)
+        except Exception as err:
+            with suppress(TimeoutError):  # its connections end before it is seen to have ended
+                await asyncio.wait_for(process.wait(), _SEEN_S)
+            if process.returncode:
+                err.add_note(
+                    f"node {name} had ended with status {process.returncode}; its log ends:\n{_tail(log_path)}"
+                )
+            raise
     finally:
         await _stop(process)
 
