@@ -17,7 +17,7 @@ from protocol.commands.leases import (
     RenewParams,
     RenewResult,
 )
-from protocol.errors import ShardInUseError, ShardNotFoundError
+from protocol.errors import BusyError, ShardInUseError, ShardNotFoundError
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class LeaseHandlers:
         chosen = self.shards.leases.of_lease(params.lease, time.monotonic()) if named is None else [named]
         # All of them first: what is deleted takes time, and the client has said that it reads none of them.
         held = [self.shards.leases.release(params.lease, shard, time.monotonic()) for shard in chosen]
+        if params.evict and not self.shards.is_surveyed:
+            raise BusyError(
+                f"{params.lease} lets go, and nothing is deleted yet: this node has not looked through its shards "
+                "folder since its start; ask again"
+            )
         released = [
             await self._released(shard, was_held, evict=params.evict)
             for shard, was_held in zip(chosen, held, strict=True)
@@ -68,11 +73,8 @@ class LeaseHandlers:
 
     async def _released(self, shard: LeasedId, was_held: bool, *, evict: bool) -> ReleasedShard:
         kept_because = ""
-        is_surveyed = self.shards.is_surveyed
         published = self.shards.is_published_here(shard.digest, shard.shard_id)
-        if evict and not is_surveyed:
-            kept_because = "the shards folder was not looked through yet, since the start: ask again"
-        elif evict and published:
+        if evict and published:
             kept_because = "it was published here, not fetched: EVICT_SHARD deletes it"
         elif evict and (signed := self.shards.manifest(shard.digest)):
             try:
@@ -88,7 +90,7 @@ class LeaseHandlers:
             shard_id=shard.shard_id,
             content_id=shard.content_id,
             held=was_held,
-            gone=is_surveyed and not self.shards.has_file(shard.digest, shard.shard_id),
+            gone=self.shards.is_surveyed and not self.shards.has_file(shard.digest, shard.shard_id),
             leases=self.shards.leases.holders(shard, time.monotonic()).leases,
             kept_because=kept_because,
             published=published,

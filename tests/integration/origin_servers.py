@@ -23,7 +23,7 @@ from node.origin.interface import ObjectStore
 from node.origin.settings import OriginSettings
 from tests.ports import free_port
 
-QUICK = {"connect_timeout_s": 2.0, "read_timeout_s": 0.6, "timeout_s": 20.0, "retry_total_s": 1.5}
+QUICK = {"connect_timeout_s": 2.0, "read_timeout_s": 2.0, "timeout_s": 20.0, "retry_total_s": 4.0}
 
 
 PATIENT: dict[str, object] = {
@@ -167,10 +167,11 @@ async def raw_server(body: bytes, *modes: str) -> AsyncIterator[RawServer]:
         try:
             yield server
         finally:
-            await _part(listening, server.writers)
+            await part(listening, server.writers)
 
 
-async def _part(listening: asyncio.Server, writers: list[asyncio.StreamWriter]) -> None:
+async def part(listening: asyncio.Server, writers: list[asyncio.StreamWriter]) -> None:
+    """End a server, and every connection that it has."""
     listening.close()
     await asyncio.sleep(0.01)  # a connection that was accepted already has its writer then
     for writer in writers:
@@ -285,7 +286,7 @@ async def hub_stand_in(
         try:
             yield hub
         finally:
-            await _part(listening, hub.writers)
+            await part(listening, hub.writers)
 
 
 def _sha1(body: bytes) -> str:

@@ -308,6 +308,7 @@ def test_assigned_shards_are_fetched_and_loaded_at_start(cluster: list[Daemon], 
         assert node.end() < 5
 
 
+@pytest.mark.timeout(150)
 def test_published_files_and_a_second_model_while_the_nodes_run(
     cluster: list[Daemon], smollm2: Path, tmp_path: Path
 ) -> None:

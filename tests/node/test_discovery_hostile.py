@@ -131,7 +131,7 @@ async def test_only_who_proves_its_id_becomes_a_contact():
 
 
 async def test_a_flood_of_claimed_ids_neither_fills_the_table_nor_is_answered_with_a_flood():
-    async with opened() as node, raw_peer() as peer:
+    async with opened(rpc_timeout_s=5) as node, raw_peer() as peer:
         del peer.answers["identify"]
         for count in range(2_000):
             peer.send(node, "ping", os.urandom(20))

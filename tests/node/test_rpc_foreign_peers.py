@@ -57,8 +57,10 @@ class Handler:
 
 async def test_our_client_calls_a_foreign_server() -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await aio_msgpack_rpc.Server(Handler())(reader, writer)
-        writer.close()
+        try:
+            await aio_msgpack_rpc.Server(Handler())(reader, writer)
+        finally:
+            writer.transport.abort()
 
     listener = await asyncio.start_server(serve, "127.0.0.1", 0)
     try:

@@ -72,7 +72,7 @@ async def wait_for_progress(hasher: Hasher, path: Path) -> tuple[asyncio.Task[ob
 def large(tmp_path: Path) -> Path:
     path = tmp_path / "large.bin"
     with path.open("wb") as file:
-        file.truncate(400 << 20)
+        file.truncate(800 << 20)
     return path
 
 

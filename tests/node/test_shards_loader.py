@@ -258,7 +258,7 @@ async def test_a_provider_that_comes_late_is_found_and_a_stall_ends(
     tmp_path: Path, cluster: MemoryDiscovery, signed: SignedManifest
 ) -> None:
     providers = cluster.providers.pop(signed.digest)
-    async with open_room(tmp_path, cluster, find_timeout_s=5.0, restart_s=0.6, stall_timeout_s=0.6) as room:
+    async with open_room(tmp_path, cluster, find_timeout_s=5.0, restart_s=3.0, stall_timeout_s=3.0) as room:
         task = asyncio.create_task(room.shards.fetch(signed, signed.manifest.shards[0]))
         await asyncio.sleep(0.3)
         cluster.providers[signed.digest] = providers

@@ -17,7 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from tests.integration.origin_servers import raw_server
+from tests.integration.origin_servers import part, raw_server
 from tests.torch_bridge.o3_client_parts import BODY, served
 
 PROGRAM = """
@@ -70,6 +70,8 @@ async def tls(port: int, pem: Path, accepted: list[object]) -> AsyncIterator[int
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(pem)
 
+    writers: list[asyncio.StreamWriter] = []
+
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):
             while data := await reader.read(1 << 16):
@@ -80,13 +82,14 @@ async def tls(port: int, pem: Path, accepted: list[object]) -> AsyncIterator[int
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         accepted.append(None)
         behind, to = await asyncio.open_connection("127.0.0.1", port)
+        writers.extend((writer, to))
         await asyncio.gather(pump(reader, to), pump(behind, writer))
 
     listening = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
     try:
         yield listening.sockets[0].getsockname()[1]
     finally:
-        listening.close()
+        await part(listening, writers)
         await asyncio.sleep(0.05)
 
 

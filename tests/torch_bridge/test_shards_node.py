@@ -165,7 +165,7 @@ def test_a_shard_that_is_discarded_while_its_lease_is_taken_again_stays_gone(
     trainer: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     others = leases(trainer).keys()
-    with closing(NodeSource(f"127.0.0.1:{trainer.ports['rpc']}", "org/set", tmp_path, ttl_s=1.5)) as source:
+    with closing(NodeSource(f"127.0.0.1:{trainer.ports['rpc']}", "org/set", tmp_path, ttl_s=3.0)) as source:
         entry = source.manifest().shards[0]
         path = source.fetch(entry).path
         [lease] = leases(trainer).keys() - others
@@ -199,7 +199,7 @@ def test_a_node_that_is_restarted_is_asked_again_and_its_leases_are_taken_again(
     home, port = tmp_path / "trainer", free_port()
     with ExitStack() as whole:
         with daemon(home, "--rpc-port", str(port), bootstrap=seed) as node:
-            source = NodeSource(f"127.0.0.1:{port}", "org/set", tmp_path / "ledger", ttl_s=1.5, reconnect_s=60.0)
+            source = NodeSource(f"127.0.0.1:{port}", "org/set", tmp_path / "ledger", ttl_s=3.0, reconnect_s=60.0)
             whole.enter_context(closing(source))
             first, second, _ = source.manifest().shards
             path = source.fetch(first).path

@@ -21,7 +21,7 @@ from node.cli.demo.nodes import NodeStartError
 READY_TIMEOUT_S = 30.0
 _STARTS = 3
 """A port that was free may be taken before the server takes it."""
-_PORTS = range(10_000, 22_000)
+_PORTS = range(10_000, 20_000)
 """Below the ports that the system gives out by itself, and so is each of them plus 10,000, where SeaweedFS's parts
 speak gRPC."""
 _GRPC = 10_000
