@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import sqlite3
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,22 @@ import pytest
 from shards_parts import (
     KEY,
     OTHER_KEY,
+    MemoryDiscovery,
+    age,
     manifest_of,
     open_room,
     write_shard,
     write_unsigned,
 )
 
+from node.handlers.leases import LeaseHandlers
+from node.handlers.shards import ShardHandlers
 from node.shards import survey as survey_module
 from node.shards.holding import write_manifest
 from node.shards.scan import Fingerprint
-from protocol.errors import InvalidShardError
+from protocol.commands.leases import ReleaseParams
+from protocol.commands.shards import EvictShardParams
+from protocol.errors import BusyError, InvalidShardError
 from protocol.manifest import sign_manifest
 from tests.waiting import eventually
 
@@ -218,6 +225,40 @@ async def test_a_listing_that_is_out_of_date_drops_nothing(tmp_path: Path, monke
         await room.shards.settled()
         assert room.states() == {"a.gguf": "seeding"}
         assert room.discovery.announcements == 1
+
+
+async def test_before_the_first_look_nothing_is_said_to_be_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "shards" / "set"
+    path = write_shard(folder / "a.parquet")
+    signed = sign_manifest(manifest_of(folder, "a.parquet"), OTHER_KEY)
+    write_manifest(folder, signed)
+    age(folder)
+    go_on, really = threading.Event(), survey_module.list_files
+
+    def late(root: Path) -> Any:
+        go_on.wait(20)
+        return really(root)
+
+    monkeypatch.setattr(survey_module, "list_files", late)
+    cluster = MemoryDiscovery()
+    cluster.publish(signed.manifest)
+    async with open_room(tmp_path, cluster, name_timeout_s=20.0) as room:
+        leases, shards = LeaseHandlers(room.shards), ShardHandlers(room.shards, None, None)  # type: ignore[arg-type]
+        chosen: dict[str, Any] = {"dataset": "tiny", "shard_id": 0}
+        released = await leases.release(ReleaseParams(lease="run", **chosen), None)  # type: ignore[arg-type]
+        assert not released.shards[0].gone
+        with pytest.raises(BusyError, match="ask again"):
+            await leases.release(ReleaseParams(lease="run", evict=True, **chosen), None)  # type: ignore[arg-type]
+        evicting = asyncio.create_task(shards.evict(EvictShardParams(**chosen), None))  # type: ignore[arg-type]
+        await asyncio.sleep(0.1)
+        assert not evicting.done()
+        go_on.set()
+        assert (await evicting).status == "evicted"
+        assert not path.exists()
+        released = await leases.release(ReleaseParams(lease="run", evict=True, **chosen), None)  # type: ignore[arg-type]
+        assert released.shards[0].gone
 
 
 async def test_a_manifest_that_comes_after_its_files_takes_them_over(tmp_path: Path) -> None:
