@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -29,8 +30,13 @@ import msgspec
 from protocol.errors import BusyError, InsufficientDiskError, InvalidParamsError, ShoalError
 from torch_bridge.batches.plan import Consumer, RemoteFile
 
-LOCK_WAIT_S = 10.0
-"""A worker of the last epoch may be on its way out."""
+_log = logging.getLogger(__name__)
+
+LOCK_WAIT_S = 30.0
+"""A worker of the last epoch may be on its way out, and one whose training process was killed looks for that only every
+5 s, and ends what it has begun.
+"""
+_TELL_AFTER_S = 2.0
 LISTING_WAIT_S = 6 * 3600.0
 """A compressed tar is read through for its list: 100 GB of it take hours. A lock ends with its holder."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9._ -]")
@@ -86,17 +92,21 @@ def locked(path: Path, wait_s: float | None = None) -> Iterator[None]:
 
 
 def _take(file: IO[bytes], path: Path, wait_s: float) -> None:
-    until = time.monotonic() + wait_s
+    began, is_told = time.monotonic(), False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            if time.monotonic() >= until:
+            waited_s = time.monotonic() - began
+            if waited_s >= wait_s:
                 raise BusyError(
                     f"{path.parent} is in use by another run, which holds {path.name}: give each run a cache_dir of "
                     "its own, or end the other one"
                 ) from None
+            if waited_s > _TELL_AFTER_S and not is_told:
+                is_told = True
+                _log.warning("waiting for %s, which another process holds: one that ends, or another run", path)
         time.sleep(0.02)
 
 

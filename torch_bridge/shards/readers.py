@@ -20,8 +20,10 @@ from protocol.errors import ShardInUseError
 from torch_bridge.ending import wait_for_others
 from torch_bridge.shards.locks import FileLock, locked
 
-LEAVING_S = 15.0
-"""So long one of the same name may take to end: a DataLoader starts new workers before the old ones are gone."""
+LEAVING_S = 30.0
+"""So long one of the same name may take to end: a DataLoader starts new workers before the old ones are gone, and one
+whose training process was killed looks for that only every 5 s, and ends what it has begun.
+"""
 
 
 class Reader(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,9 @@ from torch_bridge.streaming.order import Batch, Indices
 from torch_bridge.streaming.rows import DecodedGroups, RowReader, assembled
 from torch_bridge.streaming.settings import Buffering
 
+_log = logging.getLogger(__name__)
 _LOOK_S = 0.1
+_TELL_AFTER_S = 2.0
 _BROUGHT_ANEW = 3
 """How often one shard is brought anew in an iteration, on a disk that damages it again and again."""
 
@@ -74,15 +77,19 @@ class ShardRows:
 
 def start(downloader: StreamingDownloader, *, patient: bool, what: dict[str, Any]) -> None:
     """Start it; an earlier iteration that is ending is waited for, where `patient`. Raises ShardInUseError."""
-    deadline = time.monotonic() + LEAVING_S
+    began, is_told = time.monotonic(), False
     while True:
         try:
             return downloader.start()
         except ShardInUseError as error:
-            if not patient or time.monotonic() > deadline:
+            waited_s = time.monotonic() - began
+            if not patient or waited_s > LEAVING_S:
                 raise ShardInUseError(
                     f"an iteration over this data set is still open as reader {what['reader']!r} of run "
                     f"{what['run']!r}: let go of its iterator (`del`) before the next one begins, or give the second "
                     f"data set a run= of its own ({error.message})"
                 ) from None
+            if waited_s > _TELL_AFTER_S and not is_told:
+                is_told = True
+                _log.warning("waiting for an iteration that ends: %s", error.message)
             time.sleep(_LOOK_S)
