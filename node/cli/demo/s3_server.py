@@ -23,7 +23,8 @@ _STARTS = 3
 """A port that was free may be taken before the server takes it."""
 _PORTS = range(10_000, 20_000)
 """Below the ports that the system gives out by itself, and so is each of them plus 10,000, where SeaweedFS's parts
-speak gRPC."""
+speak gRPC; and none of the latter is one of the former."""
+_PORT_TAKEN = ("address already in use", "and cannot be used")
 _GRPC = 10_000
 _PR_SET_PDEATHSIG = 1
 _LOG_LINES = 15
@@ -67,7 +68,7 @@ async def running_s3(
         finally:
             await _stop(process, ports)
         log = log_path.read_text(errors="replace")
-        if attempt == _STARTS or "address already in use" not in log:
+        if attempt == _STARTS or not any(reason in log for reason in _PORT_TAKEN):
             tail = "\n".join(log.splitlines()[-_LOG_LINES:])
             raise NodeStartError(f"SeaweedFS was not ready within {READY_TIMEOUT_S:.0f} s; its log ends:\n{tail}")
 
