@@ -81,8 +81,8 @@ async def test_a_storm_of_refusals_costs_time_and_nothing_else(
 
 REFUSALS = [
     pytest.param(Fault(kind="status", status=403), "origin_denied", id="403"),
-    pytest.param(Fault(kind="status", status=404), "origin_not_found", id="404"),
-    pytest.param(Fault(kind="expired", status=400), "origin_denied", id="expired token"),
+    pytest.param(Fault(kind="status", status=404), "origin_not_found", id="404", marks=pytest.mark.slow),
+    pytest.param(Fault(kind="expired", status=400), "origin_denied", id="expired token", marks=pytest.mark.slow),
     pytest.param(Fault(kind="expired", status=403), "origin_denied", id="expired signature", marks=pytest.mark.slow),
     pytest.param(Fault(kind="status", status=503), "origin_unavailable", id="503 without end", marks=pytest.mark.slow),
 ]
@@ -117,7 +117,7 @@ async def test_denied_from_the_start_nothing_is_left_behind_and_the_next_origin_
         assert proxy.ledger.payload_bytes("shards/one/") == 0
 
 
-@pytest.mark.parametrize("kind", ["hang", "stall"])
+@pytest.mark.parametrize("kind", [pytest.param("hang", marks=pytest.mark.slow), "stall"])
 async def test_an_origin_that_falls_silent_is_asked_again_where_it_stopped(
     kind: str, stock: Stock, tmp_path: Path
 ) -> None:

@@ -116,7 +116,7 @@ async def test_another_range_than_asked_for_is_corrupt(opening: Opening, mode: s
         await store.close()
 
 
-@pytest.mark.parametrize("status", ["429", "500", "503"])
+@pytest.mark.parametrize("status", ["429", pytest.param("500", marks=pytest.mark.slow), "503"])
 async def test_an_overloaded_server_is_asked_again(opening: Opening, status: str) -> None:
     async with raw_server(BODY, "ok", status, "ok") as server:
         store = opening(server)

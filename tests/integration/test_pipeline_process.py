@@ -44,7 +44,7 @@ def whole() -> Iterator[WholeModel]:
     model.close()
 
 
-@pytest.mark.parametrize("runs", [[[0], [1, 2]], [[0], [1], [2]]])
+@pytest.mark.parametrize("runs", [pytest.param([[0], [1, 2]], marks=pytest.mark.slow), [[0], [1], [2]]])
 async def test_stages_draw_the_tokens_of_the_whole_model(
     slices: Slices, whole: WholeModel, runs: list[list[int]]
 ) -> None:

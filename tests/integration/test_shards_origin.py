@@ -89,7 +89,7 @@ async def test_one_node_without_peers_takes_a_shard_from_the_origin_and_seeds_it
     assert place.out_bytes == shard.entry.size
 
 
-@pytest.mark.parametrize("size", [1000, 3 * MB])
+@pytest.mark.parametrize("size", [1000, pytest.param(3 * MB, marks=pytest.mark.slow)])
 async def test_streams_that_break_go_on_at_the_byte_where_they_broke(tmp_path: Path, size: int) -> None:
     shard = publish(tmp_path / "origin", size)
     given: list[tuple[int, int]] = []

@@ -125,7 +125,7 @@ def _when(phase: str, event: threading.Event) -> Callable[[str, dict[str, Any]],
     return lambda _, params: event.set() if params["phase"] == phase else None
 
 
-@pytest.mark.parametrize("stuck", [False, True])
+@pytest.mark.parametrize("stuck", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_shutdown_in_the_middle_of_a_generation(shards_copy: Path, stuck: bool) -> None:
     """With an engine that does not end it takes longer, and a second signal cuts that short."""
     with daemon(shards_copy, "--assign", "smol:0,1,2") as node:
