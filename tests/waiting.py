@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 _LOOK_S = 0.02
@@ -26,3 +27,28 @@ def wait_until(condition: Callable[[], Any], timeout_s: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(_LOOK_S)
+
+
+class OwnPauses:
+    """How long this process stood still: what it watches was not late for as long, it was not looked at."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @classmethod
+    @asynccontextmanager
+    async def watched(cls) -> AsyncIterator[OwnPauses]:
+        """Counts until the context ends."""
+        pauses = cls()
+        watching = asyncio.create_task(pauses._watch())
+        try:
+            yield pauses
+        finally:
+            watching.cancel()
+            await asyncio.wait([watching])
+
+    async def _watch(self) -> None:
+        while True:
+            began = time.monotonic()
+            await asyncio.sleep(0.05)
+            self.seconds += max(0.0, time.monotonic() - began - 0.07)

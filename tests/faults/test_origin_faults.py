@@ -237,8 +237,9 @@ async def test_the_origin_is_gone_for_30_s_in_the_middle(stock: Stock, tmp_path:
 
 
 @pytest.mark.slow
-async def test_three_cold_nodes_in_a_storm_take_each_piece_once_together(stock: Stock, tmp_path: Path) -> None:
+async def test_three_cold_nodes_in_a_storm_take_each_piece_once_together(tmp_path: Path) -> None:
     async with (
+        stocked(tmp_path, 16_000_005) as stock,  # of so many blocks, each of the three owns some
         stock.proxy(rate_bytes_s=6e6) as proxy,
         open_node(tmp_path / "a", stock, proxy) as a,
         open_node(tmp_path / "b", stock, proxy, bootstrap=(a,)) as b,
@@ -252,3 +253,4 @@ async def test_three_cold_nodes_in_a_storm_take_each_piece_once_together(stock: 
         assert proxy.ledger.pieces_sent_twice(stock.key, stock.torrent.piece_length) == []
         taken = [one.bytes_by_source.get("origin", 0) for one in fetched]
         assert sum(taken) <= proxy.ledger.payload_bytes(stock.key)
+        assert max(taken) < stock.entry.size

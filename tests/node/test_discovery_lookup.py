@@ -60,8 +60,8 @@ async def test_twenty_nodes_find_every_provider_before_and_after_ten_were_killed
         for place, node in enumerate(providers):
             await announce(node, signed, place % 3)
 
-        async def find_all(node, within_s=15):
-            async with asyncio.timeout(within_s):
+        async def find_all(node):
+            async with asyncio.timeout(3):  # the issue's own bound, for each lookup
                 found = await node.find_providers(signed.digest)
             assert {provider.node_id for provider in found} == {p.node_id for p in providers} - {node.node_id}
             assert [name.digest for name in await node.find_name("corpus")] == [signed.digest]
@@ -69,8 +69,8 @@ async def test_twenty_nodes_find_every_provider_before_and_after_ten_were_killed
         await asyncio.gather(*map(find_all, nodes))
         for node in nodes[:10]:
             kill(node)
-        await find_all(nodes[10], within_s=3)  # the others beside each other, on one core
-        await asyncio.gather(*map(find_all, nodes[11:]))
+        for node in nodes[10:]:  # one after the other: all at once would be this process's pace
+            await find_all(node)
         # And it goes on: who is left takes new records.
         other = a_manifest("later")
         await announce(nodes[10], other, 0)

@@ -13,6 +13,7 @@ import pytest
 
 from node.transport import IrohEndpoint
 from protocol.errors import PeerLostError, TransportError
+from tests.waiting import OwnPauses
 
 KEY = bytes(range(32))
 
@@ -69,19 +70,6 @@ async def send_until_it_fails(outlet):
         await outlet.send(number, np.zeros(576, np.float32), 10)
 
 
-class OwnPauses:
-    """How long this process stood still: the endpoints in it do not hold that against a peer."""
-
-    def __init__(self):
-        self.seconds = 0.0
-
-    async def watch(self):
-        while True:
-            began = time.monotonic()
-            await asyncio.sleep(0.05)
-            self.seconds += max(0.0, time.monotonic() - began - 0.07)
-
-
 async def notice(how, busy, ready, pauses):
     async with echo() as (endpoint, outlet, inbox, child):
         seen = []
@@ -108,12 +96,10 @@ async def notice(how, busy, ready, pauses):
 
 async def test_a_peer_that_dies_is_noticed_within_three_seconds_sending_or_not():
     deaths = [(how, busy) for how in (signal.SIGKILL, signal.SIGSTOP) for busy in (True, False)]
-    ready, pauses = asyncio.Barrier(len(deaths)), OwnPauses()
-    watching = asyncio.create_task(pauses.watch())
-    async with asyncio.TaskGroup() as tasks:
+    ready = asyncio.Barrier(len(deaths))
+    async with OwnPauses.watched() as pauses, asyncio.TaskGroup() as tasks:
         for how, busy in deaths:
             tasks.create_task(notice(how, busy, ready, pauses))
-    watching.cancel()
 
 
 async def test_a_short_pause_of_the_peer_is_survived():

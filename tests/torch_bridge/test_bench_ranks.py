@@ -58,6 +58,6 @@ def test_two_ranks_with_a_node_each_take_the_data_once(tmp_path: Path) -> None:
     each, one = found["rows"]
     for row in (each, one):
         assert row["samples"] == {"seen": found["samples"], "missing": 0, "twice": 0}
-        assert row["origin_bytes"] < 1.95 * found["size"], "of so few blocks many may be taken twice, but not all"
-    assert each["peer_bytes"] > 0, "nodes pass on what they have"
+        assert row["origin_bytes"] < 1.5 * found["size"], "of so few blocks, some may be taken twice"
+    assert each["peer_bytes"] > 0.3 * found["size"], "nodes pass on what they have"
     assert one["peer_bytes"] == 0
