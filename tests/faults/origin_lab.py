@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 import random
-import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -44,6 +44,9 @@ SIZE = 8_000_005
 PATIENCE = {**QUICK, "origin_after_s": 0.3, "find_timeout_s": 1.0, "stall_timeout_s": 8.0}
 ONE, TWO = "s3://shards/one", "s3://shards/two"
 """Two origins with the same objects."""
+
+_RPC_PORTS = itertools.count(1024)
+"""Names of nodes, where nobody listens: a free port that is not taken may be given to two of them."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,7 @@ async def open_node(
     """One node's rooms, with the origin as its last resort. `options` are fields of ShardsSettings."""
     folder.mkdir(exist_ok=True)
     key = SigningKey.load_or_create(folder / "node.key")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        rpc_port = server.getsockname()[1]
+    rpc_port = next(_RPC_PORTS)
 
     async def no_manifest(provider: Any, digest: Any) -> SignedManifest:
         raise UnreachableError("every test gives its manifest")

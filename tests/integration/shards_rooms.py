@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -34,6 +34,9 @@ QUICK = {
     "stall_timeout_s": 20.0,
 }
 
+_RPC_PORTS = itertools.count(1024)
+"""Names of nodes, where nobody listens: a free port that is not taken may be given to two of them."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -62,8 +65,7 @@ async def open_node(
     """One node's rooms; opened again with the same folder it is the same node after a restart."""
     folder.mkdir(exist_ok=True)
     key = SigningKey.load_or_create(folder / "node.key")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        rpc_port = server.getsockname()[1]
+    rpc_port = next(_RPC_PORTS)
 
     async def fetch_manifest(provider: Any, digest: Any) -> SignedManifest:
         shards = network.get(provider.rpc_port)

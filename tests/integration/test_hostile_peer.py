@@ -20,7 +20,7 @@ from protocol.errors import NoSourceError
 from protocol.ids import ContentId, ManifestDigest
 from protocol.manifest import Manifest, ShardEntry, SignedManifest
 from protocol.signing import SigningKey
-from tests.waiting import eventually
+from tests.waiting import wait_until
 
 EVIL_FILES = ["../evil.gguf", "/tmp/evil.gguf", "..", ".hidden.gguf", "a/b.gguf", "a\\b.gguf", "nul\0.gguf", "e" * 300]
 REFUSED_FILES = ["manifest.json", "MANIFEST.JSON", "evil.gguf.part", "evil.tmp"]
@@ -93,15 +93,20 @@ async def test_names_from_a_peer_never_lead_out_of_the_shards_folder(tmp_path: P
             for signed in map(manifest, REFUSED_FILES):
                 digest = await peer.offer(signed)
                 await ask(node, "FETCH_SHARD", {"dataset": digest, "shard_id": 0, "wait": False}, request_id=digest)
-                await eventually(lambda digest=digest: f"request {digest}: a shard cannot be called" in node.log)  # type: ignore[misc]
+                await seen(lambda digest=digest: f"request {digest}: a shard cannot be called" in node.log)  # type: ignore[misc]
 
             for name in ODD_NAMES:
                 digest = await peer.offer(manifest(name=name))
                 await ask(node, "FETCH_SHARD", {"dataset": digest, "shard_id": 0, "wait": False}, request_id=digest)
-                await eventually(lambda digest=digest: any((home / "shards").glob(f"*@{digest[:12]}/manifest.json")))  # type: ignore[misc]
+                await seen(lambda digest=digest: any((home / "shards").glob(f"*@{digest[:12]}/manifest.json")))  # type: ignore[misc]
                 assert (await ask(node, "CANCEL", {"request_id": digest}))["cancelled"] is True
             allowed = before | {home / "index.sqlite-journal"}
-            await eventually(lambda: everything(tmp_path, but=home / "shards") <= allowed)
+            await seen(lambda: everything(tmp_path, but=home / "shards") <= allowed)
+
+
+async def seen(condition: Any) -> None:
+    """Looked for in a thread: the peer lives on this loop, and has to answer meanwhile."""
+    await asyncio.to_thread(wait_until, condition)
 
 
 async def ask(node: Daemon, method: str, params: dict[str, Any], **options: Any) -> Any:
