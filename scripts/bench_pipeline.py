@@ -206,6 +206,8 @@ async def run(args: argparse.Namespace) -> int:
             stages = [decode_ms(*times) for times in zip(start, before, after, strict=True)]
             budget.append([1000 / bare["tokens_per_s"], 1000 / split.timings.tokens_per_s, *stages])
     report(speeds, budget, identical)
+    if args.json:
+        args.json.write_text(json.dumps({"tokens_per_s": speeds, "budget_ms": budget, "identical": identical}, indent=1))
     return 0 if identical else 1
 
 
@@ -258,6 +260,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--llama-bench", type=Path, help="llama.cpp's program, for its RPC backend beside ours")
     parser.add_argument("--rpc-server", type=Path, help="llama.cpp's ggml-rpc-server")
+    parser.add_argument("--json", type=Path, help="a file for every single figure")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

@@ -227,6 +227,13 @@ async def compare(args: argparse.Namespace, work: Path) -> None:
                     await measure("aria2c", n, size, run_aria2c(path, torrent, n, work))
                 await measure("http", n, size, run_http(path, n, work))
     report(taken, sizes, args)
+    if args.json:
+        record = [
+            {"what": name, "n": n, "size_bytes": sizes[name], "seconds": run.seconds, "egress_bytes": run.egress_bytes}
+            for (name, n), runs in taken.items()
+            for run in runs
+        ]
+        args.json.write_text(json.dumps(record, indent=1))
 
 
 def report(taken: dict[tuple[str, int], list[Outcome]], sizes: dict[str, int], args: argparse.Namespace) -> None:
@@ -258,6 +265,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--cap", type=int, default=8_000_000, help="bytes per second")
     parser.add_argument("--only", choices=["single", "capped", "uncapped"])
+    parser.add_argument("--json", type=Path, help="a file for every single figure")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as work:
         asyncio.run(compare(args, Path(work)))
