@@ -28,22 +28,22 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python scripts/check_module_length.py
+	$(BIN)/python scripts/tools/check_layout.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev
-	$(BIN)/python scripts/bench_transport.py
-	$(BIN)/python scripts/bench_pipeline.py
-	$(BIN)/python scripts/bench_swarm.py
-	$(BIN)/python scripts/bench_origin.py
-	$(BIN)/python scripts/bench_object_stores.py
-	$(BIN)/python scripts/bench_ranks.py
-	$(BIN)/python scripts/bench_disk_bound.py
-	$(BIN)/python scripts/bench_checkpoint.py
-	$(BIN)/python scripts/bench_dataset.py
+	$(BIN)/python scripts/bench/transport.py
+	$(BIN)/python scripts/bench/pipeline.py
+	$(BIN)/python scripts/bench/swarm.py
+	$(BIN)/python scripts/bench/origin.py
+	$(BIN)/python scripts/bench/object_stores.py
+	$(BIN)/python scripts/bench/ranks.py
+	$(BIN)/python scripts/bench/disk_bound.py
+	$(BIN)/python scripts/bench/checkpoint.py
+	$(BIN)/python scripts/bench/dataset.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

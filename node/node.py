@@ -23,14 +23,14 @@ from node.handlers.table import command_table
 from node.http import HttpServer, render_metrics
 from node.machine import available_memory_bytes, usable_cores
 from node.origin.configured import origin_settings
-from node.origin.origins import Origins
-from node.pipeline.process import StageSettings
-from node.pipeline.settings import EngineSettings
-from node.pipeline.stage import Stages
+from node.origin.registry import Origins
+from node.pipeline.engine.settings import EngineSettings
+from node.pipeline.stage.process import StageSettings
+from node.pipeline.stage.stages import Stages
 from node.rpc import Command, RpcServer
-from node.shards.pinning import keep_held
+from node.shards.pinned_manifests import keep_held
+from node.shards.service import Shards
 from node.shards.settings import ShardsSettings
-from node.shards.shards import Shards
 from node.swarm import Swarm, SwarmSettings
 from node.tasks.registry import TaskContext, TaskRegistry
 from protocol.client import call_address

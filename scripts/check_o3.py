@@ -30,7 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from node.origin.opening import goes_native  # noqa: E402
+from node.origin.factory import goes_native  # noqa: E402
 from node.origin.settings import O3_ENDPOINT, OriginSettings  # noqa: E402
 from node.origin.url import OriginUrl  # noqa: E402
 from protocol.errors import (  # noqa: E402
@@ -43,7 +43,7 @@ from protocol.errors import (  # noqa: E402
     ShoalError,
 )
 from torch_bridge import O3Client, RetryPolicy  # noqa: E402
-from torch_bridge.stores import Store  # noqa: E402
+from torch_bridge.core.store import Store  # noqa: E402
 
 OBJECT_BYTES = 300_000
 RANGE = (12_345, 212_345)

@@ -19,16 +19,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch_bridge.o3_client import O3Client as O3Client
-    from torch_bridge.ranks import Ranks as Ranks
-    from torch_bridge.retry import RetryPolicy as RetryPolicy
-    from torch_bridge.stores import Store as Store
+    from torch_bridge.core.client import O3Client as O3Client
+    from torch_bridge.core.ranks import Ranks as Ranks
+    from torch_bridge.core.retry import RetryPolicy as RetryPolicy
+    from torch_bridge.core.store import Store as Store
 
 _FROM = {
-    "O3Client": "o3_client",
-    "RetryPolicy": "retry",
-    "Store": "stores",
-    "Ranks": "ranks",
+    "O3Client": "core.client",
+    "RetryPolicy": "core.retry",
+    "Store": "core.store",
+    "Ranks": "core.ranks",
     "O3Dataset": "objects.dataset",
     "StreamingDownloader": "shards.downloader",
     "StreamingShardDataset": "streaming.dataset",

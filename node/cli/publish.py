@@ -13,9 +13,9 @@ import typer
 from node.cli.console import bytes_progress, err, examples, fail, show_manifest
 from node.cli.uploading import check_origins, named_origins, show_published, upload_all
 from node.config import KEY_FILENAME, Settings, load_settings
-from node.shards.composing import Chosen, compose, files_of, held_in
-from node.shards.hasher import Hasher
-from node.shards.placing import held_at, place_all, place_of
+from node.shards.publish.manifest_builder import Chosen, compose, files_of, held_in
+from node.shards.publish.placement import held_at, place_all, place_of
+from node.shards.store.hasher import Hasher
 from protocol.content import hash_file
 from protocol.errors import InvalidParamsError
 from protocol.manifest import SignedManifest, sign_manifest

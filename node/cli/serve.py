@@ -18,7 +18,7 @@ import typer
 
 from node.cli.console import examples, fail
 from node.config import Settings, is_loopback, load_settings, unknown_variables
-from node.lock import DataDirInUseError, data_dir_lock
+from node.files import DataDirInUseError, data_dir_lock
 from protocol.errors import ShoalError, UnsupportedPlatformError
 
 if TYPE_CHECKING:

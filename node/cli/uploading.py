@@ -9,14 +9,14 @@ from functools import partial
 from node.cli.console import bytes_progress, err, fail, human_bytes, out
 from node.config import Settings
 from node.origin.configured import origin_settings
+from node.origin.core.policy import refusal
+from node.origin.factory import open_store
 from node.origin.interface import ObjectStore
-from node.origin.opening import open_store
-from node.origin.policy import refusal
 from node.origin.publishing import Published
 from node.origin.url import OriginUrl
-from node.shards.composing import Chosen
-from node.shards.hasher import Hasher
-from node.shards.uploading import upload
+from node.shards.publish.manifest_builder import Chosen
+from node.shards.publish.uploader import upload
+from node.shards.store.hasher import Hasher
 from protocol.errors import InvalidParamsError
 from protocol.manifest import MAX_ORIGINS, SignedManifest
 

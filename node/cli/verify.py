@@ -14,11 +14,11 @@ from rich.table import Table
 from node.cli.console import add_row, bytes_progress, err, examples, fail, out, print_json
 from node.cli.pull import DEFAULT_NODE, Node, address_of, selector
 from node.config import Address, Settings, load_settings
-from node.origin.checking import content_at, is_piece_layer, network_state_at
 from node.origin.configured import origin_settings
 from node.origin.layout import is_address, layer_bytes, layer_in_torrent
-from node.origin.origins import Origins
-from node.origin.places import Place
+from node.origin.location import Place
+from node.origin.registry import Origins
+from node.origin.verify import content_at, is_piece_layer, network_state_at
 from protocol.client import Client
 from protocol.commands.nodes import NodeEntry, NodesResult
 from protocol.commands.shards import FileInfo, GetManifestResult, ListFilesResult

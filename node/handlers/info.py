@@ -10,10 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from node.background import Background
 from node.discovery import Discovery
 from node.machine import available_memory_bytes, process_memory_bytes, total_memory_bytes, usable_cores
-from node.origin.origins import Origins
-from node.pipeline.stage import Stages
+from node.origin.registry import Origins
+from node.pipeline.stage.stages import Stages
 from node.rpc import Call, RpcServer
-from node.shards.shards import Shards
+from node.shards.service import Shards
 from node.swarm import Swarm
 from protocol.commands.nodes import (
     CancelParams,

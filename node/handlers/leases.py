@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from node.rpc import Call
 from node.shards.leases import LeasedId
-from node.shards.shards import Shards, leased_id
+from node.shards.service import Shards, leased_id
 from protocol.commands.common import ShardSelector
 from protocol.commands.leases import (
     LeasedShard,

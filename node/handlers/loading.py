@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Literal
 
 from node.machine import available_memory_bytes
-from node.pipeline.memory import check_memory
-from node.pipeline.settings import EngineSettings
-from node.pipeline.stage import Stages
-from node.shards.fetching import FetchedShard, FetchProgress
+from node.pipeline.engine.memory import check_memory
+from node.pipeline.engine.settings import EngineSettings
+from node.pipeline.stage.stages import Stages
+from node.shards.fetch.job import FetchedShard, FetchProgress
 from node.shards.leases import Term
-from node.shards.shards import Shards
+from node.shards.service import Shards
 from protocol.commands.shards import Progress, ShardResult
 from protocol.errors import InsufficientMemoryError, ShardNotLoadedError
 from protocol.ids import ManifestDigest

@@ -20,15 +20,15 @@ from node.background import Background
 from node.config import Settings, is_loopback
 from node.handlers.shards import MAX_BACKGROUND
 from node.origin.configured import origin_settings
+from node.origin.core.policy import refusal
+from node.origin.factory import open_store
 from node.origin.interface import ObjectStore
-from node.origin.opening import open_store
-from node.origin.policy import refusal
 from node.origin.url import OriginUrl
 from node.rpc import Call
-from node.shards.composing import Chosen, compose, files_of, held_in, of_manifest
-from node.shards.hasher import Hasher
-from node.shards.publisher import Publisher
-from node.shards.uploading import upload
+from node.shards.publish.manifest_builder import Chosen, compose, files_of, held_in, of_manifest
+from node.shards.publish.publisher import Publisher
+from node.shards.publish.uploader import upload
+from node.shards.store.hasher import Hasher
 from protocol.commands.publishing import PublishParams, PublishResult
 from protocol.commands.shards import Progress
 from protocol.errors import BusyError, InvalidParamsError, ShoalError

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from node.background import Background
-from node.pipeline.stage import Stages
-from node.pipeline.stage_session import SessionId
+from node.pipeline.stage.stages import Stages
+from node.pipeline.worker.session import SessionId
 from node.rpc import Call
 from protocol.commands.common import Empty
 from protocol.commands.sessions import (

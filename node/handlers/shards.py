@@ -13,8 +13,8 @@ from node.background import Background
 from node.handlers.loading import OnProgress, ShardLoader, still_local
 from node.rpc import Call
 from node.shards.leases import Term
-from node.shards.names import Kind
-from node.shards.shards import Shards
+from node.shards.resolver import Kind
+from node.shards.service import Shards
 from protocol.commands.shards import (
     EvictShardParams,
     FetchShardParams,

@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
-from node.origin.akave import AkaveStore, open_akave_store
-from node.origin.failures import failed
-from node.origin.opening import goes_native
-from node.origin.s3_access import S3Access
-from node.origin.s3_calls import S3Calls
-from node.origin.s3_errors import S3Failures
+from node.origin.akave.store import AkaveStore, open_akave_store
+from node.origin.core.errors import failed
+from node.origin.factory import goes_native
+from node.origin.s3.access import S3Access
+from node.origin.s3.calls import S3Calls
+from node.origin.s3.errors import S3Failures
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl
 from protocol.errors import OriginError, OriginNotFoundError

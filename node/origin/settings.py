@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from node.origin.credentials import Credentials
+from node.origin.core.credentials import Credentials
 from protocol.errors import InvalidParamsError
 
 O3_ENDPOINT = "https://o3-rc2.akave.xyz"

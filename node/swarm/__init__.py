@@ -16,7 +16,7 @@ swarm         all seeds and downloads of a node
 """
 
 from node.swarm.download import Download
-from node.swarm.layer import piece_fits
+from node.swarm.piece_layer import piece_fits
 from node.swarm.settings import SwarmSettings
 from node.swarm.swarm import Swarm, SwarmStats
 from node.swarm.torrent import DownloadProgress, PeerAddress, Piece, Torrent

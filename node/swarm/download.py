@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from node.swarm.alerts import Event, FileFailed, Finished, HashFailed, PeerBanned, PieceFinished, TorrentStatus
 from node.swarm.availability import Availability
 from node.swarm.handle import Handle, file_error, translated
-from node.swarm.layer import PieceLayer
 from node.swarm.offers import Offers
 from node.swarm.part_file import PartFile
+from node.swarm.piece_layer import PieceLayer
 from node.swarm.torrent import DownloadProgress, PeerAddress, Piece, Torrent
 from node.swarm.watchdog import Verdict, Watchdog
 from protocol.errors import CancelledRequestError, InvalidParamsError, ShoalError

@@ -16,8 +16,8 @@ from node.swarm.handle import Handle
 from node.swarm.part_file import PartFile
 from node.swarm.session import Session
 from node.swarm.settings import SwarmSettings
-from node.swarm.slots import MIN_SLOTS, UploadSlots
 from node.swarm.torrent import Torrent
+from node.swarm.upload_slots import MIN_SLOTS, UploadSlots
 from protocol.errors import InvalidShardError
 from protocol.ids import InfoHash
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from node.machine import available_memory_bytes
-from node.pipeline.plan import NodeShards, Plan, plan_pipeline
+from node.pipeline.driver.plan import NodeShards, Plan, plan_pipeline
 from node.tasks.registry import TaskContext
 from protocol.client import Client
 from protocol.commands.shards import LoadShardParams, ShardResult

@@ -17,9 +17,9 @@ from typing import Any
 import msgspec
 
 from node.discovery import Discovery
-from node.pipeline.stage import Stages
+from node.pipeline.stage.stages import Stages
 from node.rpc import Call, Handler
-from node.shards.shards import Shards
+from node.shards.service import Shards
 from protocol.commands.common import decode_params
 from protocol.errors import InvalidParamsError
 from protocol.ids import NodeId

@@ -21,9 +21,9 @@ stats       counters
 """
 
 from node.transport.channels import Inbox, Outlet
+from node.transport.core.receiver import Frame
 from node.transport.endpoint import IrohEndpoint
 from node.transport.interface import Endpoint, FrameInbox, FrameOutlet
-from node.transport.receiver import Frame
 from node.transport.settings import TransportSettings
 from node.transport.stats import Counters, TransportStats
 

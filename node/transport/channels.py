@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from node.transport.links import InboxEnd, OutletEnd
-from node.transport.receiver import DTYPES, MAX_DIMENSIONS, Frame
-from node.transport.wire import Reason
+from node.transport.core.messages import InboxEnd, OutletEnd
+from node.transport.core.receiver import DTYPES, MAX_DIMENSIONS, Frame
+from node.transport.core.wire import Reason
 from protocol.errors import PeerLostError, ShoalError, TimedOutError, TransportError
 
 if TYPE_CHECKING:

@@ -17,15 +17,15 @@ from typing import Any
 import numpy.typing as npt
 
 from node.transport.channels import Inbox, Outlet, checked
-from node.transport.exchange import Exchange
+from node.transport.core.exchange import Exchange
+from node.transport.core.messages import Changed, InboxEnd, OutletEnd, PeerLost, PullAsked
+from node.transport.core.receiver import Frame
+from node.transport.core.sender import Bytes
+from node.transport.core.wire import MAX_CHANNEL_BYTES, MAX_NAME_BYTES, Pull, Reason, channel_id
 from node.transport.iroh import IrohNode
-from node.transport.links import Changed, InboxEnd, OutletEnd, PeerLost, PullAsked
-from node.transport.receiver import Frame
-from node.transport.sender import Bytes
 from node.transport.settings import TransportSettings
 from node.transport.stats import TransportStats
 from node.transport.ticket import peer_of
-from node.transport.wire import MAX_CHANNEL_BYTES, MAX_NAME_BYTES, Pull, Reason, channel_id
 from protocol.errors import BusyError, TimedOutError, TransportError
 
 logger = logging.getLogger(__name__)

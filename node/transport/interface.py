@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from node.transport.receiver import Frame
+from node.transport.core.receiver import Frame
 from node.transport.stats import TransportStats
 
 

@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from node.transport.sender import Bytes
+from node.transport.core.sender import Bytes
 from protocol.errors import TransportError, UnsupportedPlatformError
 
 logger = logging.getLogger(__name__)

@@ -13,12 +13,12 @@ from pathlib import Path
 import msgspec
 import pytest
 import pytest_asyncio
-from origin_lab import ONE, TWO, Stock, open_node, payload_reaches, stocked
 
-from node.shards.fetching import FetchedShard
+from node.shards.fetch.job import FetchedShard
 from protocol.errors import OriginError, ShoalError
-from scripts.origin_faults import Fault
-from scripts.origin_proxy import OriginProxy
+from tests.support.origins.faults import Fault
+from tests.support.origins.lab import ONE, TWO, Stock, open_node, payload_reaches, stocked
+from tests.support.origins.proxy import OriginProxy
 
 CUT_BYTES = 16 * 1024
 """Of a body that ends or stands still, at most so much had come and is thrown away: a chunk that was not whole."""

@@ -14,10 +14,10 @@ from typing import Any
 import msgspec
 import pytest
 import pytest_asyncio
-from origin_lab import ONE, Daemon, Stock, daemon, stocked
 
-from scripts.origin_faults import Ledger
-from tests.waiting import wait_until
+from tests.support.origins.faults import Ledger
+from tests.support.origins.lab import ONE, Daemon, Stock, daemon, stocked
+from tests.support.waiting import wait_until
 
 SIZE = 16_000_005
 

@@ -12,10 +12,10 @@ import pytest
 
 from node.swarm import Swarm, SwarmSettings, Torrent
 from protocol.content import ContentHash, hash_file
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
-CHILD = Path(__file__).with_name("swarm_child.py")
-ROOT = CHILD.parent.parent.parent
+ROOT = Path(__file__).parents[2]
+CHILD = ROOT / "tests" / "support" / "shards" / "swarm_child.py"
 MIB = 1024 * 1024
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_swarm_crash import lines, make_file, start
 
 from node.swarm import PeerAddress, Swarm, SwarmSettings, Torrent
 from protocol.errors import InsufficientDiskError
+from tests.faults.test_swarm_crash import lines, make_file, start
 
 MIB = 1024 * 1024
 

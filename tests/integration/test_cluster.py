@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 import pytest
-from daemons import Daemon, daemon, shoal
 
 from protocol.errors import (
     CancelledRequestError,
@@ -29,7 +28,8 @@ from protocol.errors import (
     UnreachableError,
 )
 from protocol.sync_client import SyncClient
-from tests.waiting import wait_until
+from tests.support.daemons import Daemon, daemon, shoal
+from tests.support.waiting import wait_until
 
 CHAT = {
     "task_type": "ai_inference",

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import msgpack
 import pytest
-from daemons import daemon
 
 from protocol.errors import (
     AmbiguousNameError,
@@ -25,7 +24,8 @@ from protocol.errors import (
     UnknownNameError,
     WrongNodeError,
 )
-from tests.waiting import wait_until
+from tests.support.daemons import daemon
+from tests.support.waiting import wait_until
 
 
 def test_ready_line_health_status_and_clean_end(tmp_path: Path) -> None:

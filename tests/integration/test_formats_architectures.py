@@ -14,14 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "node"))
-from random_models import LAYERS, VOCAB, write_random_model
-
 from node.formats import slices
 from node.formats.architectures import TABLE, ArchitectureRule
 from node.formats.cuts import cuttable
 from node.formats.gguf import read_gguf
 from node.formats.gguf_writer import write_gguf
+from tests.support.gguf.random_models import LAYERS, VOCAB, write_random_model
 
 PATTERN = [True, True, True, True, True, False] * 2
 UNEVEN = (0, 2, 7, LAYERS)
@@ -40,7 +38,7 @@ def write_slices(model: Path, boundaries: tuple[int, ...], rule: ArchitectureRul
 
 
 def logits(paths: Sequence[Path]) -> list[np.ndarray]:
-    from node.pipeline.engine import Engine, EngineSettings, Slot
+    from node.pipeline.engine.engine import Engine, EngineSettings, Slot
 
     with Engine(EngineSettings(threads=1, ctx_size=256, max_sessions=1)) as engine:
         for index, path in enumerate(paths):
@@ -79,8 +77,8 @@ def in_child(folder: Path, *cases: tuple[Any, ...]) -> list[float | str]:
     """Run `difference(folder, *case)` for each case in one process; what fails is its error's text."""
     program = (
         "import sys, pathlib\n"
-        f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[2])]!r}\n"
-        "from test_formats_architectures import difference\n"
+        f"sys.path[:0] = {[str(Path(__file__).parents[2])]!r}\n"
+        "from tests.integration.test_formats_architectures import difference\n"
         "PATTERN = [True, True, True, True, True, False] * 2\n"
         f"for case, options in {[(case[:-1], case[-1]) for case in cases]!r}:\n"
         f"    try: print(difference(pathlib.Path({str(folder)!r}), *case, **options), flush=True)\n"

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import msgspec
 import pytest
-from daemons import Daemon, daemon
 
 from node.discovery import Discovery, DiscoverySettings
 from node.rpc import Call, Command, RpcServer
@@ -20,7 +19,8 @@ from protocol.errors import NoSourceError
 from protocol.ids import ContentId, ManifestDigest
 from protocol.manifest import Manifest, ShardEntry, SignedManifest
 from protocol.signing import SigningKey
-from tests.waiting import wait_until
+from tests.support.daemons import Daemon, daemon
+from tests.support.waiting import wait_until
 
 EVIL_FILES = ["../evil.gguf", "/tmp/evil.gguf", "..", ".hidden.gguf", "a/b.gguf", "a\\b.gguf", "nul\0.gguf", "e" * 300]
 REFUSED_FILES = ["manifest.json", "MANIFEST.JSON", "evil.gguf.part", "evil.tmp"]

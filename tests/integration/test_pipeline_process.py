@@ -14,9 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from pipeline_nodes import Cluster, Slices, WholeModel, cluster, cut_real_model, stage_node
 
-from node.pipeline import attempt
+from node.pipeline.driver import attempt
 from protocol.commands.common import ChatMessage
 from protocol.commands.sessions import (
     CloseSessionParams,
@@ -28,7 +27,8 @@ from protocol.commands.sessions import (
 )
 from protocol.commands.tasks import Sampling
 from protocol.errors import ContextOverflowError, EngineError, InvalidShardError, ShardNotLoadedError, StageLostError
-from tests.waiting import OwnPauses
+from tests.support.pipeline.nodes import Cluster, Slices, WholeModel, cluster, cut_real_model, stage_node
+from tests.support.waiting import OwnPauses
 
 LONG = "Once upon a time, in a land far away, there lived a curious fox who counted every star. " * 3
 
@@ -255,9 +255,9 @@ async def test_a_bad_file_is_refused_and_a_good_one_loads_after_it(slices: Slice
 DAEMON = """
 import asyncio, sys
 from pathlib import Path
-from node.pipeline.process import StageSettings
-from node.pipeline.settings import EngineSettings
-from node.pipeline.stage import Stages
+from node.pipeline.stage.process import StageSettings
+from node.pipeline.engine.settings import EngineSettings
+from node.pipeline.stage.stages import Stages
 
 async def main():
     async with Stages.open(StageSettings(EngineSettings(ctx_size=256, max_sessions=1))) as stages:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from daemons import Daemon, daemon, shoal
 
 from protocol.content import hash_file
 from protocol.errors import InvalidParamsError, InvalidShardError, ShardInUseError
-from tests.waiting import wait_until
+from tests.support.daemons import Daemon, daemon, shoal
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]  # daemons and servers of their own
 

@@ -12,19 +12,19 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
-from daemons import Daemon, daemon
-from origin_server import credentials, s3_server, settings, typed
 
 from node.cli.demo.s3_server import S3Server
+from node.origin.factory import open_store
 from node.origin.layout import encode_manifest, manifest_folder, shard_key, torrent_key
-from node.origin.opening import open_store
 from node.origin.publishing import Source, missing_at, publish
-from node.shards.catalog import torrent_of
+from node.shards.store.catalog import torrent_of
 from protocol.content import hash_file
 from protocol.errors import InvalidShardError, OriginNotFoundError
 from protocol.manifest import Manifest, ShardEntry, manifest_from_wire, sign_manifest
 from protocol.signing import SigningKey
-from tests.waiting import wait_until
+from tests.support.daemons import Daemon, daemon
+from tests.support.origins.s3_server import credentials, s3_server, settings, typed
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]  # daemons and servers of their own
 

@@ -13,9 +13,9 @@ import pytest
 
 from node.cli.demo.nodes import NodeStartError
 from node.cli.demo.s3_server import running_s3
-from node.origin.opening import open_store
+from node.origin.factory import open_store
 from protocol.errors import OriginDeniedError
-from tests.integration.origin_servers import PATIENT, s3_settings
+from tests.support.origins.servers import PATIENT, s3_settings
 
 CHILD = """
 import asyncio, sys

@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from origin_places import FilePlace, Places, not_found
-from shards_rooms import Network, Node, open_node, write_gguf
 
-from node.shards.catalog import torrent_of
-from node.shards.fetching import FetchedShard, FetchProgress
-from node.shards.holding import folder_names
-from node.shards.lease import blocks_of
+from node.shards.fetch.block_assignment import blocks_of
+from node.shards.fetch.job import FetchedShard, FetchProgress
+from node.shards.store.catalog import torrent_of
+from node.shards.store.manifests import folder_names
 from protocol.content import hash_file
 from protocol.errors import OriginCorruptError, OriginDeniedError, OriginNotFoundError, OriginUnavailableError
 from protocol.manifest import Manifest, ModelInfo, ShardEntry, SignedManifest, sign_manifest
 from protocol.signing import SigningKey
-from tests.waiting import eventually
+from tests.support.origins.places import FilePlace, Places, not_found
+from tests.support.shards.rooms import Network, Node, open_node, write_gguf
+from tests.support.waiting import eventually
 
 MB = 1_000_000
 

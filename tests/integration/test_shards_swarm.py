@@ -12,12 +12,12 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from shards_rooms import Network, Node, open_node, write_gguf, write_model
 
 from protocol.commands.common import ShardSelector
 from protocol.errors import InsufficientDiskError, NoSourceError, ShardNotFoundError
 from protocol.manifest import SignedManifest
-from tests.waiting import eventually
+from tests.support.shards.rooms import Network, Node, open_node, write_gguf, write_model
+from tests.support.waiting import eventually
 
 
 def states(node: Node) -> dict[str, str]:
@@ -134,7 +134,8 @@ async def test_a_downloader_killed_in_the_middle_goes_on(tmp_path: Path) -> None
         (tmp_path / "signed.json").write_bytes(msgspec.json.encode(signed))
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            str(Path(__file__).with_name("shards_fetch_process.py")),
+            "-m",
+            "tests.support.shards.fetch_process",
             *map(str, (tmp_path / "b", a.discovery.port, tmp_path / "signed.json", 0)),
             stdout=asyncio.subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},

@@ -14,10 +14,10 @@ from typing import Any
 
 import psutil
 import pytest
-from daemons import Daemon, daemon
 
 from protocol.errors import CancelledRequestError, NoSourceError, ShoalError, UnreachableError
-from tests.waiting import wait_until
+from tests.support.daemons import Daemon, daemon
+from tests.support.waiting import wait_until
 
 UPLOAD_BYTES_S = 16_000_000
 TASK = {"task_type": "ai_inference", "model": "smol", "prompt": "1 2 3 4", "max_tokens": 400, "stream": True}
@@ -62,7 +62,7 @@ def engines(node: Daemon) -> list[psutil.Process]:
     found: list[psutil.Process] = []
     for child in psutil.Process(node.process.pid).children():
         with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-            if "node.stage_process" in child.cmdline():
+            if "node.pipeline.worker.main" in child.cmdline():
                 found.append(child)
     return found
 

@@ -25,7 +25,7 @@ from protocol.errors import (
 from protocol.ids import NodeId
 from protocol.msgpackrpc import SERVER_LIMITS
 from protocol.sync_client import SyncClient
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 NODE = NodeId("ab" * 32)
 

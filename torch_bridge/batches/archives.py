@@ -21,8 +21,8 @@ from typing import IO, Any, cast
 from protocol.errors import InvalidShardError, OriginNotFoundError
 from torch_bridge.batches.folder import read_json, write_json
 from torch_bridge.batches.plan import RemoteFile
-from torch_bridge.batches.ranged import SMALL_BLOCK_BYTES, OnBytes, RangedFile, StreamedFile
-from torch_bridge.batches.sources import OriginFiles
+from torch_bridge.batches.sources.factory import OriginFiles
+from torch_bridge.batches.sources.ranged import SMALL_BLOCK_BYTES, OnBytes, RangedFile, StreamedFile
 from torch_bridge.batches.unpacking import (
     BoundedTarInfo,
     Kind,
@@ -33,7 +33,7 @@ from torch_bridge.batches.unpacking import (
     kind_of,
     translated,
 )
-from torch_bridge.stores import Store
+from torch_bridge.core.store import Store
 
 INSIDE = "!/"
 """Between an archive's key and a member's name, in the key of the member."""

@@ -12,18 +12,18 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from protocol.errors import InvalidParamsError
 from torch_bridge.batches.folder import ConsumerFolder
-from torch_bridge.batches.hub import HubFiles
 from torch_bridge.batches.metadata import Metadata, MetadataOf
 from torch_bridge.batches.plan import RemoteFile
 from torch_bridge.batches.progress import Done, Progress, lowest_epoch, positions, read_state, state_of
 from torch_bridge.batches.session import Decode, Session
 from torch_bridge.batches.settings import BatchSettings, byte_count, consumer_of
-from torch_bridge.batches.sources import FileSource, OriginFiles
+from torch_bridge.batches.sources.factory import FileSource, OriginFiles
+from torch_bridge.batches.sources.hub import HubFiles
 from torch_bridge.batches.timing import Timing, timing
-from torch_bridge.ending import Held
-from torch_bridge.o3_client import O3Client
-from torch_bridge.ranks import Ranks
-from torch_bridge.stores import Store
+from torch_bridge.core.client import O3Client
+from torch_bridge.core.closing import Held
+from torch_bridge.core.ranks import Ranks
+from torch_bridge.core.store import Store
 
 _log = logging.getLogger(__name__)
 _inherited: list[Generator[Any, None, None]] = []

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from protocol.errors import InvalidParamsError
-from torch_bridge.batches.fetching import Fetching
 from torch_bridge.batches.folder import ConsumerFolder, read_json
 from torch_bridge.batches.plan import (
     Batch,
@@ -24,9 +23,10 @@ from torch_bridge.batches.plan import (
 )
 from torch_bridge.batches.progress import Done, Position, Progress
 from torch_bridge.batches.settings import BatchSettings
-from torch_bridge.batches.sources import FileSource
+from torch_bridge.batches.sources.factory import FileSource
+from torch_bridge.batches.sources.fetching import Fetching
 from torch_bridge.batches.timing import Spent
-from torch_bridge.ending import Held
+from torch_bridge.core.closing import Held
 
 _log = logging.getLogger(__name__)
 Decode = Callable[[Path, Any], Any]

@@ -9,7 +9,7 @@ from torch.utils.data import get_worker_info
 
 from protocol.errors import InvalidParamsError
 from torch_bridge.batches.plan import Consumer
-from torch_bridge.ranks import Ranks
+from torch_bridge.core.ranks import Ranks
 
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 

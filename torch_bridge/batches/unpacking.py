@@ -18,8 +18,8 @@ from typing import IO, Literal, Self, cast
 
 from protocol.errors import CancelledRequestError, InvalidParamsError, InvalidShardError
 from torch_bridge.batches.plan import RemoteFile
-from torch_bridge.batches.ranged import OnBytes, StreamedFile
-from torch_bridge.stores import Store
+from torch_bridge.batches.sources.ranged import OnBytes, StreamedFile
+from torch_bridge.core.store import Store
 
 COPY_BYTES = 1 << 20
 HEADER_BYTES = 1 << 20

@@ -26,8 +26,8 @@ from torch_bridge.checkpoints.restoring import DAMAGE, CheckpointNotFoundError, 
 from torch_bridge.checkpoints.rng import rng_state, set_rng_state
 from torch_bridge.checkpoints.saving import Snapshot, parts_of, take_snapshot, upload, write_files
 from torch_bridge.checkpoints.scratch import own_folder
-from torch_bridge.o3_client import O3Client
-from torch_bridge.stores import Store
+from torch_bridge.core.client import O3Client
+from torch_bridge.core.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from torch_bridge.checkpoints.commit import (
 from torch_bridge.checkpoints.parts import DamagedPartError, unpack
 from torch_bridge.checkpoints.saving import check_parts_there
 from torch_bridge.checkpoints.tree import InvalidStructureError, rebuild
-from torch_bridge.stores import Store
+from torch_bridge.core.store import Store
 
 log = logging.getLogger(__name__)
 

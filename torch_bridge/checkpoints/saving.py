@@ -26,8 +26,8 @@ from torch_bridge.checkpoints.bounded import in_order
 from torch_bridge.checkpoints.commit import Commit, commit_folder, encode_commit, parse_commit_key
 from torch_bridge.checkpoints.parts import PART_BYTES, Part, laid_out, pack
 from torch_bridge.checkpoints.tree import FlatState, flatten
-from torch_bridge.loop import loop_thread
-from torch_bridge.stores import Store
+from torch_bridge.core.loop_thread import loop_thread
+from torch_bridge.core.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch_bridge.shards.locks import FileLock
+from torch_bridge.core.file_locks import FileLock
 
 _PREFIX = "shoal-checkpoint-"
 _LOCK = "lock"

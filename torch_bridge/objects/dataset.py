@@ -13,7 +13,7 @@ from urllib.parse import quote
 from torch.utils.data import Dataset
 
 from protocol.errors import InvalidParamsError
-from torch_bridge.o3_client import O3Client
+from torch_bridge.core.client import O3Client
 from torch_bridge.objects.chunk_cache import ChunkCache
 from torch_bridge.objects.formats import Format, Place, RecordFormat, WholeObjects
 from torch_bridge.objects.listing import read_listing

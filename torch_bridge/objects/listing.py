@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from protocol.errors import OriginNotFoundError, OriginUnavailableError
-from torch_bridge.stores import Store
+from torch_bridge.core.store import Store
 
 _log = logging.getLogger(__name__)
 

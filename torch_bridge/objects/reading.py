@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 from node.origin.interface import ObjectStore
 from protocol.errors import OriginCorruptError, OriginNotFoundError, ShoalError
+from torch_bridge.core.store import Store
 from torch_bridge.objects.ahead import Ahead
 from torch_bridge.objects.chunk_cache import TOUCH_S, ChunkCache, Claim
 from torch_bridge.objects.chunk_file import HEADER_BYTES
 from torch_bridge.objects.listing import Listed
 from torch_bridge.objects.ranges import pieces, runs
-from torch_bridge.stores import Store
 
 log = logging.getLogger(__name__)
 WAITS = 20

@@ -12,15 +12,15 @@ from typing import Any, Self
 from protocol import errors
 from protocol.errors import CancelledRequestError, InsufficientDiskError, InvalidParamsError, ShoalError, TimedOutError
 from protocol.manifest import ShardEntry
-from torch_bridge.ending import Held
+from torch_bridge.core.closing import Held
+from torch_bridge.core.waiting import ServingThread
 from torch_bridge.shards.disk import FreeSpace, saying_where_full
 from torch_bridge.shards.integrity import as_published
 from torch_bridge.shards.measures import Measures
 from torch_bridge.shards.readers import Ledger
-from torch_bridge.shards.source import FetchedFile, ShardSource
+from torch_bridge.shards.sources.interface import FetchedFile, ShardSource
 from torch_bridge.shards.status import StreamingStatus
 from torch_bridge.shards.window import HEAD_START_S, Window
-from torch_bridge.waiting import ServingThread
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from torch_bridge.shards.buffer import adapted_size, smoothed
-from torch_bridge.shards.source import FetchedFile
+from torch_bridge.shards.sources.interface import FetchedFile
 
 
 class Measures:

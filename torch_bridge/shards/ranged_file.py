@@ -11,10 +11,10 @@ from pathlib import Path
 from protocol.content import ContentHasher
 from protocol.errors import CancelledRequestError, InsufficientDiskError
 from protocol.manifest import ShardEntry
-from torch_bridge.loop import loop_thread
+from torch_bridge.core.loop_thread import loop_thread
+from torch_bridge.core.store import Store
 from torch_bridge.shards.disk import FULL
-from torch_bridge.shards.source import OnProgress
-from torch_bridge.stores import Store
+from torch_bridge.shards.sources.interface import OnProgress
 
 FIRST_RANGE_BYTES = 1 << 20
 """So that what came first is written and hashed while the rest is on its way; each further one is twice as long."""

@@ -17,8 +17,8 @@ from urllib.parse import quote
 import msgspec
 
 from protocol.errors import ShardInUseError
-from torch_bridge.ending import wait_for_others
-from torch_bridge.shards.locks import FileLock, locked
+from torch_bridge.core.closing import wait_for_others
+from torch_bridge.core.file_locks import FileLock, locked
 
 LEAVING_S = 30.0
 """So long one of the same name may take to end: a DataLoader starts new workers before the old ones are gone, and one

@@ -9,7 +9,7 @@ from protocol.errors import CancelledRequestError, InsufficientDiskError, ShoalE
 from torch_bridge.shards.failures import Failure
 from torch_bridge.shards.plan import next_to_fetch
 from torch_bridge.shards.readers import Reader
-from torch_bridge.shards.source import FetchedFile
+from torch_bridge.shards.sources.interface import FetchedFile
 
 HEAD_START_S = 0.5
 """So long the first shard has the line for itself: an epoch's first batch waits for it alone."""

@@ -10,7 +10,7 @@ import msgspec
 
 from protocol.errors import InvalidParamsError
 from protocol.manifest import Manifest, ShardEntry
-from torch_bridge.shards.source import FetchedFile, OnProgress, ShardSource
+from torch_bridge.shards.sources.interface import FetchedFile, OnProgress, ShardSource
 
 
 class ChosenShards:

@@ -13,10 +13,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from protocol.errors import InvalidParamsError
 from protocol.manifest import ShardEntry
-from torch_bridge.ending import Held
-from torch_bridge.ranks import Ranks
+from torch_bridge.core.closing import Held
+from torch_bridge.core.ranks import Ranks
 from torch_bridge.shards.downloader import StreamingDownloader
-from torch_bridge.shards.source import ShardSource
+from torch_bridge.shards.sources.interface import ShardSource
 from torch_bridge.shards.status import StreamingStatus
 from torch_bridge.streaming.order import EpochOrder, OrderSettings, Span, open_at_once
 from torch_bridge.streaming.position import Place, Position, Turn, continued, saved

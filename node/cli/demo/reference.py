@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from node.pipeline.chat import render_chat
-from node.pipeline.engine import PREFILL_CHUNK, Engine, EngineSettings, Slot
+from node.pipeline.engine.chat import render_chat
+from node.pipeline.engine.engine import PREFILL_CHUNK, Engine, EngineSettings, Slot
 from protocol.commands.common import ChatMessage
 from protocol.commands.tasks import Sampling
 

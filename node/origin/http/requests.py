@@ -1,0 +1,167 @@
+"""One HTTP request and its answer, by aiohttp: connections, redirects, and its errors as ours."""
+
+from __future__ import annotations
+
+import os
+import urllib.request
+from collections.abc import AsyncIterator, Mapping
+from typing import NamedTuple
+from urllib.parse import urljoin, urlsplit
+
+import aiohttp
+from yarl import URL
+
+from node.origin.core.errors import answered, corrupt, failed, unreachable
+from node.origin.core.fork_guard import expect_own_process
+from node.origin.core.policy import check_host, refusal
+from node.origin.core.retry import retry_after_s
+from node.origin.settings import OriginSettings
+from node.origin.url import is_loopback
+from protocol.errors import OriginDeniedError, OriginError
+
+CONNECTIONS = 16
+MAX_REDIRECTS = 5
+CHUNK_BYTES = 1 << 18
+_REDIRECTS = (301, 302, 303, 307, 308)
+
+
+class Asked(NamedTuple):
+    """One object: its URL, its key, and what is done to it, for messages."""
+
+    url: str
+    key: str
+    did: str
+
+
+class HttpAsking:
+    """Requests to one origin, and to where it redirects."""
+
+    def __init__(self, origin: str, settings: OriginSettings, headers: Mapping[str, str], credentials: str) -> None:
+        self._origin = origin
+        self._settings = settings
+        self._headers = dict(headers)
+        self._credentials = credentials
+        self._session: aiohttp.ClientSession | None = None
+        self._process = os.getpid()
+
+    async def answer(
+        self, method: str, asked: Asked, headers: Mapping[str, str] | None = None
+    ) -> aiohttp.ClientResponse:
+        """An answer of success, its body still to come; the caller closes it. Raises the OriginError tree.
+
+        What the origin is sent to prove who asks does not follow a redirect to another host, and no redirect leads
+        from the network to this machine or a private one.
+        """
+        url = asked.url
+        for _ in range(MAX_REDIRECTS + 1):
+            answer = await self._once(method, url, asked, headers or {})
+            if answer.status not in _REDIRECTS:
+                if 200 <= answer.status < 300:
+                    return answer
+                answer.close()
+                raise answered(
+                    answer.status,
+                    "",
+                    asked.did,
+                    origin=self._origin,
+                    key=asked.key,
+                    retry_after_s=retry_after_s(answer.headers.get("Retry-After")),
+                    credentials=self._credentials,
+                )
+            answer.close()
+            url = await self._next(url, answer.headers.get("Location", ""), asked)
+        raise failed(
+            OriginError, asked.did, "it redirects in circles", "check the URL", origin=self._origin, key=asked.key
+        )
+
+    async def body(self, answer: aiohttp.ClientResponse, asked: Asked) -> AsyncIterator[bytes]:
+        """The bytes of an answer as they come."""
+        try:
+            async for data in answer.content.iter_chunked(CHUNK_BYTES):
+                yield data
+        except aiohttp.ClientPayloadError:
+            raise corrupt(
+                asked.did, "its answer broke off", origin=self._origin, key=asked.key, broke_off=True
+            ) from None
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise self._unreachable(asked, error) from None
+
+    async def close(self) -> None:
+        """Let go of connections."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def _once(self, method: str, url: str, asked: Asked, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
+        own = _host(url) == _host(asked.url)
+        try:
+            return await self._open().request(
+                method,
+                URL(url, encoded=True),
+                headers={**(self._headers if own else {}), **headers},
+                allow_redirects=False,
+                proxy=_proxy(url),
+            )
+        except OriginError:
+            raise
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise self._unreachable(asked, error) from None
+
+    async def _next(self, url: str, location: str, asked: Asked) -> str:
+        target = urljoin(url, location) if location else ""
+        if location and _host(target) == _host(asked.url):
+            return target
+        if is_loopback(urlsplit(asked.url).hostname or "") and is_loopback(urlsplit(target).hostname or ""):
+            return target
+        # Not the target itself: it may be signed.
+        if refusal(target) is not None:
+            found = f"it redirects to {urlsplit(target).hostname or 'nowhere'}"
+            advice = "where no origin may send us: give that one to this node itself, if you trust it"
+            raise failed(OriginDeniedError, asked.did, found, advice, origin=self._origin, key=asked.key)
+        await check_host(f"https://{urlsplit(target).netloc}")
+        return target
+
+    def _open(self) -> aiohttp.ClientSession:
+        expect_own_process(self._origin, self._process)
+        if self._session is None or self._session.closed:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=CONNECTIONS),
+                timeout=aiohttp.ClientTimeout(
+                    total=self._settings.timeout_s,
+                    sock_connect=self._settings.connect_timeout_s,
+                    sock_read=self._settings.read_timeout_s,
+                ),
+                auto_decompress=False,
+                headers={"User-Agent": "shoal", "Accept-Encoding": "identity"},
+            )
+        return self._session
+
+    def _unreachable(self, asked: Asked, error: Exception) -> OriginError:
+        match error:
+            case TimeoutError():
+                found = "nothing came in time"
+            case aiohttp.ClientConnectorDNSError():
+                found = "its name is not known"
+            case aiohttp.ClientConnectorCertificateError() | aiohttp.ClientSSLError():
+                found = "its certificate is not trusted"
+            case aiohttp.ClientConnectorError():
+                found = f"no connection: {os.strerror(error.os_error.errno or 0).lower()}"
+            case _:
+                found = "the connection broke"
+        return unreachable(asked.did, found, origin=self._origin, key=asked.key)
+
+
+def _host(url: str) -> tuple[str, str]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.netloc.lower()
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for a URL. (aiohttp's own way would read ~/.netrc too.)"""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    return (
+        None
+        if is_loopback(host) or urllib.request.proxy_bypass(host)
+        else urllib.request.getproxies().get(parts.scheme)
+    )

@@ -1,0 +1,84 @@
+"""https://: objects on any web server, read alone. http:// on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from node.origin.core.errors import failed
+from node.origin.http.ranges import HttpRanges
+from node.origin.interface import ObjectInfo, OnBytes
+from node.origin.settings import OriginSettings
+from node.origin.url import OriginUrl
+from protocol.errors import OriginError
+
+
+class ReadOnlyStore:
+    """What a place that is only read from answers to the rest of ObjectStore."""
+
+    url: str
+    min_object_bytes = 0
+    writes_once = False
+    range_unit_bytes = 1
+
+    async def put(
+        self,
+        key: str,
+        body: bytes | Path,
+        *,
+        if_absent: bool = False,
+        metadata: Mapping[str, str] | None = None,
+        on_bytes: OnBytes | None = None,
+    ) -> ObjectInfo:
+        """OriginError."""
+        raise self._cannot("write", key)
+
+    async def delete(self, key: str) -> None:
+        """OriginError."""
+        raise self._cannot("delete", key)
+
+    async def presign_get(self, key: str, expires_s: float) -> str:
+        """OriginError."""
+        raise self._cannot("sign a URL for", key)
+
+    def _cannot(self, did: str, key: str) -> OriginError:
+        advice = "use an o3://, s3:// or file:// origin for that"
+        return failed(OriginError, did, "this origin is only read from", advice, origin=self.url, key=key)
+
+
+class WebStore(ReadOnlyStore):
+    """Objects under one URL, by HEAD and Range requests. It cannot list."""
+
+    def __init__(self, url: OriginUrl, settings: OriginSettings) -> None:
+        self.url = str(url)
+        self._where = url
+        self._ranges = HttpRanges(self.url, settings)
+
+    async def head(self, key: str) -> ObjectInfo:
+        """See ObjectStore."""
+        return await self._ranges.head(self._address(key), key)
+
+    async def get_range(self, key: str, start: int, end: int) -> bytes:
+        """See ObjectStore."""
+        return await self._ranges.read(self._address(key), key, start, end)
+
+    async def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """See ObjectStore."""
+        return await self._ranges.read_many(self._address(key), key, ranges)
+
+    def get_stream(self, key: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
+        """See ObjectStore."""
+        return self._ranges.stream(self._address(key), key, start, end)
+
+    async def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
+        """OriginError: there is no such request in HTTP."""
+        raise self._cannot("list", prefix)
+        yield
+
+    async def close(self) -> None:
+        """Let go of connections."""
+        await self._ranges.close()
+
+    def _address(self, key: str) -> str:
+        return f"{self._where.scheme}://{self._where.place}/{quote(self._where.full_key(key))}"

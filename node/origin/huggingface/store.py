@@ -1,0 +1,202 @@
+"""hf://: a repository of the Hugging Face Hub, or of a server that speaks its protocol; read alone.
+
+huggingface_hub says which files there are and where; their bytes come in ranges as from any web server. A branch is
+looked up once a minute, so that reads that belong together are of one commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import re
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from node.origin.core.errors import answered, failed, listed_too_many, unreachable
+from node.origin.core.fork_guard import expect_own_process
+from node.origin.core.retry import Retries, retry_after_s
+from node.origin.http.ranges import HttpRanges
+from node.origin.http.store import ReadOnlyStore
+from node.origin.interface import MAX_LISTED, ObjectInfo
+from node.origin.settings import OriginSettings
+from node.origin.url import OriginUrl
+from protocol.errors import OriginDeniedError, OriginError, OriginNotFoundError, OriginUnavailableError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+T = TypeVar("T")
+
+CREDENTIALS = "HF_TOKEN"
+PINNED_S = 60.0
+"""For so long a branch means the commit that it meant; what was pushed since is seen after that."""
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class HubStore(ReadOnlyStore):
+    """The files of one repository, below a prefix. The repository is the one that the URL names."""
+
+    def __init__(self, url: OriginUrl, settings: OriginSettings) -> None:
+        self.url = str(url)
+        self._where = url
+        self._endpoint = settings.hf_endpoint.rstrip("/")
+        self._token = settings.credentials.hf_token
+        headers = {"Authorization": f"Bearer {self._token.reveal()}"} if self._token else {}
+        self._ranges = HttpRanges(self.url, settings, headers, CREDENTIALS)
+        self._retries = Retries(settings.retry_total_s)
+        self._timeout_s = settings.read_timeout_s
+        self._process = os.getpid()
+        self._commit: str | None = None
+        self._pinned_until = 0.0
+        self._looking = asyncio.Lock()
+
+    async def head(self, key: str) -> ObjectInfo:
+        """See ObjectStore. The ETag is the hash of the file: SHA-256 of large ones, git's of others."""
+        url = await self._address(key)
+
+        def ask(api: HfApi) -> ObjectInfo:
+            found = api.get_hf_file_metadata(url=url, timeout=self._timeout_s)
+            if found.size is None:
+                advice = "name another origin"
+                raise failed(OriginError, "ask for", "it tells no size", advice, origin=self.url, key=key)
+            return ObjectInfo(key, found.size, found.etag)
+
+        return await self._ask("ask for", key, ask)
+
+    async def get_range(self, key: str, start: int, end: int) -> bytes:
+        """See ObjectStore."""
+        return await self._ranges.read(await self._address(key), key, start, end)
+
+    async def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """See ObjectStore."""
+        return await self._ranges.read_many(await self._address(key), key, ranges)
+
+    async def get_stream(self, key: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
+        """See ObjectStore."""
+        async with aclosing(self._ranges.stream(await self._address(key), key, start, end)) as steps:
+            async for data in steps:
+                yield data
+
+    async def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
+        """See ObjectStore."""
+        inside = f"{self._where.prefix}/" if self._where.prefix else ""
+        folder = (inside + prefix).rpartition("/")[0]
+        commit = await self._pinned()
+
+        def ask(api: HfApi) -> list[ObjectInfo]:
+            from huggingface_hub.hf_api import RepoFile
+
+            entries = api.list_repo_tree(
+                self._where.place,
+                folder or None,
+                recursive=True,
+                revision=commit,
+                repo_type=self._where.repo_type,
+            )
+            files = []
+            for seen, entry in enumerate(entries):
+                if seen == MAX_LISTED:
+                    raise listed_too_many(prefix, origin=self.url)
+                if isinstance(entry, RepoFile):
+                    files.append(entry)
+            infos = (ObjectInfo(one.path.removeprefix(inside), one.size, _hash(one)) for one in files)
+            return sorted((info for info in infos if info.key.startswith(prefix)), key=lambda info: info.key.encode())
+
+        try:
+            infos = await self._ask("list", prefix, ask)
+        except OriginNotFoundError:
+            if not folder:
+                raise
+            return  # the repository was there when it was pinned: it has no such folder
+        for info in infos:
+            yield info
+
+    async def close(self) -> None:
+        """Let go of connections."""
+        await self._ranges.close()
+
+    async def _address(self, key: str) -> str:
+        from huggingface_hub import hf_hub_url
+
+        full, commit = self._where.full_key(key), await self._pinned()
+        return hf_hub_url(
+            self._where.place, full, repo_type=self._where.repo_type, revision=commit, endpoint=self._endpoint
+        )
+
+    async def _pinned(self) -> str:
+        async with self._looking:
+            loop = asyncio.get_running_loop()
+            if self._commit is None or loop.time() >= self._pinned_until:
+
+                def ask(api: HfApi) -> str | None:
+                    where = self._where
+                    found = api.repo_info(
+                        where.place, revision=where.revision, repo_type=where.repo_type, timeout=self._timeout_s
+                    )
+                    return str(found.sha) if found.sha else None
+
+                try:
+                    found = await self._ask("look up the commit of", self._where.revision or "", ask)
+                except OriginUnavailableError:
+                    if self._commit is None:
+                        raise
+                else:
+                    self._commit = found or self._where.revision or "main"
+                named = _COMMIT.fullmatch(self._where.revision or "")
+                self._pinned_until = math.inf if named else loop.time() + PINNED_S
+            return self._commit
+
+    async def _ask(self, did: str, key: str, ask: Callable[[HfApi], T]) -> T:
+        expect_own_process(self.url, self._process)
+
+        def run() -> T:
+            from huggingface_hub import HfApi
+
+            # False: not the token of whoever is logged in on this machine, which nobody gave us.
+            token = self._token.reveal() if self._token else False
+            try:
+                return ask(HfApi(endpoint=self._endpoint, token=token, library_name="shoal"))
+            except OriginError:
+                raise
+            except Exception as error:
+                raise translated(error, did, origin=self.url, key=key) from None
+
+        return await self._retries.run(lambda: asyncio.to_thread(run))
+
+
+def translated(error: Exception, did: str, *, origin: str, key: str) -> OriginError:
+    """What huggingface_hub raised, as ours."""
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # as its file system tells of a repository that is not there
+    response: Any = getattr(error, "response", None)
+    name = type(error).__name__
+    if name in ("RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError"):
+        # The hub answers 401 for a repository that is not there, too.
+        kind: type[OriginError] = OriginDeniedError if name == "GatedRepoError" else OriginNotFoundError
+        found = f"the hub says {name.removesuffix('Error')}"
+        advice = f"check its name and revision; a private or gated one needs {CREDENTIALS}"
+        status = getattr(response, "status_code", None)
+        return failed(kind, did, found, advice, origin=origin, key=key, status=status)
+    if response is None and isinstance(error, FileNotFoundError):
+        return answered(404, "", did, origin=origin, key=key)
+    if response is not None:
+        after = retry_after_s(response.headers.get("Retry-After"))
+        return answered(
+            response.status_code,
+            "",
+            did,
+            origin=origin,
+            key=key,
+            retry_after_s=after,
+            credentials=CREDENTIALS,
+        )
+    if name in ("HFValidationError", "OfflineModeIsEnabled"):
+        advice = "check the URL, and HF_HUB_OFFLINE"
+        return failed(OriginError, did, f"huggingface_hub says {name}", advice, origin=origin, key=key)
+    return unreachable(did, f"no answer ({name})", origin=origin, key=key)
+
+
+def _hash(file: Any) -> str:
+    return str(file.lfs.sha256 if file.lfs else file.blob_id)

@@ -1,0 +1,123 @@
+"""How one S3 bucket is reached: endpoint, region, credentials, times; and the clients made of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from node.origin.core.credentials import Secret
+from node.origin.settings import OriginSettings
+from node.origin.url import OriginUrl
+from protocol.errors import InvalidParamsError
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, S3Credential
+    from obstore.store import S3Store as Client
+
+_REFUSED_BY_O3 = ("AWS_CHECKSUM_ALGORITHM", "AWS_SERVER_SIDE_ENCRYPTION")
+"""obstore takes these from the environment, whatever its caller says."""
+
+
+class _StaticCredentials:
+    """Hands the keys to obstore when it signs: an argument would be shown in the store's `config`."""
+
+    def __init__(self, access_key: Secret, secret_key: Secret, token: Secret | None) -> None:
+        self._access_key, self._secret_key, self._token = access_key, secret_key, token
+
+    def __call__(self) -> S3Credential:
+        return {
+            "access_key_id": self._access_key.reveal(),
+            "secret_access_key": self._secret_key.reveal(),
+            "token": self._token.reveal() if self._token else None,
+            "expires_at": None,
+        }
+
+
+@dataclass(frozen=True)
+class S3Access:
+    """One bucket, and who asks."""
+
+    bucket: str
+    endpoint: str
+    region: str
+    access_key: Secret | None
+    secret_key: Secret | None
+    session_token: Secret | None
+    credentials_from: str
+    """In words, for messages."""
+    connect_timeout_s: float
+    read_timeout_s: float
+    timeout_s: float
+    refused_environment: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, url: OriginUrl, settings: OriginSettings) -> S3Access:
+        """Read the settings for an o3:// or s3:// URL. Raises InvalidParamsError where half of a key is missing."""
+        credentials = settings.credentials
+        times = (settings.connect_timeout_s, settings.read_timeout_s, settings.timeout_s)
+        if url.scheme == "o3":
+            keys: tuple[Secret | None, Secret | None, Secret | None] = (
+                credentials.o3_access_key,
+                credentials.o3_secret_key,
+                None,
+            )
+            names = "AKAVE_O3_ACCESS_KEY and AKAVE_O3_SECRET_KEY"
+            endpoint, region = settings.o3_endpoint, settings.o3_region
+        else:
+            keys = (credentials.s3_access_key, credentials.s3_secret_key, credentials.s3_session_token)
+            names = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            region = settings.s3_region
+            endpoint = settings.s3_endpoint or f"https://s3.{region}.amazonaws.com"
+        if bool(keys[0]) != bool(keys[1]):
+            raise InvalidParamsError(
+                f"{url} needs both of {names}, or the files of {names.replace(' and ', '_FILE and ')}_FILE"
+            )
+        refused = _REFUSED_BY_O3 if url.scheme == "o3" else ()
+        return cls(url.place, endpoint.rstrip("/"), region, *keys, names, *times, refused)
+
+    @property
+    def signs(self) -> bool:
+        """Whether there is a key to sign with; without one, requests are anonymous."""
+        return bool(self.access_key and self.secret_key)
+
+    @property
+    def missing(self) -> str:
+        """What to do about it."""
+        return f"set {self.credentials_from}, or the same with _FILE"
+
+    def client(self, *, writes: bool) -> Client:
+        """A client of obstore, for this process. Raises InvalidParamsError where the environment would spoil it.
+
+        One for writing has no read timeout: that runs while a body is being sent, too.
+        """
+        from obstore.store import S3Store as Client
+
+        for name in self.refused_environment:
+            if os.environ.get(name):
+                raise InvalidParamsError(f"{name} is set, and Akave's gateway refuses what it asks for; unset it")
+        options: dict[str, Any] = {}
+        if self.access_key and self.secret_key:
+            options["credential_provider"] = _StaticCredentials(self.access_key, self.secret_key, self.session_token)
+        times: ClientConfig = {
+            "connect_timeout": timedelta(seconds=self.connect_timeout_s),
+            "timeout": timedelta(seconds=self.timeout_s),
+        }
+        if not writes:
+            times["read_timeout"] = timedelta(seconds=self.read_timeout_s)
+        return Client(
+            self.bucket,
+            # Each is named, so that no AWS_* variable stands in for it.
+            endpoint=self.endpoint,
+            aws_endpoint_url_s3=self.endpoint,
+            region=self.region,
+            virtual_hosted_style_request=False,
+            skip_signature=not self.signs,
+            unsigned_payload=False,
+            s3_express=False,
+            disable_bulk_delete=True,
+            client_options={"allow_http": self.endpoint.startswith("http://"), "user_agent": "shoal", **times},
+            retry_config={"max_retries": 0},
+            **options,
+        )

@@ -1,0 +1,291 @@
+"""s3:// and o3://, by obstore: any server that speaks S3, Akave's O3 gateway among them.
+
+Addresses are path-style, requests are signed (SigV4), and no checksum header is sent: O3 refuses it. obstore's own
+retries are off. It would go on after a broken body without asking whether the object is still the same, and it does
+not wait as long as a server asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import obstore
+
+from node.origin.core.errors import corrupt, failed, listed_too_many, unreachable
+from node.origin.core.fork_guard import expect_own_process, expect_works
+from node.origin.core.ranges import read_joined
+from node.origin.core.retry import Retries
+from node.origin.interface import MAX_LISTED, ObjectInfo, OnBytes
+from node.origin.s3.access import S3Access
+from node.origin.s3.calls import S3Calls
+from node.origin.s3.errors import S3Failures
+from node.origin.s3.objects import object_info, plain_etag
+from node.origin.s3.upload import SINGLE_BYTES, PartsUpload, read_part
+from node.origin.settings import OriginSettings
+from node.origin.url import OriginUrl, checked_key
+from protocol.errors import (
+    OriginDeniedError,
+    OriginError,
+    OriginExistsError,
+    OriginNotFoundError,
+)
+
+if TYPE_CHECKING:
+    from obstore import GetOptions, GetResult
+    from obstore.store import S3Store as Client
+
+STREAM_CHUNK_BYTES = 16_384
+"""At least so many bytes a step of a stream. obstore drops what it has of the next step when a connection breaks."""
+SLOWEST_BYTES_S = 32_768
+"""A body that goes out more slowly is given up."""
+O3_MIN_OBJECT_BYTES = 127
+"""Akave's network takes no smaller ones, whichever way they come."""
+
+
+class S3Store:
+    """Objects of one bucket under one prefix. For the process that opened it."""
+
+    writes_once = False
+    range_unit_bytes = 1
+
+    def __init__(self, url: OriginUrl, settings: OriginSettings) -> None:
+        self.url = str(url)
+        self.min_object_bytes = O3_MIN_OBJECT_BYTES if url.scheme == "o3" else 0
+        self._where = url
+        self._access = S3Access.of(url, settings)
+        self._failures = S3Failures(self.url, self._access.credentials_from)
+        self._retries = Retries(settings.retry_total_s)
+        self._read_timeout_s, self._timeout_s = settings.read_timeout_s, settings.timeout_s
+        self._clients: dict[bool, Client] = {}
+        self._process = os.getpid()
+
+    async def head(self, key: str) -> ObjectInfo:
+        """See ObjectStore."""
+        full = self._where.full_key(key)
+
+        async def ask() -> ObjectInfo:
+            found = await self._get("ask for", key, full, {"head": True})
+            return object_info(key, found.meta, found.attributes)
+
+        return await self._retries.run(ask)
+
+    async def get_range(self, key: str, start: int, end: int) -> bytes:
+        """See ObjectStore."""
+        if start == end:
+            return b""
+        full, did = self._where.full_key(key), f"read bytes {start} to {end} of"
+
+        async def ask() -> bytes:
+            client = self._open()
+            try:
+                data = bytes(await obstore.get_range_async(client, full, start=start, end=end))
+            except Exception as error:
+                raise self._failures.of_obstore(error, did, key) from None
+            if len(data) != end - start:
+                # obstore compares the announced range, not the bytes that came, and lets it end with the object.
+                size = (await self._get(did, key, full, {"head": True})).meta["size"]
+                found = f"{len(data)} bytes came" if size >= end else f"it has {size} bytes"
+                raise corrupt(did, found, origin=self.url, key=key, broke_off=size >= end)
+            return data
+
+        return await self._retries.run(ask)
+
+    async def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """See ObjectStore. (obstore's own panics where a range lies behind the end.)"""
+        return await read_joined(ranges, lambda start, end: self.get_range(key, start, end))
+
+    async def get_stream(self, key: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
+        """See ObjectStore. Tried again only until its first byte came."""
+        if start == end:
+            return
+        full = self._where.full_key(key)
+        did = f"read from byte {start} of" if end is None else f"read bytes {start} to {end} of"
+        options: GetOptions = {}
+        if end is not None:
+            options = {"range": (start, end)}
+        elif start:
+            options = {"range": {"offset": start}}
+
+        async def begin() -> tuple[Any, bytes, int]:
+            found = await self._get(did, key, full, options)
+            stop = found.meta["size"] if end is None else end
+            self._expect(found, (start, stop), did, key)
+            steps = found.stream(min_chunk_size=STREAM_CHUNK_BYTES)
+            return steps, await self._step(steps, did, key), stop - start
+
+        steps, data, left = await self._retries.run(begin)
+        while data:
+            left -= len(data)
+            if left < 0:
+                break
+            yield data
+            data = await self._step(steps, did, key) if left else b""
+        if left:
+            found = "more bytes came than it announced" if left < 0 else f"its answer ended {left} bytes early"
+            raise corrupt(did, found, origin=self.url, key=key, broke_off=left > 0)
+
+    async def put(
+        self,
+        key: str,
+        body: bytes | Path,
+        *,
+        if_absent: bool = False,
+        metadata: Mapping[str, str] | None = None,
+        on_bytes: OnBytes | None = None,
+    ) -> ObjectInfo:
+        """See ObjectStore. Above 16 MiB in parts; those of an upload that broke off are not sent again."""
+        try:
+            return await self._put(key, body, if_absent, metadata, on_bytes)
+        except OSError as error:
+            found = f"{body if isinstance(body, Path) else 'what is to be sent'} cannot be read: {error.strerror}"
+            raise failed(OriginError, "write", found, "look at that file", origin=self.url, key=key) from None
+
+    async def _put(
+        self,
+        key: str,
+        body: bytes | Path,
+        if_absent: bool,
+        metadata: Mapping[str, str] | None,
+        on_bytes: OnBytes | None,
+    ) -> ObjectInfo:
+        full, size = self._where.full_key(key), len(body) if isinstance(body, bytes) else body.stat().st_size
+        if size < self.min_object_bytes:
+            found, advice = f"{size} bytes, and Akave takes none below {self.min_object_bytes}", "pad it"
+            raise failed(OriginError, "write", found, advice, origin=self.url, key=key)
+        expect_own_process(self.url, self._process)
+        if if_absent:
+            await self._expect_none(key)
+        if size > SINGLE_BYTES:
+            async with S3Calls(self._access, self._failures) as calls:
+                etag = await PartsUpload(
+                    calls, self._retries, full, key, body, size, if_absent, dict(metadata or {}), on_bytes
+                ).run()
+        else:
+            data = await read_part(body, 0, size)
+            etag = await self._put_whole(key, full, data, if_absent, metadata)
+            if on_bytes is not None and size:
+                on_bytes(size)
+        return ObjectInfo(key, size, etag, datetime.now(UTC).timestamp(), dict(metadata or {}))
+
+    async def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
+        """See ObjectStore. What it gives is held: SeaweedFS lists folder by folder, and not in the order of keys."""
+        folder = "/".join(step for step in (self._where.prefix, prefix.rpartition("/")[0]) if step)
+        start = checked_key(folder) if folder else ""
+
+        async def ask() -> list[ObjectInfo]:
+            found, seen = [], 0
+            async for page in self._listed(start, prefix):
+                seen += len(page)
+                if seen > MAX_LISTED:
+                    raise listed_too_many(prefix, origin=self.url)
+                found += [info for info in page if info.key.startswith(prefix)]
+            return sorted(found, key=lambda info: info.key.encode())
+
+        for info in await self._retries.run(ask):
+            yield info
+
+    async def _listed(self, folder: str, prefix: str) -> AsyncIterator[Sequence[ObjectInfo]]:
+        """Pages of what is in a folder; its keys are relative."""
+        inside, client = f"{self._where.prefix}/" if self._where.prefix else "", self._open()
+        try:
+            async for page in obstore.list(client, folder or None, chunk_size=1000):
+                yield [object_info(meta["path"].removeprefix(inside), meta, {}) for meta in page]
+        except Exception as error:
+            raise self._failures.of_obstore(error, "list", prefix) from None
+
+    async def delete(self, key: str) -> None:
+        """See ObjectStore."""
+        full = self._where.full_key(key)
+
+        client = self._open()
+
+        async def ask() -> None:
+            try:
+                await obstore.delete_async(client, full)
+            except FileNotFoundError:
+                return
+            except Exception as error:
+                raise self._failures.of_obstore(error, "delete", key) from None
+
+        await self._retries.run(ask)
+
+    async def presign_get(self, key: str, expires_s: float) -> str:
+        """See ObjectStore; at most seven days."""
+        full = self._where.full_key(key)
+        if not self._access.signs:
+            found, advice = "there are no credentials to sign with", self._access.missing
+            raise failed(OriginDeniedError, "sign a URL for", found, advice, origin=self.url, key=key)
+        client = self._open()
+        try:
+            return await obstore.sign_async(client, "GET", full, timedelta(seconds=expires_s))
+        except Exception as error:
+            raise self._failures.of_obstore(error, "sign a URL for", key) from None
+
+    async def close(self) -> None:
+        """Let go of connections."""
+        self._clients.clear()
+
+    def _open(self, *, writes: bool = False) -> Client:
+        expect_own_process(self.url, self._process)
+        if writes not in self._clients:
+            expect_works("obstore", self.url)
+            self._clients[writes] = self._access.client(writes=writes)
+        return self._clients[writes]
+
+    async def _get(self, did: str, key: str, full: str, options: GetOptions) -> GetResult:
+        client = self._open()
+        try:
+            return await obstore.get_async(client, full, options=options)
+        except Exception as error:
+            raise self._failures.of_obstore(error, did, key) from None
+
+    async def _step(self, steps: Any, did: str, key: str) -> bytes:
+        """The next bytes of a stream; none at its end."""
+        try:
+            return bytes(await anext(steps, b""))
+        except Exception as error:
+            raise self._failures.of_obstore(error, did, key) from None
+
+    def _expect(self, found: GetResult, wanted: tuple[int, int], did: str, key: str) -> None:
+        if found.range != wanted:
+            # obstore has refused any other answer: this one ends with the object.
+            raise corrupt(did, f"it has {found.meta['size']} bytes", origin=self.url, key=key)
+
+    async def _put_whole(
+        self, key: str, full: str, data: bytes, if_absent: bool, metadata: Mapping[str, str] | None
+    ) -> str | None:
+        client, conditional = self._open(writes=True), if_absent
+
+        async def ask() -> str | None:
+            nonlocal conditional
+            mode: Literal["create", "overwrite"] = "create" if conditional else "overwrite"
+            try:
+                put = obstore.put_async(
+                    client, full, data, mode=mode, attributes=dict(metadata or {}), use_multipart=False
+                )
+                async with asyncio.timeout(self._read_timeout_s + len(data) / SLOWEST_BYTES_S):
+                    return plain_etag((await put)["e_tag"])
+            except TimeoutError:
+                raise unreachable("write", "no answer in time", origin=self.url, key=key) from None
+            except Exception as error:
+                mine = self._failures.of_obstore(error, "write", key)
+                if conditional and mine.details["status"] == "501":
+                    conditional = False
+                    return await ask()
+                raise mine from None
+
+        return await self._retries.run(ask)
+
+    async def _expect_none(self, key: str) -> None:
+        # Some servers know no conditional put: so it is asked before as well.
+        try:
+            await self.head(key)
+        except (OriginNotFoundError, OriginDeniedError):
+            return
+        found, advice = "there is one by that name", "give it another name, or delete that one"
+        raise failed(OriginExistsError, "write", found, advice, origin=self.url, key=key)

@@ -1,0 +1,152 @@
+"""What becomes of a shard that is here: looked through again, found wrong, or given up."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from node.shards.fetch.fetcher import Loader
+from node.shards.leases import LeasedId, Leases
+from node.shards.store.catalog import Catalog, ShardFile
+from node.shards.store.disk_space import invalid_of, part_of, whole_part_of
+from node.shards.store.hash_cache import Index
+from node.shards.store.hasher import FileChangedError, Hasher
+from node.shards.store.manifests import shard_path
+from node.shards.store.seeding import Seeds
+from node.shards.store.verifier import Admission
+from node.swarm.torrent import Torrent
+from protocol.errors import InvalidShardError, ShardInUseError, ShardNotFoundError
+from protocol.ids import ContentId
+from protocol.manifest import ShardEntry, SignedManifest
+
+
+class Custody:
+    """Verifies and evicts, and takes a file out of circulation as soon as it is known to be wrong."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        index: Index,
+        seeds: Seeds,
+        admission: Admission,
+        loader: Loader,
+        hasher: Hasher,
+        leases: Leases,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self._catalog = catalog
+        self._index = index
+        self._seeds = seeds
+        self._admission = admission
+        self._loader = loader
+        self._hasher = hasher
+        self._leases = leases
+        self._tasks = tasks
+        self._withdrawing: set[asyncio.Task[None]] = set()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing that was found wrong is seeded still."""
+        return not self._withdrawing
+
+    async def evict(self, signed: SignedManifest, entry: ShardEntry) -> Path:
+        """Delete a shard's file, and what an unfinished download or a bad file left of it. Returns where it was."""
+        digest, shard_id = signed.digest, entry.shard_id
+        name = f"shard {shard_id} of {signed.manifest.name!r}"
+        if shard_id in self._catalog.loaded(digest):
+            raise ShardInUseError(f"{name} is loaded: unload it first")
+        if self._loader.is_fetching(digest, shard_id):
+            raise ShardInUseError(f"{name} is being fetched: cancel that first")
+        self._check_leases(signed, entry, name)
+        async with self._loader.alone_with(entry.content_id):
+            self._check_leases(signed, entry, name)
+            folder = self._catalog.folder_of(digest)
+            gone: list[Path] = []
+            for file in self._catalog.of_shard(digest, shard_id):
+                await self._admission.withdraw(file)
+                await asyncio.to_thread(_unlink, file.path)
+                await asyncio.to_thread(self._index.forget, file.path)
+                self._catalog.forget(file.path)
+                gone.append(file.path)
+            if folder:
+                path = shard_path(folder, entry)
+                left_over = await asyncio.to_thread(_unlink, part_of(path))
+                left_over |= await asyncio.to_thread(_unlink, whole_part_of(path))
+                left_over |= await asyncio.to_thread(_unlink, invalid_of(path))
+                gone += [path] if left_over else []
+            if not gone:
+                raise ShardNotFoundError(f"{name} is not on this node; LIST_FILES shows what is")
+            await self._loader.tidy(digest)
+        return gone[0]
+
+    def _check_leases(self, signed: SignedManifest, entry: ShardEntry, name: str) -> None:
+        leased = LeasedId(signed.digest, entry.shard_id, entry.content_id)
+        holders = self._leases.holders(leased, time.monotonic())
+        if holders.leases:
+            count = "1 lease" if holders.leases == 1 else f"{holders.leases} leases"
+            raise ShardInUseError(
+                f"{name} is held by {count} for {holders.expires_in_s:.0f} s more: release it, or wait until then",
+                {"leases": holders.leases, "expires_in_s": holders.expires_in_s},
+            )
+
+    async def verify(self, signed: SignedManifest, entry: ShardEntry) -> ContentId | None:
+        """Hash a shard's file again. Returns what it holds, None where it cannot be read."""
+        file = next(iter(self._catalog.of_shard(signed.digest, entry.shard_id)), None)
+        if file is None or file.state == "downloading":
+            raise ShardNotFoundError(f"shard {entry.shard_id} of {signed.manifest.name!r} is not on this node")
+        try:
+            hashed = await self._hasher.hash(file.path, entry.kind, check=False)
+        except (OSError, FileChangedError, InvalidShardError) as err:
+            await self._distrust(file, f"{file.path.name} cannot be read whole: {err}")
+            return None
+        found = hashed.content.content_id
+        if found != entry.content_id:
+            await self._distrust(file, f"{file.path.name} holds content {found}, its manifest says {entry.content_id}")
+        return found
+
+    def on_invalid(self, torrent: Torrent, reason: str) -> None:
+        """The swarm noticed that a file which it seeds is not what it was."""
+        path = self._seeds.seeded_path(torrent)
+        for file in self._catalog.of_torrent(torrent):
+            if file.path == path:
+                self.distrust(file, f"{file.path.name} is not what was hashed: {reason}")
+
+    def distrust(self, file: ShardFile, error: str) -> None:
+        """A file that was good is not: from now on it is invalid, and soon neither seeded nor remembered."""
+        if self._is_now_invalid(file, error):
+            self._withdraw(file)
+
+    async def _distrust(self, file: ShardFile, error: str) -> None:
+        """Done when it is seeded no more: whoever fetches it then is not in the way of its end."""
+        if self._is_now_invalid(file, error):
+            await asyncio.shield(self._withdraw(file))  # also where nobody waits for the answer any more
+
+    def _is_now_invalid(self, file: ShardFile, error: str) -> bool:
+        """False where it was not good, or is another file by now."""
+        if self._catalog.get(file.path) is not file or file.state != "seeding":
+            return False
+        self._catalog.invalidate(file, error)
+        return True
+
+    def _withdraw(self, file: ShardFile) -> asyncio.Task[None]:
+        task = self._tasks.create_task(self._stop_seeding(file), name=f"withdraw {file.path.name}")
+        self._withdrawing.add(task)
+        task.add_done_callback(self._withdrawn)
+        return task
+
+    def _withdrawn(self, task: asyncio.Task[None]) -> None:
+        self._withdrawing.discard(task)
+        self._catalog.pulse()
+
+    async def _stop_seeding(self, file: ShardFile) -> None:
+        await asyncio.to_thread(self._index.forget, file.path)
+        await self._seeds.stop(file)
+
+
+def _unlink(path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        path.unlink()
+        return True
+    return False

@@ -1,0 +1,300 @@
+"""`Shards`: what the floors above ask of this room."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from node.shards.eviction import Custody
+from node.shards.fetch.fetcher import Loader
+from node.shards.fetch.job import FetchedShard, OnProgress
+from node.shards.interfaces import Discovery, FetchManifest, Origin, Swarm
+from node.shards.leases import LeasedId, Leases, Term
+from node.shards.publish.publisher import Publisher
+from node.shards.resolver import Kind, Names
+from node.shards.settings import ShardsSettings
+from node.shards.store.announcer import Announcer
+from node.shards.store.backfill import Remember
+from node.shards.store.catalog import Catalog, ShardFile
+from node.shards.store.file_info import file_info
+from node.shards.store.hash_cache import Index
+from node.shards.store.hasher import Hasher
+from node.shards.store.manifests import Holding
+from node.shards.store.scanner import Survey
+from node.shards.store.seeding import Seeds
+from node.shards.store.verifier import Admission
+from node.shards.store.watch import watch
+from protocol.commands.common import ShardSelector
+from protocol.commands.nodes import DownloadStatus
+from protocol.commands.shards import FileInfo
+from protocol.ids import ContentId, ManifestDigest
+from protocol.manifest import ShardEntry, SignedManifest
+from protocol.signing import SigningKey
+
+INDEX_FILENAME = "index.sqlite"
+TELL_TIMEOUT_S = 3.0
+"""A DHT whose nodes are gone must not hold up who has loaded a shard."""
+
+
+class Shards:
+    """The shards of this node. Opened by `async with Shards.open(...)`."""
+
+    def __init__(
+        self,
+        settings: ShardsSettings,
+        swarm: Swarm,
+        discovery: Discovery,
+        fetch_manifest: FetchManifest,
+        key: SigningKey,
+        rpc_port: int,
+        index: Index,
+        hashers: tuple[Hasher, Hasher],
+        origin: Origin | None,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self._settings = settings
+        self._tasks = tasks
+        self._index = index
+        self._reader, self._urgent = hashers
+        self._catalog = Catalog()
+        self._seeds = Seeds(swarm, index)
+        self._admission = Admission(settings, self._catalog, index, self._reader, self._seeds, key)
+        self._survey = Survey(settings, self._catalog, self._admission, key)
+        self._remember = Remember(self._catalog, index, self._reader)
+        self._announcer = Announcer(self._catalog, discovery, rpc_port, swarm.port)
+        self.publisher = Publisher(settings, self._catalog, index, self._survey, self._announcer)
+        self._names = Names(settings, self._catalog, discovery, fetch_manifest, origin=origin)
+        self._loader = Loader(
+            settings,
+            self._catalog,
+            self._survey,
+            self._seeds,
+            self._remember,
+            self._urgent,
+            swarm,
+            discovery,
+            origin,
+            tasks,
+        )
+        self.leases = Leases()
+        """On the clock of `time.monotonic`."""
+        self._custody = Custody(
+            self._catalog,
+            index,
+            self._seeds,
+            self._admission,
+            self._loader,
+            self._urgent,
+            self.leases,
+            tasks,
+        )
+        swarm.on_invalid = self._custody.on_invalid
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        settings: ShardsSettings,
+        *,
+        swarm: Swarm,
+        discovery: Discovery,
+        fetch_manifest: FetchManifest,
+        key: SigningKey,
+        rpc_port: int,
+        origin: Origin | None = None,
+    ) -> AsyncIterator[Shards]:
+        """Begin to look at the shards folder, and go on with it until the context ends.
+
+        Returns at once, whatever there is to hash. `fetch_manifest(provider, digest)` asks a provider that discovery
+        found for a manifest, and checks it. `rpc_port` is what others are told of this node. With an `origin`, what
+        peers do not give comes from there.
+        """
+        settings = await asyncio.to_thread(_with_folders, settings)
+        index = await asyncio.to_thread(Index, settings.data_dir / INDEX_FILENAME)
+        hashers = Hasher(), Hasher()
+        failure: Exception | None = None
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                shards = cls(settings, swarm, discovery, fetch_manifest, key, rpc_port, index, hashers, origin, tasks)
+                background = [
+                    tasks.create_task(shards._survey.run(), name="survey"),
+                    tasks.create_task(shards._admission.run(shards._survey.poke), name="admission"),
+                    tasks.create_task(shards._remember.run(shards._custody.distrust), name="remember"),
+                    tasks.create_task(shards._announcer.run(), name="announcer"),
+                    tasks.create_task(watch(settings.shards_dir, shards._survey.poke), name="watch"),
+                ]
+                try:
+                    yield shards
+                except Exception as err:
+                    failure = err  # The group would wrap it.
+                finally:
+                    swarm.on_invalid = None
+                    for fetch in shards._loader.fetches():
+                        fetch.abandon()
+                    for task in background:
+                        task.cancel()
+            if failure:
+                raise failure
+        finally:
+            await asyncio.gather(*(hasher.close() for hasher in hashers))
+            await asyncio.to_thread(index.close)
+
+    # What is here
+
+    def files(self) -> list[FileInfo]:
+        """Every shard file of this node, by name."""
+        return sorted(map(self._info, self._catalog.files()), key=lambda info: info.filename)
+
+    def manifests(self) -> list[SignedManifest]:
+        """The manifests that this node holds, also those of which no shard is here."""
+        return [holding.signed for holding in self._catalog.holdings()]
+
+    def manifest(self, digest: ManifestDigest) -> SignedManifest | None:
+        """A manifest that this node holds."""
+        holding = self._catalog.holding(digest)
+        return holding.signed if holding else None
+
+    def on_disk(self, digest: ManifestDigest) -> frozenset[int]:
+        """Ids of the shards of a manifest that are here, checked."""
+        return self._catalog.on_disk(digest)
+
+    def path_of(self, signed: SignedManifest, entry: ShardEntry) -> Path | None:
+        """The file of a shard, if it is here and checked."""
+        files = self._catalog.of_shard(signed.digest, entry.shard_id)
+        return next((file.path for file in files if file.state == "seeding"), None)
+
+    def has_file(self, digest: ManifestDigest, shard_id: int) -> bool:
+        """Whether anything of a shard is in its place, checked or not."""
+        return bool(self._catalog.of_shard(digest, shard_id))
+
+    def is_published_here(self, digest: ManifestDigest, shard_id: int) -> bool:
+        """Whether a shard lies where its publisher put it, and was not fetched."""
+        folders, files = self._catalog.folders(), self._catalog.of_shard(digest, shard_id)
+        return any(file.path.parent not in folders or not folders[file.path.parent].holding.fetched for file in files)
+
+    def downloads(self) -> list[DownloadStatus]:
+        return [
+            DownloadStatus(
+                filename=fetch.entry.filename,
+                content_id=fetch.entry.content_id,
+                bytes_done=fetch.progress.bytes_done,
+                bytes_total=fetch.progress.bytes_total,
+                rate_bytes_s=fetch.progress.rate_bytes_s,
+                peers=fetch.progress.peers,
+            )
+            for fetch in self._loader.fetches()
+        ]
+
+    @property
+    def hashed_bytes(self) -> int:
+        """Read and hashed since the start."""
+        return self._reader.hashed_bytes + self._urgent.hashed_bytes
+
+    @property
+    def is_surveyed(self) -> bool:
+        """Whether the folder was looked at since the start: before that, nothing seems to be here."""
+        return self._survey.done_once
+
+    async def surveyed(self) -> None:
+        """Wait until it was."""
+        await self._catalog.wait_until(lambda: self._survey.done_once)
+
+    async def settled(self) -> None:
+        """Wait until every file that is here is seeded or invalid, hashes are kept, and others were told."""
+        await self._catalog.wait_until(
+            lambda: (
+                self._survey.idle
+                and all(file.state in ("seeding", "invalid") for file in self._catalog.files())
+                and self._remember.idle
+                and self._custody.idle
+                and self._announcer.idle
+            )
+        )
+
+    # What is meant
+
+    async def resolve(self, kind: Kind | None, name_or_digest: str | None) -> SignedManifest:
+        """See `Names.resolve`."""
+        return await self._names.resolve(kind, name_or_digest)
+
+    async def select(self, selector: ShardSelector) -> tuple[SignedManifest, ShardEntry]:
+        """See `Names.select`."""
+        return await self._names.select(selector)
+
+    # What is done
+
+    async def fetch(
+        self,
+        signed: SignedManifest,
+        entry: ShardEntry,
+        on_progress: OnProgress | None = None,
+        term: Term | None = None,
+    ) -> FetchedShard:
+        """Have a shard here and checked, from wherever it is. With a `term` a lease holds it from now on; where it does
+        not come, the lease holds it no longer than it did before.
+
+        Raises NoSourceError, OriginError where origins were asked too, InsufficientDiskError, InvalidShardError,
+        InvalidManifestError for names that cannot be written here, BusyError for too many leases. Cancelling the caller
+        ends the download unless others wait for it.
+        """
+        if term is None:
+            return await self._loader.fetch(self._holding(signed), entry, on_progress)
+        leased, ttl_s = leased_id(signed, entry), None
+        number = self.leases.begin(term.lease, leased, time.monotonic())
+        try:
+            fetched = await self._loader.fetch(self._holding(signed), entry, on_progress)
+            ttl_s = term.ttl_s
+        finally:
+            self.leases.end(number, term.lease, leased, time.monotonic(), ttl_s)
+        return fetched
+
+    async def evict(self, signed: SignedManifest, entry: ShardEntry) -> Path:
+        """Stop to seed a shard and delete its file, or what an unfinished download left of it.
+
+        Returns where it was. Raises ShardInUseError while it is loaded, downloaded or leased, and ShardNotFoundError.
+        """
+        return await self._custody.evict(signed, entry)
+
+    async def verify(self, signed: SignedManifest, entry: ShardEntry) -> ContentId | None:
+        """Hash a shard's file again. Returns what it holds, None where it cannot be read; a wrong one is invalid then.
+
+        Raises ShardNotFoundError where it is not here.
+        """
+        return await self._custody.verify(signed, entry)
+
+    async def set_loaded(self, digest: ManifestDigest, shard_ids: frozenset[int]) -> None:
+        """A stage has exactly these shards of a manifest loaded now; returns when others were told, or tried to be."""
+        self._catalog.set_loaded(digest, shard_ids)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TELL_TIMEOUT_S):
+                await self._catalog.wait_until(lambda: self._announcer.idle)
+
+    # How it is done
+
+    def _holding(self, signed: SignedManifest) -> Holding:
+        return self._catalog.holding(signed.digest) or Holding(signed)
+
+    def _info(self, file: ShardFile) -> FileInfo:
+        loaded, leases = False, 0
+        if file.holding and file.entry:
+            leased = LeasedId(file.holding.digest, file.entry.shard_id, file.entry.content_id)
+            loaded = leased.shard_id in self._catalog.loaded(leased.digest)
+            leases = self.leases.holders(leased, time.monotonic()).leases
+        return file_info(file, self._settings.shards_dir, loaded=loaded, leases=leases)
+
+
+def leased_id(signed: SignedManifest, entry: ShardEntry) -> LeasedId:
+    """What leases call a shard."""
+    return LeasedId(signed.digest, entry.shard_id, entry.content_id)
+
+
+def _with_folders(settings: ShardsSettings) -> ShardsSettings:
+    """Make the two folders; their real paths, so that links out of them can be told."""
+    settings.shards_dir.mkdir(parents=True, exist_ok=True)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    return replace(settings, shards_dir=settings.shards_dir.resolve(), data_dir=settings.data_dir.resolve())

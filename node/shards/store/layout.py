@@ -1,0 +1,86 @@
+"""Folders and files that a fetch makes, moves or takes away. Every function blocks on the disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from node.shards.store.catalog import HeldFolder
+from node.shards.store.disk_space import invalid_of, part_of
+from node.shards.store.listing import Fingerprint
+from node.shards.store.manifests import Holding, folder_names, read_manifest, write_manifest
+from protocol.errors import InvalidManifestError, ShardNotFoundError
+from protocol.manifest import MANIFEST_FILENAME
+from protocol.signing import SigningKey
+
+
+def prepare_folder(root: Path, holding: Holding, taken: Mapping[Path, HeldFolder]) -> tuple[Path, HeldFolder]:
+    """Make, or find again, the folder under `root` for a fetched manifest, and write the manifest into it.
+
+    Raises InvalidManifestError where the place is no folder of ours.
+    """
+    for name in folder_names(holding.manifest.name, holding.digest):
+        folder = root / name
+        if folder in taken:
+            continue
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            continue
+        if folder.resolve() != folder or not _is_free(folder, holding):
+            continue
+        fingerprint = Fingerprint.of(folder / MANIFEST_FILENAME)
+        if fingerprint:
+            return folder, HeldFolder(Holding(holding.signed, fetched=True), fingerprint)
+    raise InvalidManifestError(
+        f"there is no place for {holding.manifest.name!r} under {root}: its folder names are taken by something else"
+    )
+
+
+def _is_free(folder: Path, holding: Holding) -> bool:
+    """Whether the folder has this manifest, or had none and has it now."""
+    path = folder / MANIFEST_FILENAME
+    if not path.exists():
+        write_manifest(folder, holding.signed)
+        return True
+    try:
+        found = read_manifest(path, SigningKey.generate())
+    except InvalidManifestError:
+        return False
+    return found is not None and found.digest == holding.digest
+
+
+def set_aside(path: Path) -> Path | None:
+    """Make room at `path`: what lies there, and is not the shard that it should be, gets the suffix `.invalid`."""
+    part = part_of(path)
+    if part.is_symlink():
+        part.unlink()
+    if not path.is_symlink() and not path.exists():
+        return None
+    return path.replace(invalid_of(path))
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Have the bytes of `source` at `target` too: as a second name where the file system can, else as a copy."""
+    set_aside(target)
+    with suppress(OSError):
+        os.link(source, target)
+        return
+    part = part_of(target)
+    try:
+        shutil.copyfile(source, part)
+    except FileNotFoundError:
+        raise ShardNotFoundError(f"{source.name} went away while it was copied; fetch it again") from None
+    part.replace(target)
+
+
+def remove_if_empty(folder: Path) -> bool:
+    """Take a fetched manifest's folder away, unless something lies beside the manifest. Whether that is gone."""
+    with suppress(OSError):
+        if all(name == MANIFEST_FILENAME for name in os.listdir(folder)):
+            (folder / MANIFEST_FILENAME).unlink()
+            folder.rmdir()
+    return not (folder / MANIFEST_FILENAME).exists()

@@ -1,0 +1,121 @@
+"""What lies in the shards folder, and what each file is: a shard of a manifest, or a loose one.
+
+`list_files` reads the disk and decides nothing; `classify` decides and reads nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from node.shards.store.manifests import UNFINISHED_SUFFIXES, Holding
+from protocol.manifest import MANIFEST_FILENAME, ShardEntry, ShardKind
+
+log = logging.getLogger(__name__)
+
+MAX_DEPTH = 8
+"""Folders below the shards folder."""
+MAX_FILES = 200_000
+LOOSE_KINDS: Mapping[str, ShardKind] = {".gguf": "gguf", ".parquet": "parquet"}
+"""Suffixes that make a file a shard though no manifest names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What tells a file from its former self without reading it."""
+
+    size: int
+    """Bytes."""
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> Fingerprint | None:
+        """None unless `path` is a regular file that can be reached."""
+        try:
+            found = path.stat()
+        except OSError:
+            return None
+        return cls(found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
+
+
+Listing = Mapping[Path, Mapping[str, Fingerprint]]
+"""Folder -> file name -> fingerprint."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFile:
+    """A file that is to be shared, as the disk has it."""
+
+    path: Path
+    fingerprint: Fingerprint
+    kind: ShardKind
+    holding: Holding | None
+    """The manifest that names it; None for a loose file."""
+    entry: ShardEntry | None
+
+
+def list_files(root: Path, max_depth: int = MAX_DEPTH, max_files: int = MAX_FILES) -> Listing:
+    """List the regular files under `root` that are neither hidden nor unfinished.
+
+    A link to a folder is not followed, and a link to a file counts only where it stays within `root`. Folders that
+    cannot be read are skipped, and so is what lies deeper than `max_depth` or comes after `max_files`.
+    """
+    listing: dict[Path, dict[str, Fingerprint]] = {}
+    pending = [(root, 0)]
+    count = 0
+    while pending:
+        folder, depth = pending.pop()
+        files: dict[str, Fingerprint] = {}
+        for item in _items(folder):
+            if item.is_dir(follow_symlinks=False):
+                if depth < max_depth:
+                    pending.append((Path(item.path), depth + 1))
+                continue
+            if item.name.lower().endswith(UNFINISHED_SUFFIXES):
+                continue
+            if item.is_symlink() and not _within(Path(item.path), root):
+                continue
+            if fingerprint := Fingerprint.of(Path(item.path)):
+                files[item.name] = fingerprint
+                count += 1
+        if files:
+            listing[folder] = files
+        if count > max_files:
+            log.warning("%s holds more than %d files: the rest is left alone", root, max_files)
+            break
+    return listing
+
+
+def _items(folder: Path) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as items:
+            yield from sorted((item for item in items if not item.name.startswith(".")), key=lambda item: item.name)
+    except OSError as err:
+        log.warning("cannot read the folder %s: %s", folder, err.strerror)
+
+
+def _within(link: Path, root: Path) -> bool:
+    try:
+        return link.resolve(strict=True).is_relative_to(root)
+    except (OSError, RuntimeError):
+        return False
+
+
+def classify(listing: Listing, holdings: Mapping[Path, Holding]) -> dict[Path, FoundFile]:
+    """Say which of the listed files are shards; `holdings` has the manifest of each folder that has one."""
+    found: dict[Path, FoundFile] = {}
+    for folder, files in listing.items():
+        holding = holdings.get(folder)
+        named = holding.entries if holding else {}
+        for name, fingerprint in files.items():
+            path = folder / name
+            entry = named.get(name)
+            if entry is not None:
+                found[path] = FoundFile(path, fingerprint, entry.kind, holding, entry)
+            elif name != MANIFEST_FILENAME and (kind := LOOSE_KINDS.get(path.suffix.lower())):
+                found[path] = FoundFile(path, fingerprint, kind, None, None)
+    return found

@@ -1,0 +1,36 @@
+"""botocore's errors: which of them say that nobody answered."""
+
+from __future__ import annotations
+
+import botocore.exceptions as botocore
+import pytest
+
+from node.origin.s3.errors import S3Failures
+from protocol.errors import OriginError, OriginUnavailableError
+
+FAILURES = S3Failures("s3://bucket", "the environment")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        botocore.EndpointConnectionError(endpoint_url="https://secret.example.org"),
+        botocore.ReadTimeoutError(endpoint_url="https://secret.example.org"),
+        botocore.ConnectionClosedError(endpoint_url="https://secret.example.org"),
+        botocore.SSLError(endpoint_url="https://secret.example.org", error="x"),
+    ],
+)
+def test_no_answer_may_come_later(error: Exception) -> None:
+    mine = FAILURES.of_botocore(error, "write", "a")
+    assert type(mine) is OriginUnavailableError
+    assert "secret" not in mine.message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [botocore.ParamValidationError(report="secret"), botocore.NoCredentialsError(), ValueError("secret")],
+)
+def test_what_trying_again_does_not_mend_is_another_error(error: Exception) -> None:
+    mine = FAILURES.of_botocore(error, "write", "a")
+    assert type(mine) is OriginError
+    assert "secret" not in mine.message

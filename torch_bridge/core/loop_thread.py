@@ -1,0 +1,184 @@
+"""An event loop in a thread of its own, one a process: how blocking code, as training scripts are, uses async stores.
+
+A forked child gets one of its own. What it inherited is never touched there: an asyncio transport that is collected in
+the child would close, and over TLS say so, on the connection of its parent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import functools
+import os
+import selectors
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from node.origin.core.fork_guard import no_fork
+from torch_bridge.core.waiting import ServingThread, is_collecting
+
+T = TypeVar("T")
+_QUEUED_ITEMS = 16
+_END = object()
+
+
+class LoopThread:
+    """Made by `loop_thread`; ends with its process."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.selector = selectors.DefaultSelector()
+        self._loop = asyncio.SelectorEventLoop(self.selector)
+        self._thread = ServingThread(self._loop.run_forever, "torch_bridge")
+        self._ahead: set[_Ahead] = set()
+        """Iterators that were not ended. Of one that nobody goes through, nothing else may know."""
+        self._thread.start()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Begin a coroutine there. Cancelling the future cancels it. RuntimeError in another process."""
+        if self.process != os.getpid():
+            work.close()
+            raise RuntimeError("this was begun in another process, from which this one was forked: begin it anew here")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for a coroutine there; what interrupts the wait (Ctrl-C) cancels it. RuntimeError on the loop itself."""
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise RuntimeError("a blocking call on the loop's own thread would wait for itself: use the async calls")
+        future = self.submit(work)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def end(self, work: Coroutine[Any, Any, object]) -> None:
+        """As `run`; on the loop itself, and for what the collector ends, it is only begun."""
+        if is_collecting() or threading.current_thread() is self._thread:
+            self.submit(work)
+        else:
+            self.run(work)
+
+    def call_apart(self, call: Callable[[], object]) -> None:
+        """Begin a call on a thread of its own, without waiting for anything: good for what the collector ends, too."""
+        thread = functools.partial(threading.Thread, target=call, name="torch_bridge-apart", daemon=True)
+        self._loop.call_soon_threadsafe(lambda: thread().start())
+
+    def iterate(self, items: AsyncIterator[T]) -> Iterator[T]:
+        """Go through an async iterator from this thread, a few items ahead; leaving early closes it first (`end`)."""
+        ahead = _Ahead(items)
+        self._ahead.add(ahead)
+        try:
+            self.run(ahead.begin())
+            while items_here := self.run(ahead.next()):
+                yield from items_here
+        finally:
+            if self._is_here():
+                self.end(self._ended(ahead))
+
+    async def _ended(self, ahead: _Ahead) -> None:
+        await ahead.end()
+        self._ahead.discard(ahead)
+
+    async def iterate_async(self, items: AsyncIterator[T]) -> AsyncIterator[T]:
+        """The same for async code, on whatever event loop."""
+        ahead = _Ahead(items)
+        await asyncio.wrap_future(self.submit(ahead.begin()))
+        try:
+            while items_here := await asyncio.wrap_future(self.submit(ahead.next())):
+                for item in items_here:
+                    yield item
+        finally:
+            if self._is_here():
+                await asyncio.wrap_future(self.submit(ahead.end()))
+
+    def _is_here(self) -> bool:
+        """Whether there is a thread that could do something: none in a forked child, nor at the interpreter's end."""
+        return self.process == os.getpid() and not sys.is_finalizing()
+
+
+class _Ahead:
+    """An async iterator that runs a few items ahead of who takes them. All on one loop."""
+
+    def __init__(self, items: AsyncIterator[Any]) -> None:
+        self._items = items
+        self._queue: asyncio.Queue[Any] = asyncio.Queue(_QUEUED_ITEMS)
+        self._over = False
+        self._error: Exception | None = None
+        self._filling: asyncio.Task[None] | None = None
+
+    async def begin(self) -> None:
+        self._filling = asyncio.create_task(self._fill())
+
+    async def next(self) -> list[Any]:
+        """All items that are there, one at least; none at the end. Raises what the iterator raised, behind them."""
+        found: list[Any] = []
+        while not found or not self._queue.empty():
+            if self._over:
+                if not found and self._error is not None:
+                    raise self._error
+                break
+            item = await self._queue.get()
+            if item is _END:
+                self._over = True
+            else:
+                found.append(item)
+        return found
+
+    async def end(self) -> None:
+        """Returns when the iterator is closed."""
+        if self._filling is not None:
+            self._filling.cancel()
+            await asyncio.wait([self._filling])
+
+    async def _fill(self) -> None:
+        try:
+            try:
+                async for item in self._items:
+                    await self._queue.put(item)
+            finally:
+                close: Callable[[], Coroutine[Any, Any, None]] | None = getattr(self._items, "aclose", None)
+                if close is not None:
+                    await close()
+        except Exception as error:
+            self._error = error
+        await self._queue.put(_END)
+
+
+_current: LoopThread | None = None
+
+
+def never_collect(thing: object) -> None:
+    """Keep something for good: past the interpreter's end, too, where modules let go of what they hold."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def loop_thread() -> LoopThread:
+    """This process's."""
+    global _current
+    if _current is None:
+        with no_fork():  # two threads do not make two, and no child inherits half of one
+            if _current is None:
+                _current = LoopThread()
+    return _current
+
+
+def _after_fork() -> None:
+    global _current
+    if _current is None:
+        return
+    never_collect(_current)
+    # The child's epoll is its parent's: what is unregistered here would be unregistered there. Its number now means
+    # another file, and every such call fails.
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    if isinstance(_current.selector, selectors.EpollSelector):
+        os.dup2(nowhere, _current.selector.fileno(), inheritable=False)
+    os.close(nowhere)
+    _current = None
+
+
+os.register_at_fork(after_in_child=_after_fork)

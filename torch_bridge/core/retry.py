@@ -1,0 +1,113 @@
+"""The one layer of retries above the stores: what is tried again, how long is waited, and when it is enough."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import stamina
+
+from node.origin.core.errors import after_tries
+from protocol.errors import InvalidParamsError, OriginError
+
+T = TypeVar("T")
+
+BROKEN_TRIES = 4
+"""A body that broke off may be whole the next time; one that always does is not asked for again and again."""
+TOLD_S = 1.0
+"""Waits from this on are worth a warning."""
+_log = logging.getLogger(__name__)
+
+
+def _not_ours(record: logging.LogRecord) -> bool:
+    """stamina warns of each retry, without a word of what failed; ours are logged here, with it."""
+    return not str(getattr(record, "stamina.caused_by", "")).startswith("Origin")
+
+
+logging.getLogger("stamina").addFilter(_not_ours)
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """Exponential backoff with jitter, of what may pass: no answer, broken bodies, 408, 429 and 5xx.
+
+    A server that asks for a wait (Retry-After) is waited for that long, and given up at once where that is past the
+    end. InvalidParamsError for times that make no sense.
+    """
+
+    total_s: float = 60.0
+    """No try begins later than this after the first; one that has begun is not cut off by it."""
+    attempts: int | None = None
+    """None: as many as fit into the time."""
+    first_wait_s: float = 0.1
+    longest_wait_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not (
+            self.total_s >= 0
+            and 0 < self.first_wait_s <= self.longest_wait_s
+            and (self.attempts is None or self.attempts >= 1)
+        ):
+            raise InvalidParamsError(
+                f"{self} makes no sense: total_s is 0 or more, first_wait_s above 0 and at most longest_wait_s, "
+                "attempts 1 or more, or None"
+            )
+
+    def wait_s(self, error: Exception, tries: int, elapsed_s: float) -> float | None:
+        """How long to wait after the try of this number failed, so many seconds after the first began; None: give up.
+
+        Between half of the step and all of it, at random: workers that failed together do not come back together.
+        """
+        if not may_pass(error) or tries == self.attempts:
+            return None
+        if tries >= BROKEN_TRIES and details(error).get("broke_off"):
+            return None
+        asked = details(error).get("retry_after_s")
+        if isinstance(asked, int | float):
+            wait = asked + random.uniform(0, self.first_wait_s)
+        else:
+            wait = min(self.longest_wait_s, self.first_wait_s * 2 ** min(tries - 1, 62)) * random.uniform(0.5, 1.0)
+        return wait if elapsed_s + wait <= self.total_s else None
+
+    async def run(self, call: Callable[[int], Awaitable[T]], moved: Callable[[], int] | None = None) -> T:
+        """What `call` gives; it is called with the number of the try, 1 for the first.
+
+        Time and tries are counted anew where `moved()`, a count of bytes, grew in a try. The last error says how often
+        and how long it was tried, in its message and in `details["tried"]`.
+        """
+        started, tries, before = time.monotonic(), 0, moved() if moved else 0
+
+        def wait(error: Exception) -> bool | float:
+            nonlocal started, tries, before
+            if moved and moved() > before:
+                started, tries, before = time.monotonic(), 1, moved()
+            seconds = time.monotonic() - started
+            found = self.wait_s(error, tries, seconds)
+            if found is None:
+                if isinstance(error, OriginError):
+                    after_tries(error, tries, seconds)
+                return False
+            _log.log(logging.WARNING if found >= TOLD_S else logging.INFO, "%s; again in %.1f s", error, found)
+            return found
+
+        # stamina's own bounds are off: it counts what was waited, not what would be.
+        count = 0
+        async for attempt in stamina.retry_context(wait, attempts=None, timeout=None):
+            with attempt:
+                tries, count = tries + 1, count + 1
+                return await call(count)
+        raise AssertionError("stamina goes on until a try succeeds or its error is raised")
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether the same call may succeed a little later."""
+    return isinstance(error, OriginError) and (error.retryable or bool(error.details.get("broke_off")))
+
+
+def details(error: Exception) -> dict[str, object]:
+    """Those of an error of ours; none of another's."""
+    return error.details if isinstance(error, OriginError) else {}

@@ -1,0 +1,237 @@
+"""Shards straight from an origin, without a node: one download for all processes of the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from node.origin.layout import shard_key
+from protocol.content import hash_file
+from protocol.errors import InvalidShardError, OriginCorruptError, OriginError, OriginNotFoundError
+from protocol.manifest import Manifest, ShardEntry, safe_filename
+from torch_bridge.core.client import O3Client
+from torch_bridge.core.file_locks import locked
+from torch_bridge.core.store import Store
+from torch_bridge.shards.disk import release, reserve
+from torch_bridge.shards.integrity import as_published, check_parquet
+from torch_bridge.shards.ranged_file import download
+from torch_bridge.shards.sources.interface import FetchedFile, OnProgress
+from torch_bridge.shards.sources.named_origins import NamedOrigins
+
+log = logging.getLogger(__name__)
+MAX_SET_ASIDE = 3
+"""Wrong files of one shard that are kept to be looked at."""
+
+
+class _Checked(msgspec.Struct, frozen=True):
+    """A file that had this content id when it was last hashed.
+
+    Since no download waits for the disk, a file whose stamp is of an earlier start of the machine is hashed again: a
+    power cut may have left it with other bytes.
+    """
+
+    content_id: str
+    size: int
+    mtime_ns: int
+    inode: int
+    boot: str
+
+
+class OriginSource:
+    """A data set by its name at an origin (`where` "o3://bucket/prefix", `dataset` "owner/name"), or by the URL of its
+    manifest (`where` alone). Shards lie in `folder`, under their file names.
+
+    `keep_free_bytes`: a download that would leave less is not begun.
+    """
+
+    def __init__(
+        self, where: str, folder: Path | str, *, dataset: str | None = None, client: O3Client | None = None,
+        keep_free_bytes: int = 0,
+    ) -> None:  # fmt: skip
+        self._folder = Path(folder)
+        self._keep_free_bytes = keep_free_bytes
+        self._origins = NamedOrigins(where, dataset, client or O3Client(), self._state)
+
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
+    def manifest(self) -> Manifest:
+        """The newest valid manifest; where the origin does not answer, the one that was read last into this folder.
+
+        Raises UnknownNameError, InvalidManifestError, InvalidParamsError, OriginError.
+        """
+        return self._origins.signed().manifest
+
+    def fetch(
+        self, entry: ShardEntry, *, stop: threading.Event | None = None, on_progress: OnProgress | None = None
+    ) -> FetchedFile:
+        began = time.monotonic()
+        path = self._path(entry)
+        self._state.mkdir(parents=True, exist_ok=True)
+        with locked(self._lock(entry), stop):
+            if self._is_here(entry, path):
+                return FetchedFile(path, "local", time.monotonic() - began)
+            part = path.with_name(f"{path.name}.part")
+            try:
+                moved = self._bring(entry, part, stop, on_progress)
+            except BaseException:
+                release(part)
+                raise
+            os.replace(part, path)
+            self._remember(entry, path)
+            return FetchedFile(path, "origin", time.monotonic() - began, {"origin": moved})
+
+    def distrust(self, entry: ShardEntry, why: str) -> bool:
+        path = self._path(entry)
+        with locked(self._lock(entry)):
+            self._stamp(entry).unlink(missing_ok=True)
+            try:
+                if hash_file(path).content_id == entry.content_id:
+                    log.warning("%s has the bytes that were published, and is distrusted: %s", path, why)
+                    return False
+            except FileNotFoundError:
+                return True
+            except OSError as err:
+                why = f"{why}; {err}"
+            log.warning("%s is set aside: %s", path, why)
+            self._set_aside(path, path.name)
+            return True
+
+    def on_disk(self, entries: Sequence[ShardEntry]) -> list[ShardEntry]:
+        return [entry for entry in entries if self._path(entry).exists()]
+
+    def discard(self, entry: ShardEntry) -> bool:
+        with locked(self._lock(entry)):
+            self._path(entry).unlink(missing_ok=True)
+            self._stamp(entry).unlink(missing_ok=True)
+        return True
+
+    def release(self, entry: ShardEntry) -> None:
+        """Nothing is held: a file lies there until somebody discards it."""
+
+    def close(self) -> None:
+        """Let go of this process's connections."""
+        self._origins.close()
+
+    # Where things lie
+
+    @property
+    def _state(self) -> Path:
+        return self._folder / ".shards"
+
+    def _path(self, entry: ShardEntry) -> Path:
+        return self._folder / safe_filename(entry.filename)
+
+    def _lock(self, entry: ShardEntry) -> Path:
+        return self._state / f"{safe_filename(entry.filename)}.lock"
+
+    def _stamp(self, entry: ShardEntry) -> Path:
+        return self._state / f"{safe_filename(entry.filename)}.checked"
+
+    def _is_here(self, entry: ShardEntry, path: Path) -> bool:
+        """Whether the whole file is there and right; a wrong one is set aside."""
+        try:
+            seen = path.stat()
+        except FileNotFoundError:
+            return False
+        now = _Checked(entry.content_id, seen.st_size, seen.st_mtime_ns, seen.st_ino, _boot())
+        with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):
+            if msgspec.json.decode(self._stamp(entry).read_bytes(), type=_Checked) == now:
+                return True
+        if seen.st_size == entry.size and hash_file(path).content_id == entry.content_id:
+            self._remember(entry, path)
+            return True
+        log.warning("%s is not the shard of this name in the manifest: it is set aside, and fetched", path)
+        self._set_aside(path, path.name)
+        return False
+
+    def _remember(self, entry: ShardEntry, path: Path) -> None:
+        seen = path.stat()
+        checked = _Checked(entry.content_id, seen.st_size, seen.st_mtime_ns, seen.st_ino, _boot())
+        new = self._stamp(entry).with_suffix(".new")
+        try:
+            new.write_bytes(msgspec.json.encode(checked))
+            os.replace(new, self._stamp(entry))
+        except OSError as err:  # the disk is full: the file is right, and is hashed once more at the next start
+            new.unlink(missing_ok=True)
+            log.info("what was checked of %s is not noted: %s", path, err)
+
+    def _set_aside(self, path: Path, name: str) -> None:
+        """Keep a wrong file beside where the right one goes; from the fourth on they are not kept."""
+        for number in range(1, MAX_SET_ASIDE + 1):
+            aside = self._folder / f"{name}.bad-{number}"
+            if not aside.exists():
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(path, aside)
+                return
+        path.unlink(missing_ok=True)
+
+    # From where they come
+
+    def _bring(self, entry: ShardEntry, part: Path, stop: threading.Event | None, tell: OnProgress | None) -> int:
+        """Have the whole, checked shard in `part`, from the first origin that has it; bytes moved."""
+        failure: OriginError | None = None
+        moved_in_all = 0
+        for store in self._origins.stores():
+            for _ in range(2):  # what an earlier run left may be wrong: then once more from the beginning
+                reserve(part, entry.size, self._keep_free_bytes, entry.filename)
+                resumed = part.stat().st_size > 0
+                try:
+                    found, moved = self._download(store, entry, part, stop, tell)
+                except OriginError as err:
+                    failure = failure if failure is not None and failure.retryable else err
+                    break
+                moved_in_all += moved
+                if found == entry.content_id:
+                    self._check(entry, part)
+                    return moved_in_all
+                self._set_aside(part, self._path(entry).name)
+                failure = OriginCorruptError(
+                    f"{entry.filename} from {store.url} has content id {found}; the manifest says {entry.content_id}: "
+                    "publish it again, or name another origin",
+                    {"origin": store.url, "key": shard_key(entry.content_id), "status": "", "tried": 1},
+                )
+                log.warning("%s", failure)
+                if not resumed:
+                    break
+        raise failure or OriginNotFoundError(f"no origin is named for {entry.filename}")
+
+    def _download(
+        self, store: Store, entry: ShardEntry, part: Path, stop: threading.Event | None, tell: OnProgress | None
+    ) -> tuple[str, int]:
+        """As published, or under its file name, as others put it there."""
+        try:
+            return download(store, shard_key(entry.content_id), entry, part, stop, tell)
+        except OriginNotFoundError as err:
+            try:
+                return download(store, entry.filename, entry, part, stop, tell)
+            except OriginNotFoundError:
+                raise err from None
+
+    def _check(self, entry: ShardEntry, part: Path) -> None:
+        """Of a file that is byte for byte what was published: no other origin has other bytes of this content id."""
+        if entry.kind != "parquet":
+            return
+        try:
+            check_parquet(part)
+        except InvalidShardError as err:
+            self._set_aside(part, self._path(entry).name)
+            raise as_published(entry, err.message) from None
+
+
+@functools.cache
+def _boot() -> str:
+    """Another one after each start of the machine."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return str(psutil.boot_time())
