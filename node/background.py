@@ -1,17 +1,68 @@
-"""Work of a node that nobody waits for, or no longer, with an owner all the same."""
+"""Tasks that have an owner: a group that raises its first error, work beside requests, threads seen to their end."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager, suppress
+from contextvars import Context
+from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+
+
+class FirstErrorGroup(asyncio.TaskGroup):
+    """A TaskGroup that raises the error that came first, as it is, and logs those that followed.
+
+    asyncio's own wraps even a single error in an ExceptionGroup, and if a task fails while the block is on its way out
+    with an error, which of the two came first is lost. Here the caller's `except NoSourceError` works.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._first_error: BaseException | None = None
+
+    def create_task(
+        self,
+        coro: Generator[Any, None, T] | Coroutine[Any, Any, T],
+        *,
+        name: str | None = None,
+        context: Context | None = None,
+    ) -> asyncio.Task[T]:
+        task = super().create_task(coro, name=name, context=context)
+        task.add_done_callback(self._note)
+        return task
+
+    def _note(self, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and self._first_error is None:
+            self._first_error = task.exception()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, asyncio.CancelledError) and self._first_error is None:
+            self._first_error = error
+        try:
+            await super().__aexit__(kind, error, trace)
+        except BaseExceptionGroup as failed:
+            first = self._first_error
+            if first is None:
+                raise
+            for other in failed.exceptions:
+                if other is not first:
+                    log.warning("after %r, also failed: %r", first, other, exc_info=other)
+        else:
+            return
+        try:
+            raise first
+        finally:
+            del first, error  # or the error and this frame would keep each other alive
 
 
 class Background:
@@ -26,18 +77,14 @@ class Background:
     @asynccontextmanager
     async def open(cls) -> AsyncIterator[Background]:
         """Cancels what still runs at the exit, and waits for its end."""
-        failure: BaseException | None = None
-        async with asyncio.TaskGroup() as group:
+        async with FirstErrorGroup() as group:
             background = cls(group)
             try:
                 yield background
-            except BaseException as error:  # raised below, as it is and not in a group
-                failure = error
-            background._closed = True
-            for task in background._running:
-                task.cancel()
-        if failure is not None:
-            raise failure
+            finally:
+                background._closed = True
+                for task in background._running:
+                    task.cancel()
 
     @property
     def requests(self) -> int:

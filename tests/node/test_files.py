@@ -1,16 +1,19 @@
-"""One daemon a data directory, and no lock left behind by one that died."""
+"""Files are replaced whole, as durable as asked; no lock is left behind by a process that died."""
 
 from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from node.files import DataDirInUseError, data_dir_lock
+from node.files import DataDirInUseError, Durability, FileLock, atomic_file, atomic_write, data_dir_lock
+from protocol.errors import CancelledRequestError
 
 HOLD = """
 import sys, time
@@ -37,3 +40,86 @@ def test_a_second_holder_is_refused_by_process_id_and_a_killed_one_lets_go(tmp_p
         holder.kill()
         holder.wait(5)
         holder.stdout.close()
+
+
+def test_a_block_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "kept.json"
+    atomic_write(path, "old", "name")
+    with pytest.raises(KeyError), atomic_file(path, "name") as file:
+        file.write(b"half")
+        raise KeyError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["kept.json"]
+
+
+@pytest.mark.parametrize("durability", ["process", "contents", "name"])
+def test_what_is_written_is_synced_before_it_is_named_as_its_durability_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durability: Durability
+) -> None:
+    steps: list[str] = []
+    replace, fsync = os.replace, os.fsync
+
+    def noted_fsync(fd: int) -> None:
+        steps.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file")
+        fsync(fd)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        steps.append("replace")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    atomic_write(tmp_path / "new", b"bytes", durability, mode=0o600)
+    assert (
+        steps
+        == {
+            "process": ["replace"],
+            "contents": ["file", "replace"],
+            "name": ["file", "replace", "folder"],
+        }[durability]
+    )
+    assert (tmp_path / "new").read_bytes() == b"bytes"
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o600
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "kept"
+    path.write_text("old")
+    program = (
+        "import os, sys; from pathlib import Path; from node.files import atomic_file\n"
+        "with atomic_file(Path(sys.argv[1])) as file:\n"
+        "    file.write(b'half'); file.flush(); os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(path)], check=False, timeout=30)
+    assert path.read_text() == "old"
+
+
+def test_shared_locks_go_together_and_an_exclusive_one_waits_for_them(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    first, second, writer = FileLock(path, shared=True), FileLock(path, shared=True), FileLock(path)
+    assert first.try_acquire()
+    assert second.try_acquire()
+    assert not writer.try_acquire()
+    with pytest.raises(TimeoutError, match="locked by another process"):
+        writer.acquire(timeout_s=0.1)
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(CancelledRequestError):
+        writer.acquire(stop)
+    first.release()
+    second.release()
+    with writer.held():
+        assert not first.try_acquire()
+    assert not writer.is_held
+
+
+def test_a_forked_child_does_not_hold_its_parents_lock(tmp_path: Path) -> None:
+    lock = FileLock(tmp_path / "lock")
+    assert lock.try_acquire()
+    child = os.fork()
+    if not child:
+        os._exit(int(lock.is_held))
+    assert os.waitpid(child, 0)[1] == 0
+    assert not FileLock(tmp_path / "lock").try_acquire()
+    lock.release()
+    assert FileLock(tmp_path / "lock").try_acquire()
