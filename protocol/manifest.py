@@ -10,6 +10,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgpack
@@ -107,6 +108,47 @@ class SignedManifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     @property
     def digest(self) -> ManifestDigest:
         return self.manifest.digest
+
+    def shard(self, shard_id: int) -> Shard:
+        """Raise ShardNotFoundError if the manifest has no shard of that number."""
+        return Shard(self, self.manifest.shard(shard_id))
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ShardRef:
+    """Names one shard: the manifest's digest and the shard's number in it."""
+
+    digest: ManifestDigest
+    shard_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One shard with the signed manifest that lists it."""
+
+    signed: SignedManifest
+    entry: ShardEntry
+
+    def __hash__(self) -> int:
+        return hash(self.ref)
+
+    @property
+    def ref(self) -> ShardRef:
+        return ShardRef(self.signed.digest, self.entry.shard_id)
+
+    @property
+    def digest(self) -> ManifestDigest:
+        """Of the manifest."""
+        return self.signed.digest
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.signed.manifest
+
+    @property
+    def label(self) -> str:
+        """For messages: `shard 0 of 'my-model' (my-model-00000.gguf)`."""
+        return f"shard {self.entry.shard_id} of {self.manifest.name!r} ({self.entry.filename})"
 
 
 def sign_manifest(manifest: Manifest, key: SigningKey, origins: Iterable[str] = ()) -> SignedManifest:

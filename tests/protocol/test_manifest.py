@@ -12,7 +12,9 @@ from protocol.ids import ContentId, ManifestDigest
 from protocol.manifest import (
     Manifest,
     ModelInfo,
+    Shard,
     ShardEntry,
+    ShardRef,
     SignedManifest,
     manifest_from_wire,
     safe_filename,
@@ -210,3 +212,16 @@ VALUES = st.recursive(
 def test_any_value_is_refused_in_one_way(value: object) -> None:
     with pytest.raises(InvalidManifestError):
         manifest_from_wire(value)
+
+
+def test_a_shard_is_named_by_its_manifest_and_number() -> None:
+    signed = sign_manifest(model(), KEY)
+    shard = signed.shard(1)
+    assert shard == Shard(signed, signed.manifest.shards[1])
+    assert shard.ref == ShardRef(signed.digest, 1) == ShardRef(shard.digest, shard.entry.shard_id)
+    assert shard.label == "shard 1 of 'org/tiny' (shard-1.gguf)"
+    again = sign_manifest(model(), KEY, ["o3://bucket/prefix"]).shard(1)
+    assert again != shard  # signed with other origins
+    assert again.ref == shard.ref
+    with pytest.raises(ShardNotFoundError, match="0 to 1"):
+        signed.shard(2)
