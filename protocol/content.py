@@ -58,6 +58,22 @@ def merkle_root(hashes: Sequence[bytes], pad: bytes = bytes(32)) -> bytes:
     return row[0]
 
 
+def is_piece_layer(layer: bytes, size: int, content_id: str) -> bool:
+    """Whether `layer` is the piece layer of the file with this size and content id (BEP 52).
+
+    The piece layer has 32 bytes a piece of `piece_length(size)`; that of a file of one piece is empty. Computes for
+    milliseconds if the file is large: call it off the event loop.
+    """
+    length = piece_length(size)
+    pieces = -(-size // length)
+    if pieces == 1:
+        return not layer
+    if len(layer) != 32 * pieces:
+        return False
+    hashes = [layer[start : start + 32] for start in range(0, len(layer), 32)]
+    return merkle_root(hashes, pad=merkle_root([bytes(32)] * (length // LEAF_BYTES))).hex() == content_id
+
+
 class ContentHasher:
     """Hashes a file of `size` bytes, at least 1, as its bytes come."""
 

@@ -18,11 +18,12 @@ from node.origin.configured import origin_settings
 from node.origin.layout import is_address, layer_bytes, layer_in_torrent
 from node.origin.location import Place
 from node.origin.registry import Origins
-from node.origin.verify import content_at, is_piece_layer, network_state_at
+from node.origin.verify import content_at, network_state_at
 from protocol.client import Client
 from protocol.commands.nodes import NodeEntry, NodesResult
 from protocol.commands.shards import FileInfo, GetManifestResult, ListFilesResult
 from protocol.commands.tasks import VerifyShardResult
+from protocol.content import is_piece_layer
 from protocol.errors import (
     OriginCorruptError,
     OriginError,
@@ -228,7 +229,7 @@ async def _torrent_fault(place: Place, entry: ShardEntry) -> tuple[State, str] |
         return "damaged", error.message
     except OriginError as error:
         return "unchecked", error.message
-    if is_piece_layer(layer, entry):
+    if is_piece_layer(layer, entry.size, entry.content_id):
         return None
     found = "has other hashes" if layer else "cannot be read"
     return "damaged", f"its torrent file {found}: delete that object, and publish again"

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Callable
 from contextlib import aclosing
 
-from node.origin.layout import layer_bytes, shard_key
+from node.origin.layout import shard_key
 from node.origin.location import Place
-from protocol.content import LEAF_BYTES, ContentHasher, merkle_root, piece_length
+from protocol.content import ContentHasher
 from protocol.errors import OriginError
 from protocol.ids import ContentId
 from protocol.manifest import ShardEntry
@@ -43,14 +43,3 @@ async def network_state_at(place: Place, entry: ShardEntry) -> str:
         return ""
     said = [f"root CID {info.root_cid}" if info.root_cid else "", info.network_state or ""]
     return ", ".join(filter(None, said))
-
-
-def is_piece_layer(layer: bytes, entry: ShardEntry) -> bool:
-    """Whether these are the hashes of the shard's pieces: they lead to its content id."""
-    if len(layer) != layer_bytes(entry.size):
-        return False
-    if not layer:
-        return True
-    hashes = [layer[start : start + 32] for start in range(0, len(layer), 32)]
-    pad = merkle_root([bytes(32)] * (piece_length(entry.size) // LEAF_BYTES))
-    return merkle_root(hashes, pad=pad).hex() == entry.content_id

@@ -15,7 +15,6 @@ import msgspec
 
 from node.swarm.handle import file_error
 from node.swarm.torrent import Torrent
-from protocol.content import LEAF_BYTES, merkle_root
 
 
 class _Resume(msgspec.Struct):
@@ -72,7 +71,7 @@ class PartFile:
             layer = self._layer.read_bytes()
         except OSError:
             layer = b""
-        return resume, layer if fits(self._torrent, layer) else b""
+        return resume, layer if self._torrent.has_layer(layer) else b""
 
     async def keep_layer(self, layer: bytes) -> None:
         """Keep the piece layer, whole or not at all."""
@@ -97,15 +96,6 @@ class PartFile:
         self._resume.unlink(missing_ok=True)
         if delete:
             self.path.unlink(missing_ok=True)
-
-
-def fits(torrent: Torrent, layer: bytes) -> bool:
-    """Whether a piece layer is that of the torrent's content id (BEP 52). A file of one piece has none."""
-    if torrent.pieces == 1 or len(layer) != 32 * torrent.pieces:
-        return False
-    hashes = [layer[start : start + 32] for start in range(0, len(layer), 32)]
-    pad = merkle_root([bytes(32)] * (torrent.piece_length // LEAF_BYTES))
-    return merkle_root(hashes, pad=pad).hex() == torrent.content_id
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 
 from node.swarm.handle import Handle
-from node.swarm.part_file import PartFile, fits
+from node.swarm.part_file import PartFile
 from node.swarm.torrent import Torrent
 from protocol.content import LEAF_BYTES, merkle_root
 from protocol.errors import InvalidShardError
@@ -39,7 +39,7 @@ class PieceLayer:
 
     def take(self, layer: bytes) -> bool:
         """It came from elsewhere. True: it was not known. Raises InvalidShardError for one of other content."""
-        if not fits(self._torrent, layer):
+        if not self._torrent.has_layer(layer):
             raise InvalidShardError(
                 f"the piece layer of {self._torrent.name!r} does not belong to content id {self._torrent.content_id}"
             )
@@ -60,7 +60,7 @@ class PieceLayer:
             return
         self._due = now + ASK_EVERY_S
         layer = (await handle.save(flush=False)).piece_layer
-        if self.missing and fits(self._torrent, layer):
+        if self.missing and self._torrent.has_layer(layer):
             self.known = layer
             await self.keep()
 

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from protocol.content import piece_length
+from protocol.content import is_piece_layer, piece_length
 from protocol.errors import InvalidShardError
 from protocol.ids import ContentId, InfoHash
 
@@ -76,6 +76,10 @@ class Torrent:
             raise IndexError(f"{self.name!r} has pieces 0 to {self.pieces - 1}, not {index}")
         offset = index * self.piece_length
         return Piece(index, offset, min(self.piece_length, self.size - offset))
+
+    def has_layer(self, layer: bytes) -> bool:
+        """Whether `layer` is the piece layer of this content id; that of a file of one piece is empty."""
+        return is_piece_layer(layer, self.size, self.content_id)
 
     def info_dict(self) -> bytes:
         """The bencoded info dictionary, the same bytes on every node."""

@@ -11,7 +11,6 @@ import random
 from collections.abc import AsyncIterator, Sequence
 
 from node.shards.interfaces import OriginPlace
-from node.swarm.part_file import fits
 from node.swarm.torrent import Torrent
 from protocol.errors import OriginCorruptError, OriginError, OriginUnavailableError
 from protocol.manifest import ShardEntry
@@ -129,7 +128,7 @@ class Supply:
                 standing.error = standing.error or err
                 layer = b""
             standing.layer_asked = answered = True
-            if fits(self._torrent, layer):
+            if self._torrent.has_layer(layer):
                 return layer
             if layer:
                 log.warning("%s: origin %s has a wrong piece layer", self.entry.filename, standing.place.url)

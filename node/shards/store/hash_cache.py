@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from node.shards.store.listing import Fingerprint
-from protocol.content import LEAF_BYTES, ContentHash, merkle_root, piece_length
+from protocol.content import ContentHash, is_piece_layer
 from protocol.ids import ContentId
 
 log = logging.getLogger(__name__)
@@ -165,14 +165,8 @@ def _open(path: Path) -> sqlite3.Connection:
 
 def _believed(size: int, content_id: bytes, piece_layer: bytes) -> ContentHash | None:
     """The row, if its piece layer leads to its content id (BEP 52): a wrong one would seed what nobody can check."""
-    length = piece_length(size)
-    n_pieces = -(-size // length)
-    if len(content_id) != 32 or len(piece_layer) != (32 * n_pieces if n_pieces > 1 else 0):
+    if len(content_id) != 32 or not is_piece_layer(piece_layer, size, content_id.hex()):
         return None
-    if piece_layer:
-        hashes = [piece_layer[start : start + 32] for start in range(0, len(piece_layer), 32)]
-        if merkle_root(hashes, pad=merkle_root([bytes(32)] * (length // LEAF_BYTES))) != content_id:
-            return None
     return ContentHash(size, ContentId(content_id.hex()), piece_layer)
 
 
