@@ -15,10 +15,9 @@ from node.config import KEY_FILENAME, Assignment, Settings
 from node.discovery import Discovery, DiscoverySettings, FoundProvider
 from node.handlers.info import InfoHandlers, current_info
 from node.handlers.leases import LeaseHandlers
-from node.handlers.loading import ShardLoader
 from node.handlers.publishing import PublishHandlers
 from node.handlers.sessions import SessionHandlers
-from node.handlers.shards import ShardHandlers
+from node.handlers.shards import ProgressReport, ShardHandlers, ShardLoader
 from node.handlers.table import command_table
 from node.http import HttpServer, render_metrics
 from node.machine import available_memory_bytes, usable_cores
@@ -130,7 +129,7 @@ async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callabl
         await enter(server.serve(bound=rpc_socket))
 
         async def metrics() -> bytes:
-            return render_metrics(await info.snapshot(), shards.files())
+            return render_metrics(await info.status(), shards.files())
 
         with _naming("HTTP", settings.listen, settings.http_port):
             http = await enter(
@@ -188,7 +187,7 @@ async def _load_assigned(shards: Shards, loader: ShardLoader, assignment: Assign
         try:
             signed = await shards.resolve("model", assignment.model)
             entry = signed.manifest.shard(shard_id)
-            await loader.load(signed, entry, f"assign {assignment.model}:{shard_id}", lambda _: None)
+            await loader.load(signed, entry, ProgressReport(None, shard_id))
         except ShoalError as error:
             level = logging.DEBUG if error.code == told else logging.WARNING
             log.log(level, "assigned shard %s:%d is not loaded yet: %s", assignment.model, shard_id, error)

@@ -12,7 +12,7 @@ from node.discovery import Discovery
 from node.machine import available_memory_bytes, process_memory_bytes, total_memory_bytes, usable_cores
 from node.origin.registry import Origins
 from node.pipeline.stage.stages import Stages
-from node.rpc import Call, RpcServer
+from node.rpc import RpcServer
 from node.shards.service import Shards
 from node.swarm import Swarm
 from protocol.commands.nodes import (
@@ -21,10 +21,8 @@ from protocol.commands.nodes import (
     DhtStatus,
     LeaseStatus,
     NodeEntry,
-    NodesParams,
     NodesResult,
     OriginStatus,
-    StatusParams,
     StatusResult,
     SwarmStatus,
 )
@@ -51,8 +49,8 @@ class InfoHandlers:
     here: NodeInfo
     started: float = field(default_factory=time.monotonic)
 
-    async def snapshot(self) -> StatusResult:
-        """What STATUS answers and /metrics shows."""
+    async def status(self) -> StatusResult:
+        """STATUS, and what /metrics shows."""
         stages, transport = await self.stages.status()
         swarm, dht, origin = self.swarm.stats(), self.discovery.stats(), self.origins.stats()
         return StatusResult(
@@ -88,21 +86,14 @@ class InfoHandlers:
             ],
         )
 
-    async def status(self, params: StatusParams, call: Call) -> StatusResult:
-        """STATUS."""
-        del params, call
-        return await self.snapshot()
-
-    async def cancel(self, params: CancelParams, call: Call) -> CancelResult:
+    async def cancel(self, params: CancelParams) -> CancelResult:
         """CANCEL: a request in progress, or what goes on for one that did not want to wait."""
-        del call
         waiting = self.server.cancel(params.request_id)
         going_on = self.background.cancel(params.request_id)
         return CancelResult(request_id=params.request_id, cancelled=waiting or going_on)
 
-    async def nodes(self, params: NodesParams, call: Call) -> NodesResult:
+    async def nodes(self) -> NodesResult:
         """NODES: this one first, the others as the DHT knows them."""
-        del params, call
         own = current_info(self.here)
         others = [found for found in await self.discovery.list_nodes() if found.node_id != self.node_id]
         return NodesResult(

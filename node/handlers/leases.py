@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from node.rpc import Call
 from node.shards.leases import LeasedId
 from node.shards.service import Shards, leased_id
 from protocol.commands.common import ShardSelector
@@ -26,25 +25,23 @@ class LeaseHandlers:
 
     shards: Shards
 
-    async def renew(self, params: RenewParams, call: Call) -> RenewResult:
+    async def renew(self, params: RenewParams) -> RenewResult:
         """RENEW."""
-        del call
         leases, now = self.shards.leases, time.monotonic()
         named = await self._named(params)
         chosen = leases.of_lease(params.lease, now) if named is None else [named]
         renewed = leases.renew(params.lease, chosen, time.monotonic(), params.ttl_s)
         return RenewResult(lease=params.lease, shards=[self._leased(shard, left_s) for shard, left_s in renewed])
 
-    async def release(self, params: ReleaseParams, call: Call) -> ReleaseResult:
+    async def release(self, params: ReleaseParams) -> ReleaseResult:
         """RELEASE."""
-        del call
         named = await self._named(params)
         chosen = self.shards.leases.of_lease(params.lease, time.monotonic()) if named is None else [named]
         # All of them first: what is deleted takes time, and the client has said that it reads none of them.
         held = [self.shards.leases.release(params.lease, shard, time.monotonic()) for shard in chosen]
         if params.evict and not self.shards.is_surveyed:
             raise BusyError(
-                f"{params.lease} lets go, and nothing is deleted yet: this node has not looked through its shards "
+                f"lease {params.lease} is released, but nothing is deleted yet: this node has not scanned its shards "
                 "folder since its start; ask again"
             )
         released = [

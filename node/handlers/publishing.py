@@ -14,11 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from node.background import Background
 from node.config import Settings, is_loopback
-from node.handlers.shards import MAX_BACKGROUND
+from node.handlers.shards import MAX_BACKGROUND, ProgressReport
 from node.origin.configured import origin_settings
 from node.origin.core.policy import refusal
 from node.origin.factory import open_store
@@ -30,7 +29,6 @@ from node.shards.publish.publisher import Publisher
 from node.shards.publish.uploader import upload
 from node.shards.store.hasher import Hasher
 from protocol.commands.publishing import PublishParams, PublishResult
-from protocol.commands.shards import Progress
 from protocol.errors import BusyError, InvalidParamsError, ShoalError
 from protocol.manifest import MAX_ORIGINS, SignedManifest, sign_manifest
 from protocol.signing import SigningKey
@@ -117,9 +115,16 @@ class PublishHandlers:
 
         self.background.start(go_on(), name=f"PUBLISH of {params.path}", request_id=call.request_id)
         return PublishResult(
-            status="publishing", name="", digest=None, kind="", shards=0, bytes=0, folder="", uploaded_bytes=0,
+            status="publishing",
+            name="",
+            digest=None,
+            kind="",
+            shards=0,
+            bytes=0,
+            folder="",
+            uploaded_bytes=0,
             manifest_urls=[],
-        )  # fmt: skip
+        )
 
     def _origins(self, asked: Sequence[str]) -> list[str]:
         urls = [str(OriginUrl.parse(url)) for url in asked]
@@ -186,7 +191,7 @@ class PublishHandlers:
             name,
             files,
             hasher,
-            lambda shard_id, done, before: _tell(call, shard_id, "verifying", before + done, total),
+            lambda shard_id, done, before: ProgressReport(call, shard_id).send("verifying", before + done, total),
         )
 
     def _signed(self, chosen: Chosen, urls: Sequence[str]) -> SignedManifest:
@@ -201,7 +206,7 @@ class PublishHandlers:
         def count(more: int) -> None:
             nonlocal sent
             sent += more
-            _tell(call, 0, "uploading", sent, total)
+            ProgressReport(call, 0).send("uploading", sent, total)
 
         store = self.open_origin(url)
         try:
@@ -210,18 +215,3 @@ class PublishHandlers:
         finally:
             await store.close()
         return (published.uploaded_bytes, published.manifest_url), chosen
-
-
-def _tell(call: Call, shard_id: int, phase: Literal["verifying", "uploading"], done: int, total: int) -> None:
-    call.notify(
-        "PROGRESS",
-        Progress(
-            request_id=call.request_id,
-            shard_id=shard_id,
-            phase=phase,
-            bytes_done=done,
-            bytes_total=total,
-            rate_bytes_s=0.0,
-            peers=0,
-        ),
-    )

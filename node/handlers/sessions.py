@@ -34,9 +34,8 @@ class SessionHandlers:
     _forget: dict[SessionId, Callable[[], None]] = field(default_factory=dict)
     """For each open session, what takes it off its connection's list: a connection may see many."""
 
-    async def tokenize(self, params: TokenizeParams, call: Call) -> TokenizeResult:
+    async def tokenize(self, params: TokenizeParams) -> TokenizeResult:
         """TOKENIZE."""
-        del call
         return TokenizeResult(tokens=await self.stages.tokenize(params))
 
     async def open(self, params: OpenSessionParams, call: Call) -> OpenSessionResult:
@@ -59,15 +58,13 @@ class SessionHandlers:
             self._forget[session_id] = forget
         return result
 
-    async def start(self, params: StartSessionParams, call: Call) -> Empty:
+    async def start(self, params: StartSessionParams) -> Empty:
         """START_SESSION."""
-        del call
         await self.stages.start_session(params)
         return Empty()
 
-    async def close(self, params: CloseSessionParams, call: Call) -> Empty:
+    async def close(self, params: CloseSessionParams) -> Empty:
         """CLOSE_SESSION."""
-        del call
         self._forget.pop((params.session, params.attempt, params.stage), lambda: None)()
         await self.stages.close_session(params)
         return Empty()

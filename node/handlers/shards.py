@@ -1,4 +1,8 @@
-"""LOAD_SHARD, FETCH_SHARD, UNLOAD_SHARD, EVICT_SHARD, LIST_FILES and GET_MANIFEST."""
+"""LOAD_SHARD, FETCH_SHARD, UNLOAD_SHARD, EVICT_SHARD, LIST_FILES and GET_MANIFEST: one idea, a shard's way into memory.
+
+`ShardLoader` has a shard here, checked, and loaded, for whoever asks: fetching is the work of node.shards, loading that
+of node.pipeline; their order, the memory check between them and the announcement afterwards are here.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,16 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Literal
 
 from node.background import Background
-from node.handlers.loading import OnProgress, ShardLoader, still_local
+from node.machine import available_memory_bytes
+from node.pipeline.engine.memory import check_memory
+from node.pipeline.engine.settings import EngineSettings
+from node.pipeline.stage.stages import Stages
 from node.rpc import Call
+from node.shards.fetch.job import FetchedShard, FetchProgress
 from node.shards.leases import Term
 from node.shards.resolver import Kind
 from node.shards.service import Shards
@@ -20,21 +30,139 @@ from protocol.commands.shards import (
     FetchShardParams,
     GetManifestParams,
     GetManifestResult,
-    ListFilesParams,
     ListFilesResult,
     LoadShardParams,
     Progress,
     ShardResult,
     UnloadShardParams,
 )
-from protocol.errors import BusyError, InvalidParamsError, ShoalError, UnknownNameError
+from protocol.errors import (
+    BusyError,
+    InsufficientMemoryError,
+    InvalidParamsError,
+    ShardNotLoadedError,
+    ShoalError,
+    UnknownNameError,
+)
+from protocol.ids import ManifestDigest
 from protocol.manifest import ShardEntry, SignedManifest
 
 log = logging.getLogger(__name__)
 
 MAX_BACKGROUND = 64
 """Requests with `wait: false` in progress."""
-_Work = Callable[[SignedManifest, ShardEntry, str, OnProgress], Awaitable[ShardResult]]
+Phase = Literal["finding", "downloading", "verifying", "loading", "uploading"]
+ShardStatus = Literal["loaded", "loading", "fetched", "fetching", "unloaded", "evicted"]
+
+
+@dataclass(frozen=True)
+class ProgressReport:
+    """Sends the PROGRESS notifications of one request about one shard."""
+
+    call: Call | None
+    """None: no client waits, and nothing is sent."""
+    shard_id: int
+
+    def send(
+        self, phase: Phase, bytes_done: int, bytes_total: int, *, rate_bytes_s: float = 0.0, peers: int = 0
+    ) -> None:
+        """Send one notification."""
+        if self.call is not None:
+            progress = Progress(
+                request_id=self.call.request_id,
+                shard_id=self.shard_id,
+                phase=phase,
+                bytes_done=bytes_done,
+                bytes_total=bytes_total,
+                rate_bytes_s=rate_bytes_s,
+                peers=peers,
+            )
+            self.call.notify("PROGRESS", progress)
+
+    def send_fetch(self, progress: FetchProgress) -> None:
+        """Send how far a fetch is."""
+        self.send(
+            progress.phase,
+            progress.bytes_done,
+            progress.bytes_total,
+            rate_bytes_s=progress.rate_bytes_s,
+            peers=progress.peers,
+        )
+
+
+_Work = Callable[[SignedManifest, ShardEntry, ProgressReport], Awaitable[ShardResult]]
+
+
+class ShardLoader:
+    """Fetches, loads and unloads shards of this node."""
+
+    def __init__(self, shards: Shards, stages: Stages, engine: EngineSettings) -> None:
+        self._shards = shards
+        self._stages = stages
+        self._engine = engine
+        self._one_load = asyncio.Lock()
+        """Memory is looked at and taken by one load at a time, or two would both see the same bytes free."""
+
+    def is_loaded(self, signed: SignedManifest, entry: ShardEntry) -> bool:
+        """Whether this node's stage has the shard."""
+        return entry.shard_id in self._stages.loaded(signed.digest)
+
+    async def fetch(
+        self, signed: SignedManifest, entry: ShardEntry, report: ProgressReport, term: Term | None = None
+    ) -> ShardResult:
+        """Have the shard on disk, held by a lease if there is a `term`. Raises what `Shards.fetch` raises."""
+        fetched = await self._fetch(signed, entry, report, term)
+        return _result(entry, "fetched", fetched, fetched.seconds)
+
+    async def load(self, signed: SignedManifest, entry: ShardEntry, report: ProgressReport) -> ShardResult:
+        """Have the shard on disk and loaded by this node's stage of the model.
+
+        Raises InsufficientMemoryError before any byte moves if the shard's size alone says that it cannot fit, and
+        again, with cache and buffers, before the engine is asked; EngineError if the engine refuses the file.
+        """
+        started = time.monotonic()
+        if not self.is_loaded(signed, entry):
+            _refuse_above(available_memory_bytes(), entry)
+        fetched = await self._fetch(signed, entry, report)
+        report.send("loading", entry.size, entry.size)
+        async with self._one_load:
+            if not self.is_loaded(signed, entry):
+                await asyncio.to_thread(check_memory, fetched.path, self._engine)
+                await self._stages.load(signed.digest, entry.shard_id, fetched.path, name=signed.manifest.name)
+                log.info("loaded shard %d of %s", entry.shard_id, signed.manifest.name)
+        await self.tell_loaded(signed.digest)
+        return _result(entry, "loaded", fetched, time.monotonic() - started)
+
+    async def unload(self, signed: SignedManifest, entry: ShardEntry) -> ShardResult:
+        """Free the memory, keep the file. Raises ShardNotLoadedError; ShardInUseError while a session runs on it."""
+        started = time.monotonic()
+        if not self.is_loaded(signed, entry):
+            raise ShardNotLoadedError(
+                f"shard {entry.shard_id} of {signed.manifest.name} is not loaded here",
+                {"model": signed.manifest.name, "shard_id": entry.shard_id},
+            )
+        await self._stages.unload(signed.digest, entry.shard_id)
+        await self.tell_loaded(signed.digest)
+        return _still_local(entry, "unloaded", self._shards.path_of(signed, entry), time.monotonic() - started)
+
+    async def tell_loaded(self, digest: ManifestDigest) -> None:
+        """Bring the catalog and the DHT up to date with what this node's stage has loaded; after a crash, nothing."""
+        await self._shards.set_loaded(digest, self._stages.loaded(digest))
+
+    async def _fetch(
+        self, signed: SignedManifest, entry: ShardEntry, report: ProgressReport, term: Term | None = None
+    ) -> FetchedShard:
+        fetched = await self._shards.fetch(signed, entry, report.send_fetch, term)
+        if fetched.bytes_by_source:
+            log.info(
+                "fetched shard %d of %s: %.1f MB from %s in %.1f s",
+                entry.shard_id,
+                signed.manifest.name,
+                sum(fetched.bytes_by_source.values()) / 1e6,
+                ", ".join(source for source, count in fetched.bytes_by_source.items() if count),
+                fetched.seconds,
+            )
+        return fetched
 
 
 @dataclass(frozen=True)
@@ -50,41 +178,37 @@ class ShardHandlers:
         signed = await self.shards.resolve("model", params.model)
         entry = signed.manifest.shard(params.shard_id)
         if params.wait or self.loader.is_loaded(signed, entry):
-            return await self.loader.load(signed, entry, call.request_id, _notifier(call))
+            return await self.loader.load(signed, entry, ProgressReport(call, entry.shard_id))
         self._go_on(self.loader.load, signed, entry, call)
-        return still_local(entry, "loading", self.shards.path_of(signed, entry), 0.0)
+        return _still_local(entry, "loading", self.shards.path_of(signed, entry), 0.0)
 
     async def fetch(self, params: FetchShardParams, call: Call) -> ShardResult:
         """FETCH_SHARD."""
         signed, entry = await self.shards.select(params)
         term = Term(params.lease, params.ttl_s) if params.lease is not None else None
         if params.wait or self.shards.path_of(signed, entry):
-            return await self.loader.fetch(signed, entry, call.request_id, _notifier(call), term)
+            return await self.loader.fetch(signed, entry, ProgressReport(call, entry.shard_id), term)
         self._go_on(partial(self.loader.fetch, term=term), signed, entry, call)
-        return still_local(entry, "fetching", self.shards.path_of(signed, entry), 0.0)
+        return _still_local(entry, "fetching", self.shards.path_of(signed, entry), 0.0)
 
-    async def unload(self, params: UnloadShardParams, call: Call) -> ShardResult:
+    async def unload(self, params: UnloadShardParams) -> ShardResult:
         """UNLOAD_SHARD."""
-        del call
         return await self.loader.unload(*await self.shards.select(params))
 
-    async def evict(self, params: EvictShardParams, call: Call) -> ShardResult:
+    async def evict(self, params: EvictShardParams) -> ShardResult:
         """EVICT_SHARD."""
-        del call
         started = time.monotonic()
         await self.shards.surveyed()
         signed, entry = await self.shards.select(params)
         path = await self.shards.evict(signed, entry)
-        return still_local(entry, "evicted", path, time.monotonic() - started)
+        return _still_local(entry, "evicted", path, time.monotonic() - started)
 
-    async def list_files(self, params: ListFilesParams, call: Call) -> ListFilesResult:
+    async def list_files(self) -> ListFilesResult:
         """LIST_FILES."""
-        del params, call
         return ListFilesResult(files=self.shards.files())
 
-    async def get_manifest(self, params: GetManifestParams, call: Call) -> GetManifestResult:
+    async def get_manifest(self, params: GetManifestParams) -> GetManifestResult:
         """GET_MANIFEST: by name or URL from wherever it is, by digest from what is held here."""
-        del call
         given = [one for one in (params.name, params.model, params.dataset, params.digest) if one is not None]
         if len(given) > 1:
             raise InvalidParamsError("give one of name, model, dataset and digest")
@@ -97,7 +221,13 @@ class ShardHandlers:
             signed = await self.shards.resolve(kind, params.name or params.dataset or params.model)
         return GetManifestResult(signed=signed, digest=signed.digest)
 
-    def _go_on(self, work: _Work, signed: SignedManifest, entry: ShardEntry, call: Call) -> None:
+    def _go_on(
+        self,
+        work: Callable[[SignedManifest, ShardEntry, ProgressReport], Awaitable[ShardResult]],
+        signed: SignedManifest,
+        entry: ShardEntry,
+        call: Call,
+    ) -> None:
         if self.background.requests >= MAX_BACKGROUND:
             raise BusyError(f"{MAX_BACKGROUND} requests go on in the background already; wait for one")
 
@@ -105,7 +235,7 @@ class ShardHandlers:
 
         async def run() -> None:
             try:
-                await work(signed, entry, call.request_id, _notifier(call))
+                await work(signed, entry, ProgressReport(call, entry.shard_id))
             except ShoalError as error:
                 log.warning("%s: %s", what, error)
             except asyncio.CancelledError:
@@ -115,8 +245,37 @@ class ShardHandlers:
         self.background.start(run(), name=what, request_id=call.request_id)
 
 
-def _notifier(call: Call) -> OnProgress:
-    def notify(progress: Progress) -> None:
-        call.notify("PROGRESS", progress)
+def _refuse_above(available: int, entry: ShardEntry) -> None:
+    """Before any byte moves: the weights alone. `check_memory` counts the rest, from the file."""
+    if entry.size > available:
+        raise InsufficientMemoryError(
+            f"shard {entry.shard_id} ({entry.filename}) has {entry.size >> 20} MiB of weights, {available >> 20} MiB "
+            "of memory are available; unload something, or use a larger machine",
+            {"needed_bytes": entry.size, "available_bytes": available},
+        )
 
-    return notify
+
+def _result(entry: ShardEntry, status: ShardStatus, fetched: FetchedShard, seconds: float) -> ShardResult:
+    return ShardResult(
+        shard_id=entry.shard_id,
+        status=status,
+        path=str(fetched.path),
+        source=fetched.source,
+        bytes=entry.size,
+        seconds=seconds,
+        content_id=entry.content_id,
+        bytes_by_source=dict(fetched.bytes_by_source),
+    )
+
+
+def _still_local(entry: ShardEntry, status: ShardStatus, path: Path | None, seconds: float) -> ShardResult:
+    """A result for which no byte moved."""
+    return ShardResult(
+        shard_id=entry.shard_id,
+        status=status,
+        path=str(path or ""),
+        source="local",
+        bytes=entry.size,
+        seconds=seconds,
+        content_id=entry.content_id,
+    )

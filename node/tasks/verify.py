@@ -9,9 +9,8 @@ from node.tasks.registry import TaskContext, TaskType
 from protocol.commands.tasks import VerifyShardParams, VerifyShardResult
 
 
-async def verify_shard(context: TaskContext, params: VerifyShardParams, call: Call) -> VerifyShardResult:
-    """Raises ShardNotFoundError where the shard is not on this node's disk."""
-    del call
+async def verify_shard(context: TaskContext, params: VerifyShardParams, _: Call) -> VerifyShardResult:
+    """Raises ShardNotFoundError if the shard is not on this node's disk."""
     await context.shards.surveyed()
     signed, entry = await context.shards.select(params)
     started = time.monotonic()

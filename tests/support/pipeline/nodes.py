@@ -15,6 +15,7 @@ import pytest
 from node.background import Background
 from node.formats.split import split_gguf
 from node.handlers.sessions import SessionHandlers
+from node.handlers.table import session_commands
 from node.pipeline.driver.generation import Generation, GenerationRequest
 from node.pipeline.driver.plan import NodeShards, Plan, plan_pipeline
 from node.pipeline.engine.batch import Slot
@@ -22,9 +23,8 @@ from node.pipeline.engine.engine import Engine
 from node.pipeline.engine.settings import PREFILL_CHUNK, EngineSettings
 from node.pipeline.stage.process import StageSettings
 from node.pipeline.stage.stages import Stages
-from node.rpc import Command, RpcServer
+from node.rpc import RpcServer
 from protocol.client import Client
-from protocol.commands.sessions import CloseSessionParams, OpenSessionParams, StartSessionParams, TokenizeParams
 from protocol.commands.tasks import Sampling
 from protocol.ids import ManifestDigest, NodeId
 from protocol.manifest import Manifest
@@ -87,13 +87,7 @@ async def stage_node(name: str) -> AsyncIterator[StageNode]:
         Background.open() as background,
     ):
         handlers = SessionHandlers(stages, background)
-        commands = {
-            "TOKENIZE": Command(TokenizeParams, handlers.tokenize),
-            "OPEN_SESSION": Command(OpenSessionParams, handlers.open),
-            "START_SESSION": Command(StartSessionParams, handlers.start),
-            "CLOSE_SESSION": Command(CloseSessionParams, handlers.close),
-        }
-        server = RpcServer(commands, NodeId(name))
+        server = RpcServer(session_commands(handlers), NodeId(name))
         async with server.serve():
             yield StageNode(NodeId(name), stages, server, died)
 

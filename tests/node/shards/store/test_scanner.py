@@ -247,17 +247,17 @@ async def test_before_the_first_look_nothing_is_said_to_be_gone(
     async with open_room(tmp_path, cluster, name_timeout_s=20.0) as room:
         leases, shards = LeaseHandlers(room.shards), ShardHandlers(room.shards, None, None)  # type: ignore[arg-type]
         chosen: dict[str, Any] = {"dataset": "tiny", "shard_id": 0}
-        released = await leases.release(ReleaseParams(lease="run", **chosen), None)  # type: ignore[arg-type]
+        released = await leases.release(ReleaseParams(lease="run", **chosen))
         assert not released.shards[0].gone
         with pytest.raises(BusyError, match="ask again"):
-            await leases.release(ReleaseParams(lease="run", evict=True, **chosen), None)  # type: ignore[arg-type]
-        evicting = asyncio.create_task(shards.evict(EvictShardParams(**chosen), None))  # type: ignore[arg-type]
+            await leases.release(ReleaseParams(lease="run", evict=True, **chosen))
+        evicting = asyncio.create_task(shards.evict(EvictShardParams(**chosen)))
         await asyncio.sleep(0.1)
         assert not evicting.done()
         go_on.set()
         assert (await evicting).status == "evicted"
         assert not path.exists()
-        released = await leases.release(ReleaseParams(lease="run", evict=True, **chosen), None)  # type: ignore[arg-type]
+        released = await leases.release(ReleaseParams(lease="run", evict=True, **chosen))
         assert released.shards[0].gone
 
 
