@@ -1,0 +1,80 @@
+"""A clock that stands still until a test moves it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from node.clock import Clock
+
+_PAUSE_S = 0.001
+"""Of real time after each step: threads and sockets get on."""
+
+
+class MovedClock(Clock):
+    """Time passes only in `move` and `move_until`, from one moment at which something is due to the next."""
+
+    def __init__(self) -> None:
+        self._now = 1000.0
+        self._sleepers: list[tuple[float, asyncio.Future[None]]] = []
+        self._timeouts: list[tuple[float, asyncio.Timeout]] = []
+
+    def now(self) -> float:
+        return self._now
+
+    async def sleep(self, seconds: float) -> None:
+        if seconds <= 0:
+            await asyncio.sleep(0)
+            return
+        sleeper = (self._now + seconds, asyncio.get_running_loop().create_future())
+        self._sleepers.append(sleeper)
+        try:
+            await sleeper[1]
+        finally:
+            self._sleepers.remove(sleeper)
+
+    def timeout(self, seconds: float) -> asyncio.Timeout:
+        timeout = asyncio.timeout(None)
+        self._timeouts.append((self._now + seconds, timeout))
+        return timeout
+
+    async def move(self, seconds: float) -> None:
+        """Let so much time pass; whatever is due meanwhile happens at its moment, in order."""
+        await asyncio.sleep(_PAUSE_S)
+        end = self._now + seconds
+        while self._now < end:
+            await self._step(end)
+
+    async def move_until(self, condition: Callable[[], Any], within_s: float, real_s: float = 20.0) -> None:
+        """Let time pass until the answer is true. It must be within `within_s` of this clock's time.
+
+        `real_s` bounds how long the test itself may take.
+        """
+        end, real_end = self._now + within_s, time.monotonic() + real_s
+        while not condition():
+            assert time.monotonic() < real_end, f"not true after {real_s:g} s of real time"
+            if self._now < end:
+                await self._step(end)
+            else:  # threads may still be at work for what is due by now
+                for _ in range(200):
+                    await asyncio.sleep(_PAUSE_S)
+                    if condition():
+                        return
+                raise AssertionError(f"not true after {within_s:g} s of the clock")
+
+    async def _step(self, end: float) -> None:
+        """Go to the next moment at which something is due, at the latest to `end`."""
+        due = [when for when, _ in (*self._sleepers, *self._timeouts)]
+        self._now = min([when for when in due if when > self._now] + [end])
+        for when, sleeping in self._sleepers:
+            if when <= self._now and not sleeping.done():
+                sleeping.set_result(None)
+        for when, timeout in self._timeouts:
+            if when <= self._now:
+                with suppress(RuntimeError):  # it has ended
+                    timeout.reschedule(asyncio.get_running_loop().time())
+        self._timeouts = [(when, timeout) for when, timeout in self._timeouts if when > self._now]
+        await asyncio.sleep(_PAUSE_S)
