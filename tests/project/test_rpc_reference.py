@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("write_rpc_reference", ROOT / "scripts" / "tools" / "write_rpc_reference.py")
+    spec = importlib.util.spec_from_file_location(
+        "write_rpc_reference", ROOT / "scripts" / "tools" / "write_rpc_reference.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
