@@ -192,9 +192,14 @@ def bar(steps: int, done: int) -> Progress:
     console = Console(stderr=True)
     loss = TextColumn("loss {task.fields[loss]}")
     progress = Progress(
-        TextColumn("step"), BarColumn(), MofNCompleteColumn(), loss, TimeRemainingColumn(),
-        console=console, disable=not console.is_terminal,
-    )  # fmt: skip
+        TextColumn("step"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        loss,
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
     progress.add_task("step", total=steps, completed=done, loss="-")
     return progress
 

@@ -1,15 +1,11 @@
 """What a training script imports. `from torch_bridge import O3Client` loads that module and no other; torch comes with
 the first of them that needs it.
 
-o3_client    O3Client: session, credentials, buckets
-stores       one place at an origin, in blocking and in async calls; `place`: how it is opened in each process and
-             retried; `retry`: RetryPolicy; `loop`: the thread they run on; `ending`, `waiting`: how an iteration
-             that nobody goes on with lets go, and which threads may wait for that
+core         O3Client and Store: session, credentials, buckets, retries; Ranks: which training process this is
 objects      O3Dataset: a map-style data set of objects read by ranges, with a cache on disk
-shards       where data shards come from (node or origin), StreamingDownloader, and when a shard may be deleted
-streaming    StreamingShardDataset: an exact order over shards, resumable; a tokenising loader
-batches      StreamingBatchDataset: large files in batches, fetched, used, deleted
-ranks        Ranks: which training process this is
+shards       where data shards come from (node or origin); StreamingDownloader
+streaming    StreamingShardDataset: an exact order over shards, resumable; TextLoader: token batches
+batches      StreamingBatchDataset: large files in batches: fetched, used, deleted
 checkpoints  O3CheckpointManager; O3StorageWriter and O3StorageReader for torch.distributed.checkpoint
 """
 

@@ -115,9 +115,11 @@ class Run:
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             state = {
-                "step": self.step_number, "model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(),
+                "step": self.step_number,
+                "model": self.model.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
                 "places": places,
-            }  # fmt: skip
+            }
             torch.save(state, path.with_suffix(".new"))
             path.with_suffix(".new").replace(path)
         return path
@@ -225,14 +227,22 @@ def _tell(run: Run, report: Report) -> None:
         f"model       {settings.depth} layers, {weights / 1e6:.1f} million weights, on {run.device}",
         f"step        {settings.total_batch_size:,} tokens: {run.micro_batches} x {settings.device_batch_size} x "
         f"{settings.max_seq_len} on each of {run.world}",
-    ]  # fmt: skip
+    ]
     if run.step_number:
         lines.append(f"continued   {settings.resume}, after step {run.step_number}")
     report.say(
-        "start", "\n".join(lines), data=data.where, shards=list(data.shards), validation=data.validation,
-        expected_tokens=data.expected_tokens, weights=weights, device=str(run.device), world=run.world,
-        micro_batches=run.micro_batches, step=run.step_number,
-    )  # fmt: skip
+        "start",
+        "\n".join(lines),
+        data=data.where,
+        shards=list(data.shards),
+        validation=data.validation,
+        expected_tokens=data.expected_tokens,
+        weights=weights,
+        device=str(run.device),
+        world=run.world,
+        micro_batches=run.micro_batches,
+        step=run.step_number,
+    )
 
 
 if __name__ == "__main__":

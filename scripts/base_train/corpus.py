@@ -71,10 +71,14 @@ def publish_to(origin: str, paths: list[Path]) -> Manifest:
         rows = parquet.read_metadata(path).num_rows
         entries.append(
             ShardEntry(
-                shard_id=ShardId(number), filename=path.name, size=hashed.size, content_id=hashed.content_id,
-                kind="parquet", rows=rows,
+                shard_id=ShardId(number),
+                filename=path.name,
+                size=hashed.size,
+                content_id=hashed.content_id,
+                kind="parquet",
+                rows=rows,
             )
-        )  # fmt: skip
+        )
         files[hashed.content_id] = Source(path, seen.st_size, seen.st_mtime_ns)
     manifest = Manifest(name=NAME, kind="dataset", shards=tuple(entries))
     store = O3Client().at(origin).backing

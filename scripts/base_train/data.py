@@ -19,7 +19,7 @@ from torch_bridge.core.ranks import Ranks
 from torch_bridge.shards.sources.factory import open_source
 from torch_bridge.shards.sources.interface import ShardSource
 from torch_bridge.shards.sources.local import LocalSource
-from torch_bridge.streaming.chosen import ChosenShards
+from torch_bridge.shards.sources.subset import ShardSubset
 from torch_bridge.streaming.dataset import StreamingShardDataset
 from torch_bridge.streaming.settings import Buffering, Ordering
 from torch_bridge.streaming.text_loader import TextLoader
@@ -94,27 +94,45 @@ def opened(settings: Settings, ranks: Ranks) -> Data:
     state = folder if isinstance(source, LocalSource) else None
     ahead = settings.streaming_buffer_size if settings.streaming_mode else len(names)
     documents = StreamingShardDataset(
-        ChosenShards(source, [*names, validation.filename], folder=state),
-        batch_size=max(1, min(_DOCUMENTS, sum(rows) // _TURNS)), seed=settings.seed, columns=[settings.column],
-        validation_shard=validation.filename, ordering=Ordering(lanes=1, window=max(mixed, 1)),
-        buffering=Buffering(buffer_size=ahead), ranks=ranks, run=settings.run,
-    )  # fmt: skip
+        ShardSubset(source, [*names, validation.filename], folder=state),
+        batch_size=max(1, min(_DOCUMENTS, sum(rows) // _TURNS)),
+        seed=settings.seed,
+        columns=[settings.column],
+        validation_shard=validation.filename,
+        ordering=Ordering(lanes=1, window=max(mixed, 1)),
+        buffering=Buffering(buffer_size=ahead),
+        ranks=ranks,
+        run=settings.run,
+    )
     unshuffled = StreamingShardDataset(
-        ChosenShards(source, [validation.filename], folder=state), batch_size=1, columns=[settings.column],
-        ordering=Ordering(shuffle=False, lanes=1), buffering=Buffering(keep_behind=1), ranks=ranks,
+        ShardSubset(source, [validation.filename], folder=state),
+        batch_size=1,
+        columns=[settings.column],
+        ordering=Ordering(shuffle=False, lanes=1),
+        buffering=Buffering(keep_behind=1),
+        ranks=ranks,
         run=f"{settings.run}-validation",
-    )  # fmt: skip
+    )
     return Data(
-        told, tuple(names), validation.filename, sum(expected[:count]), documents, _loader(documents, settings),
+        told,
+        tuple(names),
+        validation.filename,
+        sum(expected[:count]),
+        documents,
+        _loader(documents, settings),
         _loader(unshuffled, settings),
-    )  # fmt: skip
+    )
 
 
 def _loader(documents: StreamingShardDataset, settings: Settings) -> TextLoader:
     return TextLoader(
-        documents, byte_tokenizer.tokenise, bos=byte_tokenizer.BOS, batch_rows=settings.device_batch_size,
-        row_tokens=settings.max_seq_len, column=settings.column,
-    )  # fmt: skip
+        documents,
+        byte_tokenizer.tokenise,
+        bos=byte_tokenizer.BOS,
+        batch_rows=settings.device_batch_size,
+        row_tokens=settings.max_seq_len,
+        column=settings.column,
+    )
 
 
 def _expected(source: ShardSource, measured: ShardEntry, others: Sequence[ShardEntry], column: str) -> list[int]:

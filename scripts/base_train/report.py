@@ -21,10 +21,15 @@ class Report:
         self._json, self._speaks = as_json, speaks
         self._console = Console(highlight=False, stderr=as_json, soft_wrap=True)
         self._progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[now]}"),
-            TimeRemainingColumn(), console=self._console, transient=True, disable=not speaks or as_json
-            or not self._console.is_terminal,
-        )  # fmt: skip
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[now]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not speaks or as_json or not self._console.is_terminal,
+        )
         self._task = self._progress.add_task("", total=steps, now="")
         if speaks:
             logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Lines(self)])
@@ -70,9 +75,13 @@ class _Lines(logging.Handler):
 def _words(status: StreamingStatus) -> str:
     moved = ", ".join(f"{kilobytes(size)} from {source}" for source, size in sorted(status.bytes_by_source.items()))
     words = [
-        f"{len(status.ready)} here", f"{len(status.downloading)} on the way", f"{status.consumed} done",
-        f"{status.deleted} deleted", moved or "nothing moved", f"waited {status.waits_s:.2f} s",
-    ]  # fmt: skip
+        f"{len(status.ready)} here",
+        f"{len(status.downloading)} on the way",
+        f"{status.consumed} done",
+        f"{status.deleted} deleted",
+        moved or "nothing moved",
+        f"waited {status.waits_s:.2f} s",
+    ]
     if status.failed:
         name, why = min(status.failed.items())
         words.append(f"{len(status.failed)} failed ({name}: {why})")

@@ -89,9 +89,16 @@ def parsed(arguments: Sequence[str] | None, about: str, default_folder: Path) ->
 def refusal(settings: Settings) -> str | None:
     """What is wrong with the flags; None where nothing is."""
     for name in (
-        "depth", "max_seq_len", "device_batch_size", "total_batch_size", "num_iterations", "streaming_buffer_size",
-        "streaming_total_shards", "log_every", "threads",
-    ):  # fmt: skip
+        "depth",
+        "max_seq_len",
+        "device_batch_size",
+        "total_batch_size",
+        "num_iterations",
+        "streaming_buffer_size",
+        "streaming_total_shards",
+        "log_every",
+        "threads",
+    ):
         if getattr(settings, name) < 1:
             return f"--{name}={getattr(settings, name)}: at least 1"
     if settings.core_metric_every != -1:

@@ -42,8 +42,13 @@ def _child(what: str, job: Job) -> dict[str, float]:
     """Raises RuntimeError with the last lines that the process said."""
     done = subprocess.run(
         [sys.executable, "-m", "scripts.bench.dataset_child", what, json.dumps(asdict(job))],
-        cwd=ROOT, env=os.environ | environment(job), capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | environment(job),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
     if done.returncode:
         said = done.stderr.strip().splitlines()
         raise RuntimeError(f"{job.contender}, {what}: {said[-1] if said else f'ended with {done.returncode}'}")
@@ -146,10 +151,19 @@ async def _measure(settings: argparse.Namespace, samples: int, figures: Figures)
         folder = Path(name)
         async with running_s3(folder / "weed") as server:
             base = Job(
-                "", server.bucket, server.endpoint, server.access_key, server.secret_key, "", str(folder / "raw"),
-                settings.shards, settings.batch_size, settings.workers, 1,
+                "",
+                server.bucket,
+                server.endpoint,
+                server.access_key,
+                server.secret_key,
+                "",
+                str(folder / "raw"),
+                settings.shards,
+                settings.batch_size,
+                settings.workers,
+                1,
                 str(settings.peers_path.absolute()) if settings.peers_path else "",
-            )  # fmt: skip
+            )
             await asyncio.to_thread(_measure_at, base, folder, settings.rounds, samples, figures)
 
 

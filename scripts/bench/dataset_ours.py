@@ -47,9 +47,7 @@ class Job:
 
 
 def client_of(job: Job) -> O3Client:
-    return O3Client(
-        endpoint=job.endpoint, access_key=job.access_key, secret_key=job.secret_key, backend="gateway"
-    )  # fmt: skip
+    return O3Client(endpoint=job.endpoint, access_key=job.access_key, secret_key=job.secret_key, backend="gateway")
 
 
 def tensor_of(sample: bytes) -> torch.Tensor:
@@ -92,10 +90,14 @@ def publish_parquet(job: Job, paths: Sequence[Path], folder: Path) -> None:
         content = ContentId(hashed.content_id)
         entries.append(
             ShardEntry(
-                shard_id=ShardId(number), filename=out.name, size=hashed.size, content_id=hashed.content_id,
-                kind="parquet", rows=len(rows),
+                shard_id=ShardId(number),
+                filename=out.name,
+                size=hashed.size,
+                content_id=hashed.content_id,
+                kind="parquet",
+                rows=len(rows),
             )
-        )  # fmt: skip
+        )
         stat = out.stat()
         files[content] = Source(out, stat.st_size, stat.st_mtime_ns)
         torrents[content] = b"d1:a" + hashed.piece_layer + b"e"
@@ -165,9 +167,14 @@ def o3_dataset(job: Job) -> Batches:
     from torch_bridge.objects.dataset import O3Dataset, RecordFormat
 
     data = O3Dataset(
-        job.bucket, "raw", client_of(job), job.cache, format=RecordFormat(SAMPLE_BYTES), decode=tensor_of,
+        job.bucket,
+        "raw",
+        client_of(job),
+        job.cache,
+        format=RecordFormat(SAMPLE_BYTES),
+        decode=tensor_of,
         match="*.bin",
-    )  # fmt: skip
+    )
     loader = in_torch(data, job, job.batch_size)
     return lambda _epoch: iter(loader)
 

@@ -22,10 +22,17 @@ CHUNK_BYTES = 16 << 20
 def environment(job: Job) -> dict[str, str]:
     """Where boto3, s3torchconnector, mosaicml-streaming and litdata look for the server; reports to nobody."""
     return {
-        "AWS_ACCESS_KEY_ID": job.access_key, "AWS_SECRET_ACCESS_KEY": job.secret_key, "AWS_REGION": REGION,
-        "AWS_DEFAULT_REGION": REGION, "AWS_ENDPOINT_URL": job.endpoint, "S3_ENDPOINT_URL": job.endpoint,
-        "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "DATA_OPTIMIZER_NUM_WORKERS": "1", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        "AWS_ACCESS_KEY_ID": job.access_key,
+        "AWS_SECRET_ACCESS_KEY": job.secret_key,
+        "AWS_REGION": REGION,
+        "AWS_DEFAULT_REGION": REGION,
+        "AWS_ENDPOINT_URL": job.endpoint,
+        "S3_ENDPOINT_URL": job.endpoint,
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "DATA_OPTIMIZER_NUM_WORKERS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def _share(items: list[Any]) -> list[Any]:
@@ -50,9 +57,11 @@ def s3torchconnector(job: Job) -> Batches:
     from s3torchconnector import S3ClientConfig, S3MapDataset
 
     data = S3MapDataset.from_prefix(
-        f"s3://{job.bucket}/raw/", region=REGION, endpoint=job.endpoint,
+        f"s3://{job.bucket}/raw/",
+        region=REGION,
+        endpoint=job.endpoint,
         s3client_config=S3ClientConfig(force_path_style=True),
-    )  # fmt: skip
+    )
     keys = [number for number in range(len(data)) if data._dataset_bucket_key_pairs[number].key.endswith(".bin")]
     loader = in_torch(_Sequential(lambda: keys, data.__getitem__), job, job.batch_size)
     return lambda _epoch: iter(loader)
@@ -92,13 +101,18 @@ def litdata(job: Job) -> Batches:
     # Its obstore refuses an endpoint without TLS, and storage_options cannot tell it otherwise.
     downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
     data = StreamingDataset(
-        f"s3://{job.bucket}/litdata", cache_dir=job.cache, shuffle=False, max_cache_size="10GB",
+        f"s3://{job.bucket}/litdata",
+        cache_dir=job.cache,
+        shuffle=False,
+        max_cache_size="10GB",
         transform=tensor_of,
         storage_options={
-            "endpoint_url": job.endpoint, "aws_access_key_id": job.access_key,
-            "aws_secret_access_key": job.secret_key, "region_name": REGION,
+            "endpoint_url": job.endpoint,
+            "aws_access_key_id": job.access_key,
+            "aws_secret_access_key": job.secret_key,
+            "region_name": REGION,
         },
-    )  # fmt: skip
+    )
     loader = StreamingDataLoader(
         data, batch_size=job.batch_size, num_workers=job.workers, persistent_workers=job.workers > 0
     )

@@ -102,10 +102,14 @@ def publish_numbered(client: O3Client, s3: S3Server, work: Path, shards: int, ro
         content = ContentId(hashed.content_id)
         entries.append(
             ShardEntry(
-                shard_id=ShardId(number), filename=path.name, size=hashed.size, content_id=content, kind="parquet",
+                shard_id=ShardId(number),
+                filename=path.name,
+                size=hashed.size,
+                content_id=content,
+                kind="parquet",
                 rows=rows,
             )
-        )  # fmt: skip
+        )
         files[content] = Source(path, seen.st_size, seen.st_mtime_ns)
         torrents[content] = hashed.piece_layer.ljust(SMALLEST_OBJECT, b"-")  # no peer asks for it here
     manifest = Manifest(name=NAME, kind="dataset", shards=tuple(entries))

@@ -87,9 +87,11 @@ class Bench:
     @property
     def environment(self) -> dict[str, str]:
         return {
-            "AWS_ACCESS_KEY_ID": self.s3.access_key, "AWS_SECRET_ACCESS_KEY": self.s3.secret_key,
-            "AWS_ENDPOINT_URL_S3": self.endpoint, "GLOO_SOCKET_IFNAME": "lo",
-        }  # fmt: skip
+            "AWS_ACCESS_KEY_ID": self.s3.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.s3.secret_key,
+            "AWS_ENDPOINT_URL_S3": self.endpoint,
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
 
     async def row(self, what: str, n: int) -> Outcome:
         """Measure one."""
@@ -114,10 +116,16 @@ class Bench:
             await asyncio.sleep(1.0)  # what nodes say of their swarm is at most a second old
             sent = await (await self.session.get(f"{self.control}/sent")).json()
             return Outcome(
-                what, n, tally([np.load(part.out) for part in parts], self.data.samples), seconds,
-                max(float(one["first_s"]) for one in each), int(sent["payload_bytes"]),
-                sum([await _uploaded(node) for node in nodes]), max(use.most_bytes for use in watched), each,
-            )  # fmt: skip
+                what,
+                n,
+                tally([np.load(part.out) for part in parts], self.data.samples),
+                seconds,
+                max(float(one["first_s"]) for one in each),
+                int(sent["payload_bytes"]),
+                sum([await _uploaded(node) for node in nodes]),
+                max(use.most_bytes for use in watched),
+                each,
+            )
 
     def _part(self, what: str, rank: int, n: int, nodes: Sequence[RunningNode], folder: Path) -> Part:
         shared = what in ("one node", "origin, shared")
@@ -126,9 +134,17 @@ class Bench:
         if nodes:
             where, at = f"127.0.0.1:{nodes[place].rpc_port}", folder / f"ledger-{place}"
         return Part(
-            rank, n, n if shared else 1, where, NAME, str(at), str(folder / "meeting"),
-            str(folder / f"seen-{rank}.npy"), self.data.shard_rows, self.lanes,
-        )  # fmt: skip
+            rank,
+            n,
+            n if shared else 1,
+            where,
+            NAME,
+            str(at),
+            str(folder / "meeting"),
+            str(folder / f"seen-{rank}.npy"),
+            self.data.shard_rows,
+            self.lanes,
+        )
 
     async def _nodes(self, n: int, folder: Path, stack: AsyncExitStack) -> list[RunningNode]:
         """The first is where the others meet."""
@@ -177,9 +193,13 @@ async def _rank(part: Part, environment: dict[str, str]) -> AsyncIterator[asynci
     """A training process, ended at the exit."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "scripts.bench.ranks_child", json.dumps(asdict(part))),
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, cwd=ROOT, env=os.environ | environment,
-        start_new_session=True, preexec_fn=_die_with_parent,
-    )  # fmt: skip
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        cwd=ROOT,
+        env=os.environ | environment,
+        start_new_session=True,
+        preexec_fn=_die_with_parent,
+    )
     try:
         yield process
     finally:
@@ -220,9 +240,10 @@ async def publish(s3: S3Server, work: Path, mib: int, shards: int) -> Data:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "node", "publish", str(folder), "--name", NAME, "--only-origin", "--json"),
         *("--origin", f"s3://{s3.bucket}/{NAME}", "--s3-endpoint", s3.endpoint, "--data-dir", str(work / "publisher")),
-        stdout=asyncio.subprocess.DEVNULL, cwd=ROOT,
+        stdout=asyncio.subprocess.DEVNULL,
+        cwd=ROOT,
         env=os.environ | {"AWS_ACCESS_KEY_ID": s3.access_key, "AWS_SECRET_ACCESS_KEY": s3.secret_key},
-    )  # fmt: skip
+    )
     if await process.wait():
         sys.exit("publishing the data set to the origin failed")
     shutil.rmtree(folder)

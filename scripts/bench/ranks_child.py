@@ -67,10 +67,12 @@ def read(part: Part) -> dict[str, Any]:
     source = open_source(part.where, part.dataset, folder=part.folder)
     local_rank = part.rank if part.local_world > 1 else 0
     data = StreamingShardDataset(
-        source, batch_size=BATCH_SIZE, ranks=Ranks(part.rank, part.world, local_rank, part.local_world),
+        source,
+        batch_size=BATCH_SIZE,
+        ranks=Ranks(part.rank, part.world, local_rank, part.local_world),
         ordering=Ordering(lanes=part.lanes, block_rows=part.shard_rows, window=part.shard_rows),
         buffering=Buffering(buffer_size=3, max_buffer=6),
-    )  # fmt: skip
+    )
     steps = -(-data.order().batches // part.world)
     ids, status, first_s, met = [], None, 0.0, 0
     for batch in data:

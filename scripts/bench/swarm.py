@@ -132,10 +132,19 @@ async def run_aria2c(path: Path, torrent: Path, n: int, work: Path) -> Outcome:
     site = web.TCPSite(runner, HOST, 0)
     await site.start()
     common = [
-        "aria2c", "--quiet", "--no-conf", "--enable-dht=false", "--enable-dht6=false", "--bt-enable-lpd=false",
-        "--disable-ipv6=true", "--file-allocation=none", "--follow-torrent=mem", "--bt-max-peers=0",
-        "--bt-tracker-interval=1", f"--bt-tracker=http://{HOST}:{runner.addresses[0][1]}/announce",
-    ]  # fmt: skip
+        "aria2c",
+        "--quiet",
+        "--no-conf",
+        "--enable-dht=false",
+        "--enable-dht6=false",
+        "--bt-enable-lpd=false",
+        "--disable-ipv6=true",
+        "--file-allocation=none",
+        "--follow-torrent=mem",
+        "--bt-max-peers=0",
+        "--bt-tracker-interval=1",
+        f"--bt-tracker=http://{HOST}:{runner.addresses[0][1]}/announce",
+    ]
     seed = None
     fetchers: list[asyncio.subprocess.Process] = []
     try:

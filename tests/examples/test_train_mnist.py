@@ -66,8 +66,11 @@ class Program:
                 *("--data", str(self._files), "--work", str(self.work), "--key", str(self._folder / "key")),
                 *("--epochs", str(EPOCHS), "--batch-size", str(BATCH), "--checkpoint-every", str(EVERY), *more),
             ],
-            env=self._env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            env=self._env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def to_the_end(self, run: str, *more: str) -> dict[str, Any]:
         out, err, code = self.ended(self.start(run, *more))

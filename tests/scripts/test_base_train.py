@@ -183,9 +183,10 @@ async def test_shards_come_straight_from_s3(tmp_path: Path) -> None:
         assert losses(events)[4] < losses(events)[0]
         assert next(event for event in events if event["event"] == "streaming")["bytes_by_source"]["origin"] > 0
         there = {
-            "AKAVE_O3_ACCESS_KEY": s3.access_key, "AKAVE_O3_SECRET_KEY": s3.secret_key,
+            "AKAVE_O3_ACCESS_KEY": s3.access_key,
+            "AKAVE_O3_SECRET_KEY": s3.secret_key,
             "SHOAL_O3_ENDPOINT": s3.endpoint,
-        }  # fmt: skip
+        }
         url = f"o3://{s3.bucket}/text"
         again, done = await asyncio.to_thread(started, *flags, f"--source={url}", environment=there)
         assert done.returncode == 0, done.stderr

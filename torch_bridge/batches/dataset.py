@@ -11,18 +11,20 @@ from typing import Any, Literal
 from torch.utils.data import IterableDataset, get_worker_info
 
 from protocol.errors import InvalidParamsError
+from torch_bridge.batches.consumer_epoch import ConsumerEpoch, Decode
 from torch_bridge.batches.folder import ConsumerFolder
+from torch_bridge.batches.journal import ConsumerJournal, Done, lowest_epoch, positions, read_state, state_of
 from torch_bridge.batches.metadata import Metadata, MetadataOf
 from torch_bridge.batches.plan import RemoteFile
-from torch_bridge.batches.progress import Done, Progress, lowest_epoch, positions, read_state, state_of
-from torch_bridge.batches.session import Decode, Session
-from torch_bridge.batches.settings import BatchSettings, byte_count, consumer_of
-from torch_bridge.batches.sources.factory import FileSource, OriginFiles
+from torch_bridge.batches.report import TimeReport, time_report
+from torch_bridge.batches.settings import BatchSettings, consumer_of
 from torch_bridge.batches.sources.hub import HubFiles
-from torch_bridge.batches.timing import Timing, timing
+from torch_bridge.batches.sources.interface import FileSource
+from torch_bridge.batches.sources.origin import OriginFiles
 from torch_bridge.core.client import O3Client
-from torch_bridge.core.closing import Held
+from torch_bridge.core.closing import ClosingStack
 from torch_bridge.core.ranks import Ranks
+from torch_bridge.core.sizes import byte_count
 from torch_bridge.core.store import Store
 
 _log = logging.getLogger(__name__)
@@ -77,7 +79,7 @@ class StreamingBatchDataset(IterableDataset[Any]):
         """`source`: a URL, reached by `client`; a Store; or OriginFiles, HubFiles, ArchiveFiles, SwarmFiles.
         `cache_dir` belongs to this data set on this machine. Nothing is asked for before the first sample.
 
-        Raises InvalidParamsError for settings that make no sense.
+        Raises InvalidParamsError for a setting out of its range.
         """
         super().__init__()
         if isinstance(source, str):
@@ -85,16 +87,22 @@ class StreamingBatchDataset(IterableDataset[Any]):
         self.source: FileSource = _files_of(source) if isinstance(source, Store) else source
         self.folder = Path(cache_dir)
         self.settings = BatchSettings(
-            cache_size=cache_size, max_bytes=byte_count(max_bytes), epochs_per_subset=epochs_per_subset, seed=seed,
-            shuffle=shuffle, samples_ahead=samples_ahead, concurrency=concurrency, on_missing=on_missing,
+            cache_size=cache_size,
+            max_bytes=byte_count(max_bytes),
+            epochs_per_subset=epochs_per_subset,
+            seed=seed,
+            shuffle=shuffle,
+            samples_ahead=samples_ahead,
+            concurrency=concurrency,
+            on_missing=on_missing,
             keep_free_bytes=byte_count(keep_free_bytes),
-        )  # fmt: skip
+        )
         self._metadata = MetadataOf(metadata, metadata_column)
         self._decode = decode
         self._ranks = ranks or Ranks.found()
         self._epoch: int | None = None
         self._given: tuple[int, Done] | None = None
-        self._session: Session | None = None
+        self._session: ConsumerEpoch | None = None
         self._running: tuple[int, Generator[Any, None, None]] | None = None
 
     @property
@@ -133,9 +141,9 @@ class StreamingBatchDataset(IterableDataset[Any]):
         self._given = read_state(state, self.settings.seed)
         self._session = None
 
-    def report(self) -> Timing:
+    def report(self) -> TimeReport:
         """Where the time of this machine's consumers went, and which of the two limits. Of all runs in this folder."""
-        return timing([one.spent for one in positions(self.folder)], self.settings.epochs_per_subset)
+        return time_report([one.spent for one in positions(self.folder)], self.settings.epochs_per_subset)
 
     def _samples(self) -> Generator[Any, None, None]:
         worker = get_worker_info() is not None
@@ -147,25 +155,33 @@ class StreamingBatchDataset(IterableDataset[Any]):
             )
         used_for: dict[str, str | int] = {"source": self.source.name, "seed": self.settings.seed}
         folder = ConsumerFolder(self.folder, consumer_of(self._ranks), used_for)
-        with Held() as held:
+        with ClosingStack() as held:
             held.enter_context(folder.held())
-            progress = Progress(folder)
+            progress = ConsumerJournal(folder)
             unfinished = progress.first_epoch()
             given, self._given = self._given, None
             epoch = given[0] if given else unfinished if self._epoch is None else self._epoch
             if given is None and epoch < unfinished:
                 _log.warning(
                     "%s: epoch %d is finished, as %s says; the next is %d: an empty cache_dir begins anew",
-                    self.source.name, epoch, folder.home / "progress.json", unfinished,
-                )  # fmt: skip
+                    self.source.name,
+                    epoch,
+                    folder.home / "progress.json",
+                    unfinished,
+                )
                 return
             with folder.common_lock():
                 self._metadata.load(self.source, folder.notes)
             files = progress.listing(epoch, lambda: self._listed(folder.notes))
-            self._session = Session(
-                self.source, folder, self.settings, epoch, files, given[1] if given else progress.done(epoch),
+            self._session = ConsumerEpoch(
+                self.source,
+                folder,
+                self.settings,
+                epoch,
+                files,
+                given[1] if given else progress.done(epoch),
                 paths_leave=leave,
-            )  # fmt: skip
+            )
             yield from self._session.samples(held, self._decode, self._metadata)
 
     def _listed(self, notes: Path) -> list[RemoteFile]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from protocol.errors import InvalidParamsError
 from torch_bridge.batches.plan import RemoteFile
-from torch_bridge.batches.sources.factory import FileSource
+from torch_bridge.batches.sources.interface import FileSource
 
 NAME_COLUMNS = ("file_name", "filename", "file", "key", "path", "name", "id")
 """Where a record says which file it is of, the first that is there."""

@@ -27,7 +27,7 @@ class RemoteFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class FileBatch:
     """Files that are on the disk together."""
 
     number: int
@@ -77,13 +77,13 @@ def part_of(total: int, consumer: Consumer) -> int:
     return whole + (consumer.local_index < left)
 
 
-def plan_batches(files: Iterable[RemoteFile], cache_size: int, max_bytes: int) -> list[Batch]:
+def plan_batches(files: Iterable[RemoteFile], cache_size: int, max_bytes: int) -> list[FileBatch]:
     """Batches of at most `cache_size` files, in the order given. One ends early where it would pass half of
     `max_bytes`: two fit. A file above the half is a batch of its own, beside which no other is here but what fits.
 
     Raises InvalidParamsError for a file above `max_bytes`: it can never be here.
     """
-    batches: list[Batch] = []
+    batches: list[FileBatch] = []
     current: list[RemoteFile] = []
     size = 0
     for file in files:
@@ -93,12 +93,12 @@ def plan_batches(files: Iterable[RemoteFile], cache_size: int, max_bytes: int) -
                 "consumers of this machine): raise max_bytes, use fewer workers, or leave the file out"
             )
         if current and (len(current) == cache_size or size + file.size > max_bytes // 2):
-            batches.append(Batch(len(batches), tuple(current)))
+            batches.append(FileBatch(len(batches), tuple(current)))
             current, size = [], 0
         current.append(file)
         size += file.size
     if current:
-        batches.append(Batch(len(batches), tuple(current)))
+        batches.append(FileBatch(len(batches), tuple(current)))
     return batches
 
 

@@ -11,8 +11,6 @@ from protocol.errors import InvalidParamsError
 from torch_bridge.batches.plan import Consumer
 from torch_bridge.core.ranks import Ranks
 
-_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
-
 
 def consumer_of(ranks: Ranks) -> Consumer:
     """This process: a DataLoader's worker, or the training process itself."""
@@ -28,7 +26,7 @@ def consumer_of(ranks: Ranks) -> Consumer:
 
 @dataclass(frozen=True, slots=True)
 class BatchSettings:
-    """Raises InvalidParamsError for what makes no sense."""
+    """Raises InvalidParamsError for a value out of its range."""
 
     cache_size: int
     """Files of a batch, of all consumers of this machine together."""
@@ -51,20 +49,8 @@ class BatchSettings:
         positive = self.cache_size, self.max_bytes, self.epochs_per_subset, self.concurrency
         if min(positive) < 1 or min(self.samples_ahead, self.keep_free_bytes) < 0:
             raise InvalidParamsError(
-                f"{self} makes no sense: cache_size, max_bytes, epochs_per_subset and concurrency are 1 or more, "
-                "samples_ahead and keep_free_bytes 0 or more"
+                f"{self}: cache_size, max_bytes, epochs_per_subset and concurrency must be 1 or more, samples_ahead "
+                "and keep_free_bytes 0 or more"
             )
         if self.on_missing not in ("error", "skip"):
             raise InvalidParamsError(f"on_missing is 'error' or 'skip', not {self.on_missing!r}")
-
-
-def byte_count(text: int | str) -> int:
-    """10_000_000, "10gb" (powers of 1000), "10GiB" (of 1024). Raises InvalidParamsError for other text."""
-    if isinstance(text, int):
-        return text
-    cleaned = text.strip().lower().replace(" ", "")
-    number = cleaned.rstrip("kmgtib")
-    try:
-        return int(float(number) * (_UNITS[cleaned[len(number) :]] if cleaned != number else 1))
-    except (KeyError, ValueError):
-        raise InvalidParamsError(f"{text!r} is no number of bytes: write 10000000, '10gb' or '10GiB'") from None

@@ -20,7 +20,7 @@ from protocol.errors import InvalidManifestError, InvalidParamsError
 from protocol.ids import ContentId, NodeId
 from protocol.manifest import SignedManifest, manifest_from_wire
 from protocol.signing import SigningKey, is_signed_by
-from torch_bridge.checkpoints.tree import Json
+from torch_bridge.checkpoints.state import Json
 
 COMMITS = "commits/"
 MAX_COMMIT_BYTES = 64 * 1024 * 1024

@@ -22,10 +22,9 @@ from protocol.signing import SigningKey
 from protocol.sync_client import SyncClient
 from torch_bridge.checkpoints.commit import Commit, checked_place, checked_run_id
 from torch_bridge.checkpoints.parts import Part
-from torch_bridge.checkpoints.restoring import DAMAGE, CheckpointNotFoundError, commits, missing_part, read_state
-from torch_bridge.checkpoints.rng import rng_state, set_rng_state
-from torch_bridge.checkpoints.saving import Snapshot, parts_of, take_snapshot, upload, write_files
-from torch_bridge.checkpoints.scratch import own_folder
+from torch_bridge.checkpoints.restore import DAMAGE, CheckpointNotFoundError, commits, missing_part, read_state
+from torch_bridge.checkpoints.state import rng_state, set_rng_state
+from torch_bridge.checkpoints.upload import Snapshot, own_folder, parts_of, take_snapshot, upload, write_files
 from torch_bridge.core.client import O3Client
 from torch_bridge.core.store import Store
 
@@ -256,9 +255,7 @@ class O3CheckpointManager:
                 failed.append((commit.key, str(err)))
                 continue
             extra = state.pop("extra", None)
-            return Checkpoint(
-                run_id, commit.epoch, commit.step, extra, state, commit.key, commit.digest, tuple(failed)
-            )  # fmt: skip
+            return Checkpoint(run_id, commit.epoch, commit.step, extra, state, commit.key, commit.digest, tuple(failed))
         which = "no checkpoint" if epoch is None else f"no checkpoint of epoch {epoch}"
         damaged = "".join(f"; {key} is damaged: {why}" for key, why in failed)
         raise CheckpointNotFoundError(

@@ -8,9 +8,12 @@ the bytes piece by piece; what is read goes through safetensors' reader, which c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import msgspec
 import torch
@@ -24,11 +27,22 @@ PART_BYTES = 64 * 1024 * 1024
 _HASHED_AT_ONCE = 1 << 20
 """Small enough for a processor's cache: the hasher copies what does not begin at a leaf."""
 DTYPES: dict[torch.dtype, str] = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.complex64: "C64",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e5m2: "F8_E5M2", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+}
 """What can be kept, and safetensors' name for it: what its reader for torch knows."""
 
 
@@ -101,8 +115,10 @@ def laid_out(tensors: Mapping[str, torch.Tensor]) -> Part:
             raise ValueError(f"{name!r} is of {tensor.dtype}, which safetensors does not give back to torch")
         memory = memoryview(_bytes_of(tensor).numpy().data)
         header[name] = {
-            "dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + len(memory)],
-        }  # fmt: skip
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + len(memory)],
+        }
         pieces.append(memory)
         at += len(memory)
     said = msgspec.json.encode(header)
@@ -135,3 +151,26 @@ def content_id_of(body: bytes) -> ContentId:
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """Its memory, one-dimensional; a lazily negated or conjugated one is made as it reads."""
     return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+
+
+T = TypeVar("T")
+K = TypeVar("K")
+IN_FLIGHT = 4
+"""Items in memory and on their way at a time, of each rank."""
+
+
+def in_order(pool: ThreadPoolExecutor, work: Callable[[K], T], items: Iterable[K], ahead: int) -> Iterator[tuple[K, T]]:
+    """Each item with what `work` gives for it, in order, at most `ahead` of them begun and not taken."""
+    waiting: deque[tuple[K, Future[T]]] = deque()
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(work, item)))
+            if len(waiting) >= ahead:
+                first, result = waiting.popleft()
+                yield first, result.result()
+        while waiting:
+            first, result = waiting.popleft()
+            yield first, result.result()
+    finally:
+        for _, result in waiting:
+            result.cancel()

@@ -15,7 +15,7 @@ from node.origin.core.credentials import Secret
 from node.origin.settings import Backend, OriginSettings
 from node.origin.url import OriginUrl
 from protocol.errors import InvalidParamsError
-from torch_bridge.core.location import Place, with_secrets
+from torch_bridge.core.location import StoreLocation, with_secrets
 from torch_bridge.core.loop_thread import loop_thread
 from torch_bridge.core.retry import RetryPolicy
 from torch_bridge.core.store import Store
@@ -81,7 +81,7 @@ class O3Client:
         """Any origin: o3://, akave://, s3://, https://, hf://, file://. Raises InvalidParamsError for another URL."""
         known = str(OriginUrl.parse(url))
         if known not in self._stores:
-            self._stores.setdefault(known, Store(Place(known, self.settings, self.retry)))
+            self._stores.setdefault(known, Store(StoreLocation(known, self.settings, self.retry)))
         return self._stores[known]
 
     def create_bucket(self, name: str) -> bool:

@@ -10,19 +10,18 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
 
-from torch_bridge.core.loop_thread import loop_thread
-from torch_bridge.core.waiting import may_wait
+from torch_bridge.core.loop_thread import loop_thread, may_wait
 
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.02
 
 
-class Held(ExitStack):
+class ClosingStack(ExitStack):
     """Lets go of what was entered, last first, at the end of its block: there, or where that thread must not wait
     (`may_wait`), on a thread of its own soon after. Not in a forked child, whose it is not, nor at the interpreter's
     end, which takes locks along.
 
-    For generators: `with Held() as held: held.enter_context(lock); held.callback(threads.close); yield ...`
+    For generators: `with ClosingStack() as held: held.enter_context(lock); held.callback(threads.close); yield ...`
     """
 
     def __init__(self, *closings: Callable[[], object]) -> None:
@@ -61,8 +60,8 @@ def wait_for_others(limit_s: float) -> None:
         time.sleep(_LOOK_S)
 
 
-_held: set[Held] = set()
+_held: set[ClosingStack] = set()
 """What has not ended. The collector, which ends the parts of a thing in any order, finds none of it here."""
-_leaving: set[Held] = set()
+_leaving: set[ClosingStack] = set()
 """Of these, what is letting go on a thread of its own."""
 os.register_at_fork(after_in_child=_leaving.clear)

@@ -60,7 +60,7 @@ def with_secrets(settings: OriginSettings, scheme: str) -> OriginSettings:
     return found
 
 
-class Place:
+class StoreLocation:
     """One for all threads of a process. It travels to other processes by fork and by pickle, without its secrets."""
 
     def __init__(self, url: str, settings: OriginSettings, retry: RetryPolicy) -> None:
@@ -68,7 +68,7 @@ class Place:
         self.settings = replace(settings, retry_total_s=0.0)  # one layer of retries: ours
         self.retry = retry
         self._opened: ObjectStore | None = None
-        self._collected: weakref.finalize[..., Place] | None = None
+        self._collected: weakref.finalize[..., StoreLocation] | None = None
 
     def store(self) -> ObjectStore:
         """This process's store, for use on its loop thread."""
@@ -181,7 +181,7 @@ class Place:
         self.__dict__.update(state, _opened=None, _collected=None)
 
 
-_places: weakref.WeakSet[Place] = weakref.WeakSet()
+_places: weakref.WeakSet[StoreLocation] = weakref.WeakSet()
 _open: list[ObjectStore] = []
 """This process's, until they are closed."""
 

@@ -2,6 +2,10 @@
 
 A forked child gets one of its own. What it inherited is never touched there: an asyncio transport that is collected in
 the child would close, and over TLS say so, on the connection of its parent.
+
+`may_wait` says whether a thread may wait for another one. What the garbage collector ends is ended on whatever thread
+it runs, in the middle of whatever that thread does: it may hold locks that others need, and it may be the very thread
+that is waited for.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import functools
+import gc
 import os
 import selectors
 import sys
@@ -18,7 +23,6 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from node.origin.core.fork_guard import no_fork
-from torch_bridge.core.waiting import ServingThread, is_collecting
 
 T = TypeVar("T")
 _QUEUED_ITEMS = 16
@@ -182,3 +186,37 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+class ServingThread(threading.Thread):
+    """A daemon that others wait for: what ends on it waits for nobody."""
+
+    def __init__(self, target: Callable[[], object], name: str) -> None:
+        super().__init__(target=target, name=name, daemon=True)
+
+
+_collecting: set[int] = set()
+"""Threads in whose midst the garbage collector runs."""
+
+
+def is_collecting() -> bool:
+    """Whether this is called by what the collector ends."""
+    return threading.get_ident() in _collecting
+
+
+def may_wait() -> bool:
+    """Whether it may be waited here for any other thread."""
+    return not is_collecting() and not isinstance(threading.current_thread(), ServingThread)
+
+
+def _note(
+    phase: str, _: object, here: Callable[[], int] = threading.get_ident, threads: set[int] = _collecting
+) -> None:  # all of it at hand: the interpreter's end takes a module's names away, and collects on
+    if phase == "start":
+        threads.add(here())
+    else:
+        threads.discard(here())
+
+
+gc.callbacks.append(_note)
+os.register_at_fork(after_in_child=_collecting.clear)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from node.origin.interface import ObjectInfo, ObjectStore, OnBytes
-from torch_bridge.core.location import Place
+from torch_bridge.core.location import StoreLocation
 from torch_bridge.core.loop_thread import loop_thread
 from torch_bridge.core.retry import RetryPolicy
 
-__all__ = ["AsyncStore", "Place", "RetryPolicy", "Store"]
+__all__ = ["AsyncStore", "RetryPolicy", "Store", "StoreLocation"]
 
 T = TypeVar("T")
 
@@ -26,12 +26,12 @@ class Store:
     DataLoader workers, forked or spawned. `aio` has the same calls for async code, usable from any event loop.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: StoreLocation) -> None:
         self._place = place
         self.aio = AsyncStore(place)
 
     @property
-    def place(self) -> Place:
+    def place(self) -> StoreLocation:
         """Its settings and retries, for who reaches the same place by other means."""
         return self._place
 
@@ -102,7 +102,7 @@ class Store:
 class AsyncStore:
     """As `Store`, for async code: the same calls, awaited; `stream` is an async iterator."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: StoreLocation) -> None:
         self._place = place
 
     async def head(self, key: str) -> ObjectInfo:

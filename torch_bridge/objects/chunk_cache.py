@@ -13,14 +13,13 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch_bridge.objects.chunk_file import HEADER_BYTES, OpenChunk, open_chunk, write_chunk
-from torch_bridge.objects.lru import Kept, cost_of, evicted
 
 OPEN_CHUNKS = 256
 """Kept open for each thread."""
@@ -32,7 +31,7 @@ _claims: set[int] = set()
 
 
 @dataclass
-class Claim:
+class ChunkClaim:
     """The right to fetch a chunk, and room for it; `fd` is None where there is no room, or no folder to write to."""
 
     name: str
@@ -100,11 +99,11 @@ class ChunkCache:
         for key in [key for key, chunk in files.items() if chunk.evicted]:
             files.pop(key)
 
-    def claim(self, wanted: Mapping[str, int]) -> list[Claim]:
+    def claim(self, wanted: Mapping[str, int]) -> list[ChunkClaim]:
         """Of chunks by name and length, those that this caller is to fetch now: neither here nor being fetched. Each
         is given back by `publish` or `abandon`.
         """
-        claims: list[Claim] = []
+        claims: list[ChunkClaim] = []
         with self._guarded(), self._locked() as lock:
             for name, length in wanted.items():
                 if (self.folder / name).exists():
@@ -117,19 +116,19 @@ class ChunkCache:
                     self._remove(lock, f"{name}.part", cost_of(HEADER_BYTES + length))
                 cost = cost_of(HEADER_BYTES + length)
                 if not self._reserve(lock, cost):
-                    claims.append(Claim(name, length, None))
+                    claims.append(ChunkClaim(name, length, None))
                     continue
                 fd = os.open(self.folder / f"{name}.part", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
                 _claims.add(fd)
-                claims.append(Claim(name, length, fd))
+                claims.append(ChunkClaim(name, length, fd))
                 fcntl.flock(fd, fcntl.LOCK_EX)
                 os.ftruncate(fd, HEADER_BYTES + length)
             return claims
         # No folder to write to: everything that has no claim yet is read without one.
         known = {claim.name for claim in claims}
-        return claims + [Claim(name, length, None) for name, length in wanted.items() if name not in known]
+        return claims + [ChunkClaim(name, length, None) for name, length in wanted.items() if name not in known]
 
-    def publish(self, claim: Claim, data: bytes) -> None:
+    def publish(self, claim: ChunkClaim, data: bytes) -> None:
         """Keep a fetched chunk. Where the disk does not take it, it is not kept, and one warning says so."""
         if claim.fd is None:
             return
@@ -140,7 +139,7 @@ class ChunkCache:
                 self._release(claim)
         self.abandon(claim)
 
-    def abandon(self, claim: Claim) -> None:
+    def abandon(self, claim: ChunkClaim) -> None:
         """Give a claim back; nothing happens where that was done."""
         if claim.fd is None:
             return
@@ -178,7 +177,7 @@ class ChunkCache:
                 continue
             stat = entry.stat()
             if not entry.name.endswith(".part"):
-                kept.append(Kept(stat.st_mtime_ns, cost_of(stat.st_size), entry.name))
+                kept.append(CachedChunk(stat.st_mtime_ns, cost_of(stat.st_size), entry.name))
                 continue
             fd = os.open(entry.path, os.O_RDWR | os.O_CLOEXEC)
             if _free(fd):
@@ -250,7 +249,7 @@ class ChunkCache:
             return os.open(self.folder / f"{name}.part", os.O_RDWR | os.O_CLOEXEC)
         return None
 
-    def _release(self, claim: Claim) -> None:
+    def _release(self, claim: ChunkClaim) -> None:
         if claim.fd is not None:
             fcntl.flock(claim.fd, fcntl.LOCK_UN)
             _claims.discard(claim.fd)
@@ -297,3 +296,45 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+BLOCK_BYTES = 4096
+"""File systems give whole blocks."""
+SLACK = 20
+"""Room for one part in so many is made beyond what is needed: the next few chunks then need no look at the folder."""
+
+
+class CachedChunk(NamedTuple):
+    """A chunk's file."""
+
+    used_ns: int
+    """When it was last read, within the time between two touches."""
+    cost: int
+    name: str
+
+
+def cost_of(file_bytes: int) -> int:
+    """Bytes that a file takes on the disk."""
+    return -(-file_bytes // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def evicted(
+    kept: Iterable[CachedChunk], pinned_bytes: int, need_bytes: int, limit_bytes: int
+) -> list[CachedChunk] | None:
+    """The chunks to delete, those longest unread first, so that `need_bytes` fit beside the others and what is pinned
+    (being written); None where even all of them would not do, and none should go. None go where there is room.
+    """
+    files = sorted(kept)
+    total = pinned_bytes + sum(one.cost for one in files)
+    if total + need_bytes <= limit_bytes:
+        return []
+    if pinned_bytes + need_bytes > limit_bytes:
+        return None
+    goal = max(limit_bytes - limit_bytes // SLACK, pinned_bytes + need_bytes)
+    going: list[CachedChunk] = []
+    for one in files:
+        if total + need_bytes <= goal:
+            break
+        going.append(one)
+        total -= one.cost
+    return going

@@ -14,12 +14,12 @@ from torch.utils.data import Dataset
 
 from protocol.errors import InvalidParamsError
 from torch_bridge.core.client import O3Client
+from torch_bridge.core.sizes import byte_count
 from torch_bridge.objects.chunk_cache import ChunkCache
-from torch_bridge.objects.formats import Format, Place, RecordFormat, WholeObjects
+from torch_bridge.objects.formats import RecordFormat, SampleFormat, SampleIndex, WholeObjects
 from torch_bridge.objects.listing import read_listing
 from torch_bridge.objects.parquet import ParquetFormat
-from torch_bridge.objects.ranges import size_of
-from torch_bridge.objects.reading import RangeReader, Stats
+from torch_bridge.objects.range_reader import RangeReader, Stats
 
 __all__ = ["O3Dataset", "ParquetFormat", "RecordFormat", "Stats", "WholeObjects"]
 
@@ -47,7 +47,7 @@ class O3Dataset(Dataset[Any]):
         cache_limit: str | int = "10gb",
         chunk_bytes: int = 1 << 20,
         request_bytes: int = 8 << 20,
-        format: Format | None = None,  # noqa: A002 - the word that users look for
+        format: SampleFormat | None = None,  # noqa: A002 - the word that users look for
         decode: Callable[[Any], Any] | None = None,
         match: str | None = None,
         listing_ttl_s: float = 3600.0,
@@ -59,7 +59,7 @@ class O3Dataset(Dataset[Any]):
         come. Where samples are read one after the other, up to `read_ahead` of an object is fetched in the background;
         0, and a cache of less than four times that: nothing.
         """
-        limit_bytes, ahead_bytes = size_of(cache_limit), size_of(read_ahead)
+        limit_bytes, ahead_bytes = byte_count(cache_limit), byte_count(read_ahead)
         if concurrency < 1 or chunk_bytes < 4096 or min(limit_bytes, ahead_bytes) < 0:
             raise InvalidParamsError(
                 f"concurrency={concurrency}, chunk_bytes={chunk_bytes}, cache_limit={cache_limit}, "
@@ -103,9 +103,9 @@ class O3Dataset(Dataset[Any]):
         """What this process read; workers count for themselves."""
         return self._reader.stats()
 
-    def _place(self, index: int) -> Place:
+    def _place(self, index: int) -> SampleIndex:
         at = index + len(self) if index < 0 else index
         if not 0 <= at < len(self):
             raise IndexError(f"sample {index} was asked for, and the data set has {len(self)}")
         item = bisect_right(self._ends, at)
-        return Place(item, at - (self._ends[item - 1] if item else 0))
+        return SampleIndex(item, at - (self._ends[item - 1] if item else 0))

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from protocol.errors import InvalidParamsError, InvalidShardError
-from torch_bridge.objects.listing import Listed
-from torch_bridge.objects.reading import RangeReader, Wanted
+from torch_bridge.objects.listing import ListedObject
+from torch_bridge.objects.range_reader import ObjectRange, RangeReader
 
 Decode = Callable[[Any], Any]
 """What the user makes of a sample."""
 
 
-class Place(NamedTuple):
+class SampleIndex(NamedTuple):
     """A sample: the object, by its number in the listing, and the sample's number in it."""
 
     item: int
@@ -28,17 +28,17 @@ class Samples(Protocol):
     def counts(self) -> Sequence[int]:
         """Of each object."""
 
-    def read(self, reader: RangeReader, places: Sequence[Place], decode: Decode | None) -> list[Any]:
+    def read(self, reader: RangeReader, places: Sequence[SampleIndex], decode: Decode | None) -> list[Any]:
         """The samples, or what `decode` makes of each, in the order asked for."""
 
 
-class Format(Protocol):
+class SampleFormat(Protocol):
     """How objects are cut into samples."""
 
     pattern: str
     """Keys (fnmatch) of the objects that have this format."""
 
-    def open(self, objects: Sequence[Listed], reader: RangeReader) -> Samples:
+    def open(self, objects: Sequence[ListedObject], reader: RangeReader) -> Samples:
         """Read what must be known of the objects. Raises InvalidShardError for one that is not of this format."""
 
 
@@ -48,7 +48,7 @@ class WholeObjects:
 
     pattern: str = "*"
 
-    def open(self, objects: Sequence[Listed], reader: RangeReader) -> Samples:
+    def open(self, objects: Sequence[ListedObject], reader: RangeReader) -> Samples:
         return _Records(objects, [1] * len(objects), 0, 0)
 
 
@@ -64,7 +64,7 @@ class RecordFormat:
         if self.record_bytes < 1 or self.header_bytes < 0:
             raise InvalidParamsError(f"{self} makes no sense: a record has 1 byte or more, a header 0 or more")
 
-    def open(self, objects: Sequence[Listed], reader: RangeReader) -> Samples:
+    def open(self, objects: Sequence[ListedObject], reader: RangeReader) -> Samples:
         counts = []
         for item in objects:
             count, rest = divmod(item.size - self.header_bytes, self.record_bytes)
@@ -79,16 +79,16 @@ class RecordFormat:
 
 @dataclass(frozen=True)
 class _Records:
-    objects: Sequence[Listed]
+    objects: Sequence[ListedObject]
     counts: Sequence[int]
     header_bytes: int
     record_bytes: int
     """0: all of the object."""
 
-    def read(self, reader: RangeReader, places: Sequence[Place], decode: Decode | None) -> list[Any]:
+    def read(self, reader: RangeReader, places: Sequence[SampleIndex], decode: Decode | None) -> list[Any]:
         wanted = []
         for item, sample in places:
             start = self.header_bytes + sample * self.record_bytes
             end = start + self.record_bytes if self.record_bytes else self.objects[item].size
-            wanted.append(Wanted(self.objects[item], start, end))
+            wanted.append(ObjectRange(self.objects[item], start, end))
         return reader.read(wanted, decode)

@@ -18,7 +18,7 @@ from torch_bridge.core.store import Store
 _log = logging.getLogger(__name__)
 
 
-class Listed(msgspec.Struct, frozen=True, array_like=True):
+class ListedObject(msgspec.Struct, frozen=True, array_like=True):
     """One object, as it was listed."""
 
     key: str
@@ -35,9 +35,9 @@ class Listing(msgspec.Struct, frozen=True):
     """Seconds since 1970."""
     validator: str
     """SHA-256 over keys, sizes and etags: two listings with the same one are the same."""
-    objects: tuple[Listed, ...]
+    objects: tuple[ListedObject, ...]
 
-    def matching(self, pattern: str) -> tuple[Listed, ...]:
+    def matching(self, pattern: str) -> tuple[ListedObject, ...]:
         """Those whose key fits (fnmatch), without markers of folders. Raises OriginNotFoundError where none does."""
         found = tuple(
             one for one in self.objects if not one.key.endswith("/") and fnmatchcase(one.key, pattern) and one.size
@@ -64,7 +64,7 @@ def read_listing(store: Store, folder: Path, ttl_s: float) -> Listing:
         if kept is not None and 0 <= time.time() - kept.listed_at_s < ttl_s:
             return kept
         try:
-            objects = tuple(Listed(info.key, info.size, info.etag) for info in store.list())
+            objects = tuple(ListedObject(info.key, info.size, info.etag) for info in store.list())
         except OriginUnavailableError as error:
             if kept is None:
                 raise
@@ -81,7 +81,7 @@ def read_listing(store: Store, folder: Path, ttl_s: float) -> Listing:
         os.close(lock)
 
 
-def _validator(objects: tuple[Listed, ...]) -> str:
+def _validator(objects: tuple[ListedObject, ...]) -> str:
     return hashlib.sha256(msgspec.json.encode(objects)).hexdigest()
 
 

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from protocol.errors import InvalidParamsError, InvalidShardError
-from torch_bridge.objects.formats import Decode, Place, Samples
-from torch_bridge.objects.listing import Listed
-from torch_bridge.objects.reading import RangeReader, Wanted
+from torch_bridge.objects.formats import Decode, SampleIndex, Samples
+from torch_bridge.objects.listing import ListedObject
+from torch_bridge.objects.range_reader import ObjectRange, RangeReader
 
 TAIL_BYTES = 64 << 10
 """Read of every file first: most footers are shorter."""
@@ -34,7 +34,7 @@ class ParquetFormat:
     """Decoded ones that each process keeps: for a batch of rows that are far apart it decodes as many as there are."""
     pattern: str = "*.parquet"
 
-    def open(self, objects: Sequence[Listed], reader: RangeReader) -> Samples:
+    def open(self, objects: Sequence[ListedObject], reader: RangeReader) -> Samples:
         rows = ParquetRows(self, objects)
         for at in range(0, len(objects), FILES_AT_ONCE):
             rows.count(reader, range(at, min(at + FILES_AT_ONCE, len(objects))))
@@ -44,7 +44,7 @@ class ParquetFormat:
 class ParquetRows:
     """Made by ParquetFormat.open."""
 
-    def __init__(self, form: ParquetFormat, objects: Sequence[Listed]) -> None:
+    def __init__(self, form: ParquetFormat, objects: Sequence[ListedObject]) -> None:
         self.counts: list[int] = []
         self._form = form
         self._objects = objects
@@ -55,13 +55,15 @@ class ParquetRows:
 
     def count(self, reader: RangeReader, items: Sequence[int]) -> None:
         """Read the footers of these objects, which follow those read before."""
-        tails = [Wanted(one, max(0, one.size - TAIL_BYTES), one.size) for one in (self._objects[at] for at in items)]
+        tails = [
+            ObjectRange(one, max(0, one.size - TAIL_BYTES), one.size) for one in (self._objects[at] for at in items)
+        ]
         for item, wanted, tail in zip(items, tails, reader.read(tails), strict=True):
             meta = self._footer(reader, item, [(wanted.start, tail)])
             self._ends.append(list(accumulate(meta.row_group(group).num_rows for group in range(meta.num_row_groups))))
             self.counts.append(meta.num_rows)
 
-    def read(self, reader: RangeReader, places: Sequence[Place], decode: Decode | None) -> list[Any]:
+    def read(self, reader: RangeReader, places: Sequence[SampleIndex], decode: Decode | None) -> list[Any]:
         """Rows in the order asked for, each row group decoded once."""
         groups: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
         for at, (item, row) in enumerate(places):
@@ -98,7 +100,7 @@ class ParquetRows:
             self._tables.popitem(last=False)
         return [known[group] for group in groups]
 
-    def _ranges(self, reader: RangeReader, item: int, group: int) -> list[Wanted]:
+    def _ranges(self, reader: RangeReader, item: int, group: int) -> list[ObjectRange]:
         """Of the column chunks that are asked for (parquet.thrift, ColumnMetaData)."""
         described = self._footer(reader, item).row_group(group)
         found = []
@@ -108,7 +110,7 @@ class ParquetRows:
                 start = column.data_page_offset
                 if column.has_dictionary_page and column.dictionary_page_offset:
                     start = min(start, column.dictionary_page_offset)
-                found.append(Wanted(self._objects[item], start, start + column.total_compressed_size))
+                found.append(ObjectRange(self._objects[item], start, start + column.total_compressed_size))
         return found
 
     def _footer(self, reader: RangeReader, item: int, held: Sequence[tuple[int, bytes]] = ()) -> pq.FileMetaData:
@@ -139,7 +141,7 @@ class ParquetRows:
 class ObjectFile(io.RawIOBase):
     """An object as a file that is read through the cache; `held` are parts of it that are in memory."""
 
-    def __init__(self, reader: RangeReader, item: Listed, held: Sequence[tuple[int, bytes]] = ()) -> None:
+    def __init__(self, reader: RangeReader, item: ListedObject, held: Sequence[tuple[int, bytes]] = ()) -> None:
         self._reader = reader
         self._item = item
         self._held = held
@@ -179,5 +181,5 @@ class ObjectFile(io.RawIOBase):
         for first, held in self._held:
             if first <= start and end <= first + len(held):
                 return memoryview(held)[start - first : end - first]
-        data: bytes = self._reader.read([Wanted(self._item, start, end)])[0]
+        data: bytes = self._reader.read([ObjectRange(self._item, start, end)])[0]
         return data

@@ -1,13 +1,10 @@
 """Data shards on this machine's disk: fetched a few ahead, deleted when every reader is past them.
 
-opening          one argument that says where shards come from
-source           ShardSource, which a node, an origin and a folder are
-node_source, origin_source, local_source
-                 the three of them; named_origins, ranged_file: an origin's manifest, and its bytes
-downloader       StreamingDownloader: the threads of one reader; status: what it says of itself
-window, plan, buffer, measures, failures
-                 what it decides by, without I/O
-readers, locks   the ledger of the machine's readers: what may be deleted
-disk, integrity  free and reserved space; whether a file is whole
-names            the number in a shard's file name
+downloader  StreamingDownloader: the threads of one reader
+window      no I/O: one reader's shards, which comes next, when a failed one is tried again
+status      what the downloader measures and reports; the size of its buffer
+readers     the machine's ledger of readers: which shards may be deleted
+disk_space  free and reserved disk space
+shard_file  whether a file can be the parquet file that it is named as; the number in its name
+sources     where shards come from: a node, an origin, a folder
 """

@@ -12,15 +12,14 @@ from typing import Any, Self
 from protocol import errors
 from protocol.errors import CancelledRequestError, InsufficientDiskError, InvalidParamsError, ShoalError, TimedOutError
 from protocol.manifest import ShardEntry
-from torch_bridge.core.closing import Held
-from torch_bridge.core.waiting import ServingThread
-from torch_bridge.shards.disk import FreeSpace, saying_where_full
-from torch_bridge.shards.integrity import as_published
-from torch_bridge.shards.measures import Measures
-from torch_bridge.shards.readers import Ledger
+from torch_bridge.core.closing import ClosingStack
+from torch_bridge.core.loop_thread import ServingThread
+from torch_bridge.shards.disk_space import FreeSpace, saying_where_full
+from torch_bridge.shards.readers import ReaderLedger
+from torch_bridge.shards.shard_file import as_published
 from torch_bridge.shards.sources.interface import FetchedFile, ShardSource
-from torch_bridge.shards.status import StreamingStatus
-from torch_bridge.shards.window import HEAD_START_S, Window
+from torch_bridge.shards.status import DownloadMeter, StreamingStatus
+from torch_bridge.shards.window import HEAD_START_S, ShardWindow
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +37,24 @@ class StreamingDownloader:
     """
 
     def __init__(
-        self, source: ShardSource, shards: Sequence[Shard] | None = None, *, buffer_size: int = 3, min_buffer: int = 1,
-        max_buffer: int = 16, keep_behind: int = 0, warn_free_bytes: int = 5_000_000_000,
-        stop_free_bytes: int = 1_000_000_000, run: str = "default", reader: str = "rank0-worker0",
-        expected_readers: int = 1, pinned: Sequence[Shard] = (), at_once: int = 2, retry_total_s: float = 300.0,
+        self,
+        source: ShardSource,
+        shards: Sequence[Shard] | None = None,
+        *,
+        buffer_size: int = 3,
+        min_buffer: int = 1,
+        max_buffer: int = 16,
+        keep_behind: int = 0,
+        warn_free_bytes: int = 5_000_000_000,
+        stop_free_bytes: int = 1_000_000_000,
+        run: str = "default",
+        reader: str = "rank0-worker0",
+        expected_readers: int = 1,
+        pinned: Sequence[Shard] = (),
+        at_once: int = 2,
+        retry_total_s: float = 300.0,
         disk_patience_s: float = 30.0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if not 1 <= min_buffer <= buffer_size <= max_buffer:
             raise InvalidParamsError(
                 f"buffer sizes must be 1 <= min {min_buffer} <= buffer_size {buffer_size} <= max {max_buffer}"
@@ -53,15 +64,15 @@ class StreamingDownloader:
         self._by_id = {entry.shard_id: entry for entry in self._by_name.values()}
         order = [self._entry(shard).filename for shard in (self._by_name.values() if shards is None else shards)]
         held = tuple(self._entry(shard).filename for shard in pinned)
-        self._window = Window(order, held, keep_behind, expected_readers)
-        self._measures = Measures(buffer_size, min_buffer, max_buffer)
+        self._window = ShardWindow(order, held, keep_behind, expected_readers)
+        self._measures = DownloadMeter(buffer_size, min_buffer, max_buffer)
         self._space = FreeSpace(source.folder, warn_free_bytes, stop_free_bytes)
         self._run, self._reader = run, reader
         self._at_once, self._retry_total_s, self._disk_patience_s = at_once, retry_total_s, disk_patience_s
         self._changed = threading.Condition()
         self._stopping = threading.Event()
         self._threads: list[ServingThread] = []
-        self._ledger: Ledger | None = None
+        self._ledger: ReaderLedger | None = None
         self._deleted = 0
 
     def start(self) -> None:
@@ -72,7 +83,7 @@ class StreamingDownloader:
         self._window.alone_until = time.monotonic() + HEAD_START_S
         with saying_where_full(self._source.folder):
             self._source.folder.mkdir(parents=True, exist_ok=True)
-            self._ledger = Ledger.join(self._source.folder, self._run, self._reader, self._window.reader())
+            self._ledger = ReaderLedger.join(self._source.folder, self._run, self._reader, self._window.reader())
         self._threads = [ServingThread(self._work, f"shards-{number}") for number in range(self._at_once)]
         for thread in self._threads:
             thread.start()
@@ -166,11 +177,17 @@ class StreamingDownloader:
     def status(self) -> StreamingStatus:
         with self._changed:
             return StreamingStatus(
-                tuple(self._window.here), tuple(sorted(self._window.on_the_way)),
-                self._window.errors(), len(self._window.consumed),
-                self._deleted, self._space.free_bytes(), self._measures.size, self._measures.rate_bytes_s,
-                self._measures.waits_s, dict(self._measures.moved),
-            )  # fmt: skip
+                tuple(self._window.here),
+                tuple(sorted(self._window.on_the_way)),
+                self._window.errors(),
+                len(self._window.consumed),
+                self._deleted,
+                self._space.free_bytes(),
+                self._measures.size,
+                self._measures.rate_bytes_s,
+                self._measures.waits_s,
+                dict(self._measures.moved),
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able: what this reader is past, by file name."""
@@ -186,7 +203,7 @@ class StreamingDownloader:
 
     def __enter__(self) -> Self:
         self.start()
-        self._held = Held(self.stop)
+        self._held = ClosingStack(self.stop)
         return self
 
     def __exit__(self, *_: object) -> None:

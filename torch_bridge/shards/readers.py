@@ -26,7 +26,7 @@ whose training process was killed looks for that only every 5 s, and ends what i
 """
 
 
-class Reader(msgspec.Struct, frozen=True, kw_only=True):
+class ReaderState(msgspec.Struct, frozen=True, kw_only=True):
     """What one reader says of itself."""
 
     expected: int
@@ -38,7 +38,7 @@ class Reader(msgspec.Struct, frozen=True, kw_only=True):
     """What it may read right now: fetched or on its way, kept behind, pinned."""
 
 
-def needed(runs: Mapping[str, Sequence[Reader]], registered: Mapping[str, int]) -> frozenset[str] | None:
+def needed(runs: Mapping[str, Sequence[ReaderState]], registered: Mapping[str, int]) -> frozenset[str] | None:
     """The shards that may not be deleted, from the live readers of each run; None where nothing may be.
 
     Nothing may be while a run waits for readers that have not registered. What is left of an epoch is needed by the
@@ -61,11 +61,11 @@ def deletable(candidates: Iterable[str], needs: Collection[str] | None) -> list[
     return [] if needs is None else [name for name in candidates if name not in needs]
 
 
-class Ledger:
+class ReaderLedger:
     """One reader's hand in the ledger of a folder."""
 
     def __init__(
-        self, folder: Path, run: str, reader: str, state: Reader | None = None, *, give_up_after_s: float = 600.0
+        self, folder: Path, run: str, reader: str, state: ReaderState | None = None, *, give_up_after_s: float = 600.0
     ) -> None:
         """Registers, with what it needs. `give_up_after_s`: so long readers that have not registered are waited for.
 
@@ -75,7 +75,7 @@ class Ledger:
         self._mine = self._root / quote(run, safe="") / quote(reader, safe="")
         self._lock = FileLock(self._mine.with_name(self._mine.name + ".lock"))
         self._give_up_after_s = give_up_after_s
-        self._said: Reader | None = None
+        self._said: ReaderState | None = None
         self._threads = threading.RLock()
         self._inside = 0
         self._mine.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ class Ledger:
                     raise
 
     @classmethod
-    def join(cls, folder: Path, run: str, reader: str, state: Reader) -> Ledger:
+    def join(cls, folder: Path, run: str, reader: str, state: ReaderState) -> ReaderLedger:
         """The same; one of this name that the collector has just ended, and that is letting go, is waited for."""
         try:
             return cls(folder, run, reader, state)
@@ -121,7 +121,7 @@ class Ledger:
                 finally:
                     self._inside -= 1
 
-    def write(self, state: Reader) -> None:
+    def write(self, state: ReaderState) -> None:
         """Say what this reader needs, where that is not what it said last."""
         if state == self._said:
             return
@@ -152,7 +152,7 @@ class Ledger:
                 yield f"{path.stem}."
 
     def _needed(self) -> frozenset[str] | None:
-        runs: dict[str, list[Reader]] = {}
+        runs: dict[str, list[ReaderState]] = {}
         registered: dict[str, int] = {}
         for run in self._root.iterdir():
             if not run.is_dir():
@@ -180,8 +180,8 @@ def _is_held(path: Path) -> bool:
     return False
 
 
-def _read(path: Path) -> Reader | None:
+def _read(path: Path) -> ReaderState | None:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Reader)
+        return msgspec.json.decode(path.read_bytes(), type=ReaderState)
     except (FileNotFoundError, msgspec.MsgspecError):
         return None

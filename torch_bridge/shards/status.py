@@ -1,9 +1,13 @@
-"""What a StreamingDownloader says of itself."""
+"""What a StreamingDownloader measures and reports, and the size of its buffer, which follows from that."""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from torch_bridge.shards.sources.interface import FetchedFile
 
 
 @dataclass(frozen=True)
@@ -27,3 +31,56 @@ class StreamingStatus:
     """For how long `wait_for_shard` waited, in all."""
     bytes_by_source: Mapping[str, int] = field(default_factory=dict)
     """Payload that moved: from "peers", "origin"."""
+
+
+class DownloadMeter:
+    """Not for several threads at once."""
+
+    def __init__(self, size: int, smallest: int, largest: int) -> None:
+        self.size = size
+        """Shards to keep ahead."""
+        self.rate_bytes_s = 0.0
+        self.waits_s = 0.0
+        self.moved: dict[str, int] = {}
+        """Payload bytes, by where they came from."""
+        self._bounds = smallest, largest
+        self._download_s = self._consume_s = 0.0
+        self._last_consumed_at: float | None = None
+
+    def came(self, found: FetchedFile) -> None:
+        """A shard is here."""
+        for source, moved in found.bytes_by_source.items():
+            self.moved[source] = self.moved.get(source, 0) + moved
+        if moved := sum(found.bytes_by_source.values()):
+            self._download_s = smoothed(self._download_s, found.seconds)
+            self.rate_bytes_s = smoothed(self.rate_bytes_s, moved / max(found.seconds, 1e-3))
+
+    def consumed(self) -> None:
+        """The reader is past a shard."""
+        now = time.monotonic()
+        if self._last_consumed_at is not None:
+            self._consume_s = smoothed(self._consume_s, now - self._last_consumed_at)
+            self.size = adapted_size(self.size, *self._bounds, self._download_s, self._consume_s)
+        self._last_consumed_at = now
+
+    def pause(self) -> None:
+        """What comes now (an evaluation, a new epoch) is not the time that a shard takes."""
+        self._last_consumed_at = None
+
+
+def adapted_size(now: int, smallest: int, largest: int, download_s: float, consume_s: float) -> int:
+    """The next buffer size, in shards, one step from `now`.
+
+    While one shard is consumed in `consume_s`, one is downloaded in `download_s`: to hide a download takes
+    download_s / consume_s shards, and one more for what varies. 0 s means not measured yet.
+    """
+    if download_s <= 0 or consume_s <= 0:
+        return min(max(now, smallest), largest)
+    wanted = math.ceil(min(download_s / consume_s, float(largest))) + 1
+    step = (wanted > now) - (wanted < now)
+    return min(max(now + step, smallest), largest)
+
+
+def smoothed(before: float, measured: float, weight: float = 0.3) -> float:
+    """A running mean that follows; the first measurement as it is."""
+    return measured if before <= 0 else before + weight * (measured - before)

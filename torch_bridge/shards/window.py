@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from protocol.errors import CancelledRequestError, InsufficientDiskError, ShoalError
-from torch_bridge.shards.failures import Failure
-from torch_bridge.shards.plan import next_to_fetch
-from torch_bridge.shards.readers import Reader
+from torch_bridge.shards.readers import ReaderState
 from torch_bridge.shards.sources.interface import FetchedFile
 
 HEAD_START_S = 0.5
 """So long the first shard has the line for itself: an epoch's first batch waits for it alone."""
 
 
-class Window:
+class ShardWindow:
     """Shards by their file names."""
 
     def __init__(self, order: list[str], pinned: tuple[str, ...], keep_behind: int, expected: int) -> None:
@@ -24,7 +23,7 @@ class Window:
         self.consumed: list[str] = []
         self.here: dict[str, FetchedFile] = {}
         self.on_the_way: set[str] = set()
-        self.failed: dict[str, Failure] = {}
+        self.failed: dict[str, ShardFailure] = {}
         self.wanted: list[str] = []
         """Somebody waits for these."""
         self.undeleted: list[str] = []
@@ -43,10 +42,15 @@ class Window:
         if self.on_the_way and not self.here and now_s < self.alone_until:
             return None
         return next_to_fetch(
-            self.order, pinned=self.pinned, here=self.here, on_the_way=self.on_the_way, consumed=set(self.consumed),
-            wanted=self.wanted, ahead=0 if self._wants_room() else ahead,
+            self.order,
+            pinned=self.pinned,
+            here=self.here,
+            on_the_way=self.on_the_way,
+            consumed=set(self.consumed),
+            wanted=self.wanted,
+            ahead=0 if self._wants_room() else ahead,
             not_now=[name for name, failure in self.failed.items() if failure.for_good or now_s < failure.again_at],
-        )  # fmt: skip
+        )
 
     def hand_out(self, name: str) -> FetchedFile:
         """For who waited for it: it stays until this reader is past it."""
@@ -77,11 +81,11 @@ class Window:
         else:
             self.undeleted.append(name)
 
-    def did_not_come(self, name: str, error: ShoalError, total_s: float) -> Failure | None:
+    def did_not_come(self, name: str, error: ShoalError, total_s: float) -> ShardFailure | None:
         """How it goes on; None where this reader itself stopped it."""
         if isinstance(error, CancelledRequestError):
             return None
-        self.failed[name] = failure = Failure(error, self.failed.get(name), total_s)
+        self.failed[name] = failure = ShardFailure(error, self.failed.get(name), total_s)
         if self._wants_room():
             self._give_way()
         return failure
@@ -114,11 +118,11 @@ class Window:
         self._handed.intersection_update(self.here)
         self.undeleted = list(dict.fromkeys([*self.undeleted, *left, *consumed]))
 
-    def reader(self) -> Reader:
+    def reader(self) -> ReaderState:
         """As the ledger is told."""
         past = set(self.consumed)
         behind = self.consumed[-self._keep_behind :] if self._keep_behind else []
-        return Reader(
+        return ReaderState(
             expected=self._expected,
             epoch=self.epoch,
             remaining=tuple(name for name in self.order if name not in past and name not in self._given_way),
@@ -143,3 +147,50 @@ class Window:
 
     def _is_needed(self, name: str) -> bool:
         return name in self.pinned or name in self.wanted or (name in self.order and name not in self.consumed)
+
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
+
+
+class ShardFailure:
+    """The last failure of a shard, and when it is tried again."""
+
+    def __init__(self, error: ShoalError, before: ShardFailure | None, total_s: float) -> None:
+        now = time.monotonic()
+        self.error = error
+        self.began_at: float = before.began_at if before else now
+        self.pause_s: float = min(before.pause_s * 2, _LONGEST_PAUSE_S) if before else _FIRST_PAUSE_S
+        self.again_at = now + self.pause_s
+        self.for_good = not error.retryable or now - self.began_at > total_s
+
+
+def next_to_fetch(
+    order: Sequence[str],
+    *,
+    pinned: Sequence[str],
+    here: Collection[str],
+    on_the_way: Collection[str],
+    consumed: Collection[str],
+    not_now: Collection[str],
+    wanted: Collection[str],
+    ahead: int,
+) -> str | None:
+    """A file name, or None where nothing is to be begun now.
+
+    Pinned shards come first, then what somebody waits for, then the order, as long as fewer than `ahead` shards of it
+    are here or on their way and not consumed. `not_now` failed, and is for later or for ever.
+    """
+    taken = {*here, *on_the_way, *not_now}
+    for name in (*pinned, *wanted):
+        if name not in taken:
+            return name
+    window = 0
+    for name in order:
+        if name in consumed:
+            continue
+        if window >= ahead:
+            return None
+        if name not in taken:
+            return name
+        window += name not in not_now
+    return None

@@ -13,16 +13,16 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from protocol.errors import InvalidParamsError
 from protocol.manifest import ShardEntry
-from torch_bridge.core.closing import Held
+from torch_bridge.core.closing import ClosingStack
 from torch_bridge.core.ranks import Ranks
 from torch_bridge.shards.downloader import StreamingDownloader
 from torch_bridge.shards.sources.interface import ShardSource
 from torch_bridge.shards.status import StreamingStatus
-from torch_bridge.streaming.order import EpochOrder, OrderSettings, Span, open_at_once
-from torch_bridge.streaming.position import Place, Position, Turn, continued, saved
-from torch_bridge.streaming.reading import ShardRows, start
+from torch_bridge.streaming.order import EpochOrder, OrderSettings, ShardSpan, open_at_once
+from torch_bridge.streaming.position import EpochPosition, ReaderId, ReaderPosition, continued, saved
 from torch_bridge.streaming.rows import DecodedGroups, RowReader, as_arrays
 from torch_bridge.streaming.settings import Buffering, Ordering
+from torch_bridge.streaming.shard_rows import ShardRows, start
 
 Transform = Callable[[dict[str, Any]], Any]
 
@@ -41,10 +41,19 @@ class StreamingShardDataset(IterableDataset[Any]):
     """
 
     def __init__(
-        self, source: ShardSource, *, batch_size: int, seed: int = 0, columns: Sequence[str] | None = None,
-        transform: Transform | None = None, validation_shard: str | None = None, ordering: Ordering | None = None,
-        buffering: Buffering | None = None, ranks: Ranks | None = None, run: str = "default",
-    ) -> None:  # fmt: skip
+        self,
+        source: ShardSource,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        columns: Sequence[str] | None = None,
+        transform: Transform | None = None,
+        validation_shard: str | None = None,
+        ordering: Ordering | None = None,
+        buffering: Buffering | None = None,
+        ranks: Ranks | None = None,
+        run: str = "default",
+    ) -> None:
         self._source, self._columns, self._transform = source, columns, transform
         self._settings = OrderSettings(**asdict(ordering or Ordering()), batch_size=batch_size, seed=seed)
         self._buffering = buffering or Buffering()
@@ -58,7 +67,7 @@ class StreamingShardDataset(IterableDataset[Any]):
         self._contents = {entry.filename: str(entry.content_id) for entry in self._entries}
         # In shared memory: workers that live on see set_epoch.
         self._epoch: torch.Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-        self._place: Place | None = None
+        self._place: EpochPosition | None = None
         self._loaded = False
         self._open = 0
         self._reading: StreamingDownloader | None = None
@@ -93,7 +102,7 @@ class StreamingShardDataset(IterableDataset[Any]):
         After an epoch's last batch it is that epoch's end: what is continued from it is empty, and the next epoch
         begins by `set_epoch`.
         """
-        place = self._place or Place(self.epoch)
+        place = self._place or EpochPosition(self.epoch)
         return saved(place.position, self._turn(), replace(self._settings, epoch=place.epoch), self._contents)
 
     def state_at(self, batches: int) -> dict[str, Any]:
@@ -101,9 +110,9 @@ class StreamingShardDataset(IterableDataset[Any]):
 
         For a plain DataLoader with workers, and to continue with other numbers of workers or ranks.
         """
-        place = self._place or Place(self.epoch)
-        turn, settings = Turn(self.ranks.rank, self.ranks.world_size), replace(self._settings, epoch=place.epoch)
-        return saved(Position(place.position.base, batches), turn, settings, self._contents)
+        place = self._place or EpochPosition(self.epoch)
+        turn, settings = ReaderId(self.ranks.rank, self.ranks.world_size), replace(self._settings, epoch=place.epoch)
+        return saved(ReaderPosition(place.position.base, batches), turn, settings, self._contents)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The next iteration continues there; one after it starts its epoch anew.
@@ -117,7 +126,7 @@ class StreamingShardDataset(IterableDataset[Any]):
         if turn.workers == 1 and epoch < self.epoch and position.base + turn.rank >= order.end(0, 1):
             return
         self._epoch.fill_(max(epoch, self.epoch) if get_worker_info() else epoch)
-        self._place, self._loaded = Place(epoch, position), True
+        self._place, self._loaded = EpochPosition(epoch, position), True
 
     def validation_batches(self) -> Iterator[Any]:
         """The validation shard in its own order, on every rank alike, fetched where it is not here."""
@@ -135,11 +144,11 @@ class StreamingShardDataset(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         if self._place is None or not self._loaded:
-            self._place = Place(self.epoch)
+            self._place = EpochPosition(self.epoch)
         self._loaded = False  # a state is continued once
         return self._batches(self._place, self._turn())
 
-    def _batches(self, began: Place, turn: Turn) -> Iterator[Any]:
+    def _batches(self, began: EpochPosition, turn: ReaderId) -> Iterator[Any]:
         base, own, order = began.position.base, began.position.own, self.order(began.epoch)
         numbers = order.numbers(
             base, rank=turn.rank, ranks=turn.ranks, worker=turn.worker, workers=turn.workers, skip=own
@@ -155,13 +164,13 @@ class StreamingShardDataset(IterableDataset[Any]):
         self._reading = downloader
         rows = ShardRows(self._entries, downloader, self._columns, self._buffering)
         due = sorted(spans, key=lambda span: span.last, reverse=True)
-        with Held(downloader.stop, rows.close):
+        with ClosingStack(downloader.stop, rows.close):
             try:
                 for done, batch in enumerate(order.taken(numbers), 1):
                     while due and due[-1].last < batch.number:
                         rows.leave(due.pop().shard)
                     given = self._given(rows.table(batch))
-                    self._place = Place(began.epoch, Position(base, own + done))
+                    self._place = EpochPosition(began.epoch, ReaderPosition(base, own + done))
                     yield given
                 while due:
                     rows.leave(due.pop().shard)
@@ -174,32 +183,39 @@ class StreamingShardDataset(IterableDataset[Any]):
         return self._transform(columns) if self._transform else columns
 
     def _downloader(
-        self, spans: Sequence[Span], past: Sequence[ShardEntry], epoch: int, turn: Turn
+        self, spans: Sequence[ShardSpan], past: Sequence[ShardEntry], epoch: int, turn: ReaderId
     ) -> StreamingDownloader:
         names = [self._entries[span.shard].filename for span in spans]
         left = [entry.filename for entry in self._source.on_disk(past)] if past else []  # by a run that was killed
         reading = open_at_once(spans)
         kept = self._buffering
         downloader = StreamingDownloader(
-            self._source, names, min_buffer=reading + 1, buffer_size=reading + kept.buffer_size,
-            max_buffer=reading + kept.largest_buffer, keep_behind=kept.keep_behind, run=self._run,
-            reader=_reader(turn), expected_readers=self.ranks.local_world_size * turn.workers,
-            pinned=[self._validation] if self._validation else [], warn_free_bytes=kept.warn_free_bytes,
+            self._source,
+            names,
+            min_buffer=reading + 1,
+            buffer_size=reading + kept.buffer_size,
+            max_buffer=reading + kept.largest_buffer,
+            keep_behind=kept.keep_behind,
+            run=self._run,
+            reader=_reader(turn),
+            expected_readers=self.ranks.local_world_size * turn.workers,
+            pinned=[self._validation] if self._validation else [],
+            warn_free_bytes=kept.warn_free_bytes,
             stop_free_bytes=kept.stop_free_bytes,
-        )  # fmt: skip
+        )
         downloader.load_state_dict({"epoch": epoch, "order": [*left, *names], "consumed": left})
         return downloader
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_reading": None}
 
-    def _turn(self) -> Turn:
+    def _turn(self) -> ReaderId:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        return Turn(self.ranks.rank, self.ranks.world_size, worker, workers)
+        return ReaderId(self.ranks.rank, self.ranks.world_size, worker, workers)
 
 
-def _reader(turn: Turn) -> str:
+def _reader(turn: ReaderId) -> str:
     return f"rank{turn.rank}-worker{turn.worker}"
 
 

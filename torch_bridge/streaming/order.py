@@ -52,7 +52,7 @@ class Lane:
 
 
 @dataclass(frozen=True)
-class Batch:
+class SampleBatch:
     """Batch `number` of the epoch: sample i is row `rows[i]` of shard `shards[i]`."""
 
     number: int
@@ -61,7 +61,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Span:
+class ShardSpan:
     """The batches of the epoch outside of which a shard is not read."""
 
     shard: int
@@ -104,7 +104,7 @@ class EpochOrder:
         first = base + rank + ranks * (worker + workers * skip)
         return range(first, self.end(base, ranks), ranks * workers)
 
-    def taken(self, numbers: range) -> Iterator[Batch]:
+    def taken(self, numbers: range) -> Iterator[SampleBatch]:
         """These batches. Memory O(window) for each lane that they are of; nothing is computed for what lies between."""
         shuffled: dict[int, tuple[int, Indices]] = {}
         for number in numbers:
@@ -116,7 +116,7 @@ class EpochOrder:
         left_out = (self.batches - base) % ranks if self.settings.drop_last and base < self.batches else 0
         return self.batches - left_out
 
-    def spans(self, numbers: range | None = None) -> list[Span]:
+    def spans(self, numbers: range | None = None) -> list[ShardSpan]:
         """When each shard is read, by first use. `numbers`: by who reads these batches alone, in ascending order; a
         shard that none of them is of has no span then.
         """
@@ -131,7 +131,7 @@ class EpochOrder:
                 last = min(final // size, self.lane_batches[index] - 1)
                 if found := self._among(numbers, index, first, last):
                     spans.setdefault(shard, []).extend(found)
-        listed = [Span(shard, min(found), max(found)) for shard, found in spans.items()]
+        listed = [ShardSpan(shard, min(found), max(found)) for shard, found in spans.items()]
         return sorted(listed, key=lambda span: (span.first, span.last, span.shard))
 
     def _among(self, numbers: range, lane: int, first: int, last: int) -> list[int]:
@@ -149,7 +149,7 @@ class EpochOrder:
     def _before(self, turn: int) -> int:
         return sum(min(count, turn) for count in self.lane_batches)
 
-    def _batch(self, number: int, index: int, turn: int, shuffled: dict[int, tuple[int, Indices]]) -> Batch:
+    def _batch(self, number: int, index: int, turn: int, shuffled: dict[int, tuple[int, Indices]]) -> SampleBatch:
         lane, settings = self.lanes[index], self.settings
         start = turn * settings.batch_size
         places = np.arange(start, min(start + settings.batch_size, lane.rows))
@@ -161,7 +161,7 @@ class EpochOrder:
                 mine = windows == window
                 places[mine] = shuffled[index][1][places[mine] - window * settings.window]
         blocks = np.searchsorted(lane.starts, places, side="right") - 1
-        return Batch(number, lane.shards[blocks], lane.first_rows[blocks] + places - lane.starts[blocks])
+        return SampleBatch(number, lane.shards[blocks], lane.first_rows[blocks] + places - lane.starts[blocks])
 
     def _window(self, lane: int, window: int) -> Indices:
         start = window * self.settings.window
@@ -183,7 +183,7 @@ def _common(some: range, others: range) -> list[int]:
     return [first, most - (most - first) % together] if first <= most else []
 
 
-def open_at_once(spans: Sequence[Span]) -> int:
+def open_at_once(spans: Sequence[ShardSpan]) -> int:
     """The most shards whose spans a batch lies in."""
     turns = sorted([(span.first, 1) for span in spans] + [(span.last + 1, -1) for span in spans])
     return max(accumulate((turn for _, turn in turns), initial=0))

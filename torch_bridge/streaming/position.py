@@ -14,7 +14,7 @@ _SAME = ("batch_size", "seed", "shuffle", "lanes", "block_rows", "window", "drop
 
 
 @dataclass(frozen=True)
-class Turn:
+class ReaderId:
     """Whose turn a batch is: this rank's and worker's place among all."""
 
     rank: int = 0
@@ -24,7 +24,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Position:
+class ReaderPosition:
     """All batches before `base` are done; from there on all take turns, and this one has done `own`."""
 
     base: int = 0
@@ -32,23 +32,33 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Place:
+class EpochPosition:
     """Where in which epoch."""
 
     epoch: int
-    position: Position = Position()
+    position: ReaderPosition = ReaderPosition()
 
 
-def saved(position: Position, turn: Turn, settings: OrderSettings, shards: Mapping[str, str]) -> dict[str, Any]:
+def saved(
+    position: ReaderPosition, turn: ReaderId, settings: OrderSettings, shards: Mapping[str, str]
+) -> dict[str, Any]:
     """JSON-able. `shards`: content id by name."""
     return {
-        "version": VERSION, "epoch": settings.epoch, **{name: getattr(settings, name) for name in _SAME},
-        "shards": dict(shards), "base": position.base, "own": position.own,
-        "ranks": turn.ranks, "worker": turn.worker, "workers": turn.workers,
-    }  # fmt: skip
+        "version": VERSION,
+        "epoch": settings.epoch,
+        **{name: getattr(settings, name) for name in _SAME},
+        "shards": dict(shards),
+        "base": position.base,
+        "own": position.own,
+        "ranks": turn.ranks,
+        "worker": turn.worker,
+        "workers": turn.workers,
+    }
 
 
-def continued(state: Mapping[str, Any], turn: Turn, settings: OrderSettings, shards: Mapping[str, str]) -> Position:
+def continued(
+    state: Mapping[str, Any], turn: ReaderId, settings: OrderSettings, shards: Mapping[str, str]
+) -> ReaderPosition:
     """Where to go on. Raises InvalidParamsError that names what differs where no exact continuation exists."""
     if state.get("version") != VERSION:
         raise InvalidParamsError(f"the state has version {state.get('version')}, this release reads {VERSION}")
@@ -65,10 +75,10 @@ def continued(state: Mapping[str, Any], turn: Turn, settings: OrderSettings, sha
             "continued over the same data set"
         )
     if state["workers"] == 1:
-        return Position(int(state["base"]) + int(state["own"]) * int(state["ranks"]))
+        return ReaderPosition(int(state["base"]) + int(state["own"]) * int(state["ranks"]))
     if (state["ranks"], state["workers"], state["worker"]) != (turn.ranks, turn.workers, turn.worker):
         raise InvalidParamsError(
             f"the state is one of worker {state['worker']} of {state['workers']} on {state['ranks']} ranks, this is "
             f"worker {turn.worker} of {turn.workers} on {turn.ranks}: for other numbers save state_at(batches) instead"
         )
-    return Position(int(state["base"]), int(state["own"]))
+    return ReaderPosition(int(state["base"]), int(state["own"]))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from protocol.errors import InvalidParamsError
 from torch_bridge.streaming.dataset import StreamingShardDataset
-from torch_bridge.streaming.redealt import Begun, Left, following, left_by
+from torch_bridge.streaming.elastic import PartialBatch, Remainder, following, left_by
 
 Tokens = NDArray[np.int64]
 Tokenise = Callable[[list[str]], Iterable[Sequence[int] | NDArray[Any]]]
@@ -50,15 +50,22 @@ class TextLoader:
     """
 
     def __init__(
-        self, dataset: StreamingShardDataset, tokenise: Tokenise, *, bos: int, batch_rows: int, row_tokens: int,
-        column: str = "text", epochs: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        dataset: StreamingShardDataset,
+        tokenise: Tokenise,
+        *,
+        bos: int,
+        batch_rows: int,
+        row_tokens: int,
+        column: str = "text",
+        epochs: int | None = None,
+    ) -> None:
         for name, value in (("batch_rows", batch_rows), ("row_tokens", row_tokens)):
             if value < 1:
                 raise InvalidParamsError(f"{name} must be at least 1, not {value}")
         self._dataset, self._tokenise, self._bos, self._column = dataset, tokenise, bos, column
         self._rows, self._row_tokens, self._epochs = batch_rows, row_tokens, epochs
-        self._left = Left()
+        self._left = Remainder()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The next iteration goes on behind the batch that `state` came with, which this rank among as many saved.
@@ -74,10 +81,10 @@ class TextLoader:
             )
         _check_version(state)
         self._dataset.load_state_dict(state["dataset"])
-        earlier = Left.of(state.get("left"))
+        earlier = Remainder.of(state.get("left"))
         begun = _begun(state, here[0])
         others = tuple(one for one in earlier.begun if (one.epoch, one.number) != (begun.epoch, begun.number))
-        self._left = Left(earlier.passed, (begun, *others))
+        self._left = Remainder(earlier.passed, (begun, *others))
 
     def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on from the states of all ranks, in their order, that came with one step: each document goes on where it
@@ -104,7 +111,7 @@ class TextLoader:
         size = self._rows * self._row_tokens
         buffer: deque[_Documents] = deque()
         held = 0
-        left, self._left = self._left, Left()  # a state is continued once
+        left, self._left = self._left, Remainder()  # a state is continued once
         for documents in self._documents(left):
             buffer.append(documents)
             held += documents.tokens.size - documents.used
@@ -115,7 +122,7 @@ class TextLoader:
                 shape = (self._rows, self._row_tokens)
                 yield run[:-1].reshape(shape), run[1:].reshape(shape).clone(), self._state(buffer, left)
 
-    def _documents(self, left: Left) -> Iterator[_Documents]:
+    def _documents(self, left: Remainder) -> Iterator[_Documents]:
         """What is tokenised together, over all epochs, without what was read before the state."""
         epochs_without = 0
         while self._epochs is None or self._dataset.epoch < self._epochs:
@@ -147,14 +154,18 @@ class TextLoader:
             parts += [np.array([self._bos], np.int64), np.asarray(tokens, dtype=np.int64)]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
-    def _state(self, buffer: deque[_Documents], left: Left) -> dict[str, Any]:
+    def _state(self, buffer: deque[_Documents], left: Remainder) -> dict[str, Any]:
         oldest, rank = buffer[0], self._dataset.ranks.rank
         unread = oldest.tokens[oldest.used : oldest.used + _CHECKED]
         before = left.behind(oldest.before["epoch"], following(oldest.before, rank))
         return {
-            "version": VERSION, "rank": rank, "dataset": oldest.before, "used_tokens": oldest.used,
-            "next_tokens": unread.tolist(), "left": before.state(),
-        }  # fmt: skip
+            "version": VERSION,
+            "rank": rank,
+            "dataset": oldest.before,
+            "used_tokens": oldest.used,
+            "next_tokens": unread.tolist(),
+            "left": before.state(),
+        }
 
 
 def _check_version(state: Mapping[str, Any]) -> None:
@@ -162,12 +173,12 @@ def _check_version(state: Mapping[str, Any]) -> None:
         raise InvalidParamsError(f"the state has version {state.get('version')}, this release reads {VERSION}")
 
 
-def _begun(state: Mapping[str, Any], rank: int) -> Begun:
+def _begun(state: Mapping[str, Any], rank: int) -> PartialBatch:
     at = state["dataset"]
-    return Begun(at["epoch"], following(at, rank), int(state["used_tokens"]), tuple(state["next_tokens"]))
+    return PartialBatch(at["epoch"], following(at, rank), int(state["used_tokens"]), tuple(state["next_tokens"]))
 
 
-def _behind(documents: _Documents, begun: Begun) -> _Documents:
+def _behind(documents: _Documents, begun: PartialBatch) -> _Documents:
     end = begun.used_tokens + len(begun.next_tokens)
     if documents.tokens[begun.used_tokens : end].tolist() != list(begun.next_tokens):
         raise InvalidParamsError(

@@ -48,10 +48,14 @@ def publish_at(store: Store, name: str, paths: list[Path], origins: tuple[str, .
         hashed = hash_file(path)
         entries.append(
             ShardEntry(
-                shard_id=ShardId(number), filename=path.name, size=hashed.size, content_id=hashed.content_id,
-                kind="parquet", rows=ROWS,
+                shard_id=ShardId(number),
+                filename=path.name,
+                size=hashed.size,
+                content_id=hashed.content_id,
+                kind="parquet",
+                rows=ROWS,
             )
-        )  # fmt: skip
+        )
         stat = path.stat()
         files[ContentId(hashed.content_id)] = Source(path, stat.st_size, stat.st_mtime_ns)
         torrents[ContentId(hashed.content_id)] = b"d1:a" + hashed.piece_layer + b"e"

@@ -53,10 +53,14 @@ def publish_numbered(store: Store, paths: list[Path], name: str = NAME, *, claim
         rows = parquet.read_metadata(path).num_rows + claimed
         entries.append(
             ShardEntry(
-                shard_id=ShardId(number), filename=path.name, size=hashed.size, content_id=hashed.content_id,
-                kind="parquet", rows=rows,
+                shard_id=ShardId(number),
+                filename=path.name,
+                size=hashed.size,
+                content_id=hashed.content_id,
+                kind="parquet",
+                rows=rows,
             )
-        )  # fmt: skip
+        )
         stat = path.stat()
         files[ContentId(hashed.content_id)] = Source(path, stat.st_size, stat.st_mtime_ns)
         torrents[ContentId(hashed.content_id)] = b"d1:a" + hashed.piece_layer + b"e"
@@ -79,17 +83,22 @@ def source_at(server: S3Server | dict[str, str], folder: Path, name: str = NAME)
     """`server`: or what `address` says of it, in another process."""
     at = server if isinstance(server, dict) else address(server)
     client = O3Client(
-        endpoint=at["endpoint"], access_key=at["access_key"], secret_key=at["secret_key"], backend="gateway",
+        endpoint=at["endpoint"],
+        access_key=at["access_key"],
+        secret_key=at["secret_key"],
+        backend="gateway",
         retry=RetryPolicy(total_s=10.0),
-    )  # fmt: skip
+    )
     return OriginSource(f"o3://{at['bucket']}", folder, dataset=name, client=client)
 
 
 def address(server: S3Server) -> dict[str, str]:
     return {
-        "endpoint": server.endpoint, "access_key": server.access_key, "secret_key": server.secret_key,
+        "endpoint": server.endpoint,
+        "access_key": server.access_key,
+        "secret_key": server.secret_key,
         "bucket": server.bucket,
-    }  # fmt: skip
+    }
 
 
 def numbers(source: ShardSource, **more: Any) -> StreamingShardDataset:

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 from protocol.errors import InvalidParamsError, InvalidShardError
 from tests.support.bridge.batches import SIZE, bodies, bytes_here, dataset, folder_of, name_and_body, sampled
-from torch_bridge.batches.archives import ArchiveFiles, Limits
 from torch_bridge.batches.plan import RemoteFile
+from torch_bridge.batches.sources.archives import ArchiveFiles, ArchiveLimits
 from torch_bridge.core.store import Store
 
 FILES = bodies(11)
@@ -147,7 +147,7 @@ def test_a_compressed_tar_is_read_for_its_list_once_ever(tmp_path: Path, monkeyp
 
 def test_bombs_and_broken_archives_are_told(tmp_path: Path) -> None:
     for number, name in enumerate(("a.tar", "a.zip", "a.tar.gz")):
-        limited = source(tmp_path / f"origin{number}", name, limits=Limits(unpacked_bytes=3 * SIZE))
+        limited = source(tmp_path / f"origin{number}", name, limits=ArchiveLimits(unpacked_bytes=3 * SIZE))
         with pytest.raises(InvalidShardError, match="the limits are"):
             list(dataset(limited, tmp_path / f"cache{number}"))
         large = source(tmp_path / f"large{number}", name, {"zeros": bytes(5_000_000)})

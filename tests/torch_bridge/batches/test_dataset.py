@@ -25,7 +25,7 @@ from protocol.errors import (
     OriginNotFoundError,
 )
 from tests.support.bridge.batches import SIZE, bodies, bytes_here, dataset, folder_of, name_and_body, sampled
-from torch_bridge.batches.progress import merge_states
+from torch_bridge.batches.journal import merge_states
 from torch_bridge.core.ranks import Ranks
 
 FILES = bodies(23)
@@ -233,8 +233,11 @@ def test_kill_9_and_the_same_order_goes_on_with_what_is_whole(origin: Any, tmp_p
     for _ in range(2):
         child = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(CHILD), origin.url, str(cache)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3],
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[3],
+        )
         assert child.stdin is not None
         assert child.stdout is not None
         for _ in range(5):

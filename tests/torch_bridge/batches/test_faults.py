@@ -21,7 +21,7 @@ from tests.support.bridge.batches import SIZE, bodies, bytes_here, dataset, fold
 from tests.support.bridge.o3_client import in_fork
 from torch_bridge.batches.metadata import MetadataOf, read_table
 from torch_bridge.batches.plan import RemoteFile
-from torch_bridge.batches.sources.factory import OriginFiles
+from torch_bridge.batches.sources.origin import OriginFiles
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]  # servers and processes of their own
 

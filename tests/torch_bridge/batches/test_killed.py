@@ -55,9 +55,12 @@ def begun(script: Path, origin: Any, cache: Path, start: str, said: Path) -> sub
     # Into a file: a pipe would not end before the workers that are left behind.
     with said.open("wb") as out:
         return subprocess.Popen(
-            [sys.executable, str(script), origin.url, str(cache), start], stdout=out, cwd=ROOT, start_new_session=True,
+            [sys.executable, str(script), origin.url, str(cache), start],
+            stdout=out,
+            cwd=ROOT,
+            start_new_session=True,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        )
 
 
 def lines_of(said: Path) -> list[str]:

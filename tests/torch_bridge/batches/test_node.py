@@ -20,7 +20,7 @@ from tests.support.daemons import Daemon, daemon, shoal
 from tests.support.ports import free_port
 from tests.support.waiting import wait_until
 from torch_bridge import Ranks
-from torch_bridge.batches.sources.factory import SwarmFiles
+from torch_bridge.batches.sources.swarm import SwarmFiles
 from torch_bridge.shards.sources.node import NodeSource
 
 pytestmark = [
@@ -77,9 +77,7 @@ def shards_here(folder: Path) -> tuple[int, int]:
 
 def test_two_ranks_take_each_file_once_and_leave_nothing(trainer: Daemon, source_of: Sources, tmp_path: Path) -> None:
     def read(rank: int) -> list[Any]:
-        files = dataset(
-            source_of(trainer), tmp_path / "cache", decode=name_and_body, ranks=Ranks(rank, 2, rank, 2)
-        )  # fmt: skip
+        files = dataset(source_of(trainer), tmp_path / "cache", decode=name_and_body, ranks=Ranks(rank, 2, rank, 2))
         return list(files)
 
     with sampled(trainer.home, shards_here) as sizes, ThreadPoolExecutor(2) as ranks:

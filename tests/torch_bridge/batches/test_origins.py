@@ -16,7 +16,7 @@ from tests.support.origins.proxy import Fault, OriginProxy
 from tests.support.origins.s3_server import s3_server
 from tests.torch_bridge.batches.test_archives import pack
 from torch_bridge import O3Client, RetryPolicy
-from torch_bridge.batches.archives import ArchiveFiles
+from torch_bridge.batches.sources.archives import ArchiveFiles
 
 FILES = bodies(12)
 LARGE = {f"large/{number}.bin": bytes([number]) * 9_000_001 for number in range(3)}
@@ -41,9 +41,12 @@ def proxy(weed: S3Server) -> Iterator[OriginProxy]:
 
 def through(proxy: OriginProxy, weed: S3Server, total_s: float = 20.0) -> O3Client:
     return O3Client(
-        endpoint=proxy.endpoint, access_key=weed.access_key, secret_key=weed.secret_key, backend="gateway",
+        endpoint=proxy.endpoint,
+        access_key=weed.access_key,
+        secret_key=weed.secret_key,
+        backend="gateway",
         retry=RetryPolicy(total_s=total_s),
-    )  # fmt: skip
+    )
 
 
 def test_each_byte_leaves_the_origin_once_an_epoch_through_what_it_does_wrong(

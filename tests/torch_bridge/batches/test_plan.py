@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from protocol.errors import InvalidParamsError
 from torch_bridge.batches.plan import Consumer, RemoteFile, epoch_order, own_share, part_of, pass_order, plan_batches
-from torch_bridge.batches.settings import byte_count
-from torch_bridge.batches.timing import Spent, timing
+from torch_bridge.batches.report import ConsumerTimes, time_report
+from torch_bridge.core.sizes import byte_count
 
 FILES = st.dictionaries(st.text(min_size=1, max_size=8), st.integers(1, 100), max_size=40).map(
     lambda sizes: [RemoteFile(key, size) for key, size in sizes.items()]
@@ -67,18 +67,25 @@ def test_a_file_that_can_never_be_here_is_named() -> None:
 
 
 def test_the_longer_of_the_two_limits() -> None:
-    slow = timing([Spent(download_s=6.0, train_s=1.0, decode_s=1.0), Spent(download_s=2.0, train_s=2.0)], 2)
+    slow = time_report(
+        [ConsumerTimes(download_s=6.0, train_s=1.0, decode_s=1.0), ConsumerTimes(download_s=2.0, train_s=2.0)], 2
+    )
     assert (slow.limit, slow.download_s, slow.train_s) == ("download", 8.0, 3.0)
     assert "epochs_per_subset=4" in slow.advice
-    assert timing([Spent(download_s=1.0, train_s=2.0)], 1).limit == "training"
-    assert timing([], 1).limit == "training"
-    assert timing([Spent(download_s=1.0)], 1).limit == "download"
+    assert time_report([ConsumerTimes(download_s=1.0, train_s=2.0)], 1).limit == "training"
+    assert time_report([], 1).limit == "training"
+    assert time_report([ConsumerTimes(download_s=1.0)], 1).limit == "download"
 
 
 def test_byte_counts() -> None:
     assert [byte_count(text) for text in (7, "7", "10gb", "1.5 MB", "2GiB", "8kb")] == [
-        7, 7, 10**10, 1_500_000, 2 << 30, 8000,
-    ]  # fmt: skip
+        7,
+        7,
+        10**10,
+        1_500_000,
+        2 << 30,
+        8000,
+    ]
     for text in ("", "gb", "ten gb", "1 xb"):
-        with pytest.raises(InvalidParamsError, match="no number of bytes"):
+        with pytest.raises(InvalidParamsError, match="not a number of bytes"):
             byte_count(text)

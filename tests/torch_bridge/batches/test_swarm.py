@@ -14,7 +14,7 @@ from protocol.manifest import Manifest, ShardEntry, sign_manifest
 from protocol.signing import SigningKey
 from tests.support.bridge.batches import bodies, bytes_under, dataset, folder_of, name_and_body, sampled
 from torch_bridge import O3Client
-from torch_bridge.batches.sources.factory import SwarmFiles
+from torch_bridge.batches.sources.swarm import SwarmFiles
 from torch_bridge.shards.sources.origin import OriginSource
 
 CAPTIONS = json.dumps({f"{number:03d}": f"clip {number}" for number in range(9)}).encode()

@@ -51,9 +51,12 @@ def direct(weed: S3Server, url: str) -> Iterator[Store]:
 
 def impatient(through: Proxy, weed: S3Server) -> O3Client:
     return O3Client(
-        endpoint=through.endpoint, access_key=weed.access_key, secret_key=weed.secret_key, backend="gateway",
+        endpoint=through.endpoint,
+        access_key=weed.access_key,
+        secret_key=weed.secret_key,
+        backend="gateway",
         retry=RetryPolicy(total_s=3.0),
-    )  # fmt: skip
+    )
 
 
 def save(checkpoints: O3CheckpointManager, epoch: int, **options: Any) -> None:
@@ -131,8 +134,11 @@ def test_a_saver_that_is_killed_in_the_middle_of_its_parts(
     weed: S3Server, proxy: Proxy, url: str, direct: Store, tmp_path: Path
 ) -> None:
     environment = {
-        "endpoint": proxy.endpoint, "access_key": weed.access_key, "secret_key": weed.secret_key, "backend": "gateway",
-    }  # fmt: skip
+        "endpoint": proxy.endpoint,
+        "access_key": weed.access_key,
+        "secret_key": weed.secret_key,
+        "backend": "gateway",
+    }
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.bridge.training"])
     said, go_on = context.Queue(), context.Event()
@@ -166,9 +172,12 @@ def test_a_saver_that_is_killed_in_the_middle_of_its_parts(
 def parts_under_way(weed: S3Server) -> int:
     """Parts that the server has of uploads that nobody completed."""
     client = botocore.session.get_session().create_client(
-        "s3", endpoint_url=weed.endpoint, aws_access_key_id=weed.access_key, aws_secret_access_key=weed.secret_key,
+        "s3",
+        endpoint_url=weed.endpoint,
+        aws_access_key_id=weed.access_key,
+        aws_secret_access_key=weed.secret_key,
         region_name="us-east-1",
-    )  # fmt: skip
+    )
     total = 0
     for upload in client.list_multipart_uploads(Bucket=weed.bucket).get("Uploads", []):
         where = {"Bucket": weed.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}

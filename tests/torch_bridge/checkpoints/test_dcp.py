@@ -83,11 +83,16 @@ def test_on_a_real_s3_server(tmp_path: Path) -> None:
 def test_odd_tensors_and_values_come_back(store: Store) -> None:
     large = "word " * 1000
     state: dict[str, Any] = {
-        "half": torch.randn(33, 40).bfloat16(), "transposed": torch.randn(40, 33).t(), "number": torch.tensor(3),
-        "view": torch.randn(100, 100)[10:40, 5], "empty": torch.ones(0, 5), "flags": torch.rand(2000) > 0.5,
-        "complex": torch.randn(100, dtype=torch.complex64), "rng": torch.get_rng_state(),
+        "half": torch.randn(33, 40).bfloat16(),
+        "transposed": torch.randn(40, 33).t(),
+        "number": torch.tensor(3),
+        "view": torch.randn(100, 100)[10:40, 5],
+        "empty": torch.ones(0, 5),
+        "flags": torch.rand(2000) > 0.5,
+        "complex": torch.randn(100, dtype=torch.complex64),
+        "rng": torch.get_rng_state(),
         "values": {"text": large, "tuple": (1, (2.5, None)), "nan": float("inf"), "bytes": b"\0\1", "list": [1, [2]]},
-    }  # fmt: skip
+    }
     save(store, state)
     found = {
         name: torch.zeros_like(value) if isinstance(value, torch.Tensor) else dict.fromkeys(value)

@@ -21,10 +21,10 @@ from node.origin.interface import ObjectInfo
 from protocol.errors import InvalidParamsError
 from torch_bridge import O3Client
 from torch_bridge.checkpoints.dcp import O3StorageReader, O3StorageWriter
-from torch_bridge.checkpoints.dcp.index import Inline, Kept, decode_index, encode_index, versions_in
+from torch_bridge.checkpoints.dcp.index import InlineBytes, StoredObject, decode_index, encode_index, versions_in
 from torch_bridge.checkpoints.dcp.items import plain_value, tensor_of
 from torch_bridge.checkpoints.parts import DamagedPartError, content_id_of
-from torch_bridge.checkpoints.tree import InvalidStructureError, UnsayableStateError
+from torch_bridge.checkpoints.state import InvalidStructureError, UnsayableStateError
 
 HALVES = [ChunkStorageMetadata(torch.Size([at, 0]), torch.Size([2, 3])) for at in (0, 2)]
 METADATA = Metadata(
@@ -37,9 +37,9 @@ METADATA = Metadata(
     planner_data={"model.w": ("model", "w"), "step": ("step", 0)},
 )
 STORED = {
-    MetadataIndex("model.w", [0, 0]): Kept("a" * 64, 900),
-    MetadataIndex("model.w", [2, 0]): Inline(b"x" * 12),
-    MetadataIndex("step"): Inline(b"7"),
+    MetadataIndex("model.w", [0, 0]): StoredObject("a" * 64, 900),
+    MetadataIndex("model.w", [2, 0]): InlineBytes(b"x" * 12),
+    MetadataIndex("step"): InlineBytes(b"7"),
 }
 
 
@@ -66,13 +66,22 @@ def test_it_comes_back_as_it_was() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": "shoal-dcp-2"}, {"entries": []}, {"dtype": "load"}, {"dtype": "__class__"}, {"size": [4, -3]},
-        {"size": [5, 3]}, {"size": [4]}, {"offsets": [9, 0]}, {"sizes": [1, 3]}, {"at": {"type": "pickle", "body": ""}},
+        {"format": "shoal-dcp-2"},
+        {"entries": []},
+        {"dtype": "load"},
+        {"dtype": "__class__"},
+        {"size": [4, -3]},
+        {"size": [5, 3]},
+        {"size": [4]},
+        {"offsets": [9, 0]},
+        {"sizes": [1, 3]},
+        {"at": {"type": "pickle", "body": ""}},
         {"at": {"type": "inline", "body": "A" * 4096}},
         {"at": {"type": "object", "content_id": "../../secret", "size": 1}},
-        {"planner_data": {"$": "tensor", "v": "x"}}, {"planner_data": {"$": "call", "v": "os.system"}},
+        {"planner_data": {"$": "tensor", "v": "x"}},
+        {"planner_data": {"$": "call", "v": "os.system"}},
     ],
-)  # fmt: skip
+)
 def test_a_malformed_one_is_refused(change: dict[str, Any]) -> None:
     body = changed(change)
     with pytest.raises(InvalidStructureError):

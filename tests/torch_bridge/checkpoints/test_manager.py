@@ -22,9 +22,9 @@ from tests.support.bridge.training import RUN, Training, assert_same, assert_sam
 from torch_bridge import O3CheckpointManager
 from torch_bridge.checkpoints import o3_checkpoints
 from torch_bridge.checkpoints.parts import DamagedPartError
-from torch_bridge.checkpoints.restoring import CheckpointNotFoundError
-from torch_bridge.checkpoints.scratch import own_folder
-from torch_bridge.checkpoints.tree import UnsayableStateError
+from torch_bridge.checkpoints.restore import CheckpointNotFoundError
+from torch_bridge.checkpoints.state import UnsayableStateError
+from torch_bridge.checkpoints.upload import own_folder
 
 
 def objects(tmp_path: Path, kind: str) -> list[Path]:

@@ -44,9 +44,12 @@ def url(server: S3Server, request: pytest.FixtureRequest) -> str:
 
 def through(proxy: OriginProxy, server: S3Server) -> dict[str, Any]:
     return {
-        "endpoint": proxy.endpoint, "access_key": server.access_key, "secret_key": server.secret_key,
-        "backend": "gateway", "retry": RetryPolicy(total_s=3.0),
-    }  # fmt: skip
+        "endpoint": proxy.endpoint,
+        "access_key": server.access_key,
+        "secret_key": server.secret_key,
+        "backend": "gateway",
+        "retry": RetryPolicy(total_s=3.0),
+    }
 
 
 @pytest.fixture
@@ -121,9 +124,14 @@ def test_an_origin_that_is_away_is_no_damage(checkpoints: O3CheckpointManager, p
     ],
 )
 def test_a_saver_that_is_killed_leaves_the_checkpoint_before(
-    key: str, methods: tuple[str, ...], checkpoints: O3CheckpointManager, proxy: OriginProxy, server: S3Server,
-    url: str, tmp_path: Path,
-) -> None:  # fmt: skip
+    key: str,
+    methods: tuple[str, ...],
+    checkpoints: O3CheckpointManager,
+    proxy: OriginProxy,
+    server: S3Server,
+    url: str,
+    tmp_path: Path,
+) -> None:
     expected = Training()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.bridge.training"])

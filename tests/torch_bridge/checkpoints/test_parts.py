@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from torch_bridge.checkpoints.parts import DTYPES, DamagedPartError, content_id_of, group, laid_out, pack, unpack
-from torch_bridge.checkpoints.saving import take_snapshot
+from torch_bridge.checkpoints.upload import take_snapshot
 
 
 def test_a_part_ends_before_the_bound_and_a_large_tensor_stands_alone() -> None:
@@ -77,11 +77,16 @@ def test_a_snapshot_shares_no_memory_and_lies_as_it_is_sent() -> None:
     image = torch.randn(2, 3, 4, 5)
     complex_ = torch.randn(4, dtype=torch.complex64)
     state = {
-        "last": image.to(memory_format=torch.channels_last), "turned": image.transpose(0, 3),
+        "last": image.to(memory_format=torch.channels_last),
+        "turned": image.transpose(0, 3),
         "wide": torch.ones(1).expand(9),
-        "conj": complex_.conj(), "neg": complex_.conj().imag, "slice": image[:, 1], "tied": image, "again": image,
+        "conj": complex_.conj(),
+        "neg": complex_.conj().imag,
+        "slice": image[:, 1],
+        "tied": image,
+        "again": image,
         "wanted": torch.nn.Parameter(torch.ones(3)),
-    }  # fmt: skip
+    }
     expected = {name: tensor.detach().clone() for name, tensor in state.items()}
     lazy = laid_out({"conj": state["conj"], "neg": state["neg"]})
     assert all(torch.equal(tensor, expected[name]) for name, tensor in unpack(lazy.body, lazy.content_id).items())

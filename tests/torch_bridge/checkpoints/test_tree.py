@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from torch_bridge.checkpoints.tree import InvalidStructureError, UnsayableStateError, flatten, rebuild
+from torch_bridge.checkpoints.state import InvalidStructureError, UnsayableStateError, flatten, rebuild
 
 
 def _through_json(state: object) -> object:

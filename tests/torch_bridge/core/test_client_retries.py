@@ -26,7 +26,7 @@ from protocol.errors import (
 from tests.support.bridge.o3_client import BODY, served
 from tests.support.origins.servers import RawServer, raw_server
 from torch_bridge import O3Client, RetryPolicy
-from torch_bridge.core.location import Place
+from torch_bridge.core.location import StoreLocation
 from torch_bridge.core.retry import BROKEN_TRIES
 from torch_bridge.core.store import Store
 
@@ -182,7 +182,7 @@ class AnswerLost(FileStore):
 
 @pytest.mark.parametrize("other", [None, b"z" * len(BODY)])
 def test_what_was_written_by_a_try_whose_answer_was_lost_is_ours(tmp_path: Path, other: bytes | None) -> None:
-    place, told = Place(tmp_path.as_uri(), OriginSettings(), QUICK), list[int]()
+    place, told = StoreLocation(tmp_path.as_uri(), OriginSettings(), QUICK), list[int]()
     place._opened = backing = AnswerLost(OriginUrl.parse(tmp_path.as_uri()))
     backing.other = other
     store = Store(place)

@@ -18,8 +18,8 @@ import pytest
 
 from tests.support.bridge.batches import bodies, folder_of, only_name
 from torch_bridge.batches.dataset import StreamingBatchDataset
-from torch_bridge.batches.sources.factory import OriginFiles
-from torch_bridge.core.closing import Held
+from torch_bridge.batches.sources.origin import OriginFiles
+from torch_bridge.core.closing import ClosingStack
 from torch_bridge.core.loop_thread import loop_thread
 from torch_bridge.shards.downloader import StreamingDownloader
 from torch_bridge.shards.sources.local import LocalSource
@@ -272,7 +272,7 @@ def test_a_stream_that_is_collected_is_closed_and_nobody_waits_for_that(where: s
 
 def test_what_is_held_is_let_go_of_by_its_own_process_alone_and_once() -> None:
     told: list[str] = []
-    with Held(lambda: told.append("first"), lambda: told.append("last")) as held:
+    with ClosingStack(lambda: told.append("first"), lambda: told.append("last")) as held:
         if (child := os.fork()) == 0:
             held.close()
             os._exit(len(told))

@@ -120,9 +120,14 @@ def test_streaming_shards_wait_for_it(weed: S3Server, proxy: Proxy, tmp_path: Pa
 
 def test_o3_dataset_waits_for_it(weed: S3Server, proxy: Proxy, tmp_path: Path) -> None:
     data = O3Dataset(
-        weed.bucket, "records", client_through(proxy, weed), tmp_path, format=RecordFormat(RECORD),
-        chunk_bytes=65536, request_bytes=65536,
-    )  # fmt: skip
+        weed.bucket,
+        "records",
+        client_through(proxy, weed),
+        tmp_path,
+        format=RecordFormat(RECORD),
+        chunk_bytes=65536,
+        request_bytes=65536,
+    )
     loader = DataLoader(data, batch_size=8, num_workers=2, collate_fn=list)
     found = went_through(proxy, loader, 6)
     assert [record for batch in found for record in batch] == RECORDS

@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.bridge.o3_client import in_fork
 from torch_bridge import O3Client
-from torch_bridge.objects.chunk_cache import ChunkCache, Claim
+from torch_bridge.objects.chunk_cache import ChunkCache, ChunkClaim
 from torch_bridge.objects.dataset import O3Dataset, RecordFormat
 
 CHUNK = 8192
@@ -123,7 +123,7 @@ def test_the_smallest_limit_of_the_runs_that_live_counts(tmp_path: Path) -> None
 
 def test_where_there_is_no_room_a_chunk_is_read_without_the_cache(tmp_path: Path) -> None:
     cache = ChunkCache(tmp_path, COST - 1)
-    assert cache.claim({"a-0": CHUNK}) == [Claim("a-0", CHUNK, None)]
+    assert cache.claim({"a-0": CHUNK}) == [ChunkClaim("a-0", CHUNK, None)]
     assert kept(cache) == set()
 
 

@@ -1,4 +1,4 @@
-"""What needs no disk: pieces of ranges, runs of chunks, what leaves the cache, sizes in words."""
+"""What needs no disk: chunk_slices of ranges, runs of chunks, what leaves the cache, sizes in words."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.errors import InvalidParamsError
-from torch_bridge.objects.ahead import Ahead
-from torch_bridge.objects.lru import Kept, evicted
-from torch_bridge.objects.ranges import pieces, runs, size_of
+from torch_bridge.core.sizes import byte_count
+from torch_bridge.objects.chunk_cache import CachedChunk, evicted
+from torch_bridge.objects.ranges import ReadAhead, chunk_slices, runs
 
 FILES = st.lists(st.tuples(st.integers(0, 99), st.integers(1, 50)), max_size=30).map(
-    lambda found: [Kept(used, cost, f"c-{at}") for at, (used, cost) in enumerate(found)]
+    lambda found: [CachedChunk(used, cost, f"c-{at}") for at, (used, cost) in enumerate(found)]
 )
 
 
@@ -23,7 +23,7 @@ def test_pieces_make_up_the_range_and_nothing_else(start: int, length: int, chun
     end = start + length
     body = bytes(at % 251 for at in range(end))
     chunks = [body[at : at + chunk] for at in range(0, end, chunk)]
-    found = pieces(start, end, chunk)
+    found = chunk_slices(start, end, chunk)
     assert b"".join(chunks[index][first:stop] for index, first, stop in found) == body[start:end]
     assert all(0 <= first < stop <= chunk for _, first, stop in found)
 
@@ -39,7 +39,7 @@ def test_runs_hold_each_chunk_once_and_none_beside(chunks: list[int], most: int)
 
 @given(FILES, st.integers(0, 300), st.integers(0, 300), st.integers(0, 1000))
 def test_eviction_makes_room_with_what_was_longest_unread(
-    files: list[Kept], pinned: int, need: int, limit: int
+    files: list[CachedChunk], pinned: int, need: int, limit: int
 ) -> None:
     going = evicted(files, pinned, need, limit)
     total = pinned + sum(one.cost for one in files)
@@ -58,17 +58,17 @@ def test_eviction_makes_room_with_what_was_longest_unread(
     ("text", "size"), [("10gb", 10**10), ("10 GiB", 10 << 30), ("1.5mb", 1_500_000), ("77", 77), (5, 5), ("2kb", 2000)]
 )
 def test_sizes_in_words(text: str | int, size: int) -> None:
-    assert size_of(text) == size
+    assert byte_count(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "gb", "-1gb", "10 gigs", "ib"])
 def test_no_sizes(text: str) -> None:
     with pytest.raises(InvalidParamsError, match="10gb"):
-        size_of(text)
+        byte_count(text)
 
 
 def test_a_reader_that_goes_on_is_read_ahead_of_and_no_other() -> None:
-    ahead = Ahead(8, 100)
+    ahead = ReadAhead(8, 100)
 
     def after(key: str, start: int, end: int, *, busy: bool = False) -> list[int]:
         return list(ahead.after((key, start), (key, end), 3_050, busy=busy))
@@ -87,6 +87,6 @@ def test_a_reader_that_goes_on_is_read_ahead_of_and_no_other() -> None:
 
 
 def test_nothing_is_read_ahead_where_that_is_turned_off() -> None:
-    ahead = Ahead(0, 100)
+    ahead = ReadAhead(0, 100)
     for start in range(0, 1_000, 100):
         assert not ahead.after(("a", start), ("a", start + 100), 1_000, busy=False)

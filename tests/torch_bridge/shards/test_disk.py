@@ -16,7 +16,8 @@ from protocol.errors import InsufficientDiskError
 from protocol.manifest import Manifest, ShardEntry
 from tests.support.bridge.shards import parquet_files, publish_at
 from torch_bridge import O3Client, RetryPolicy, StreamingDownloader
-from torch_bridge.shards import disk, ranged_file
+from torch_bridge.shards import disk_space
+from torch_bridge.shards.sources import range_download
 from torch_bridge.shards.sources.origin import OriginSource
 
 NAME = "tests/text"
@@ -46,7 +47,7 @@ def fill(folder: Path) -> Path:
     with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(4096)):
             pass
-    assert disk.free_bytes(folder) == 0
+    assert disk_space.free_bytes(folder) == 0
     return ballast
 
 
@@ -83,26 +84,26 @@ def test_downloads_at_the_same_time_do_not_take_each_others_room(
 
 def test_what_is_reserved_is_not_free_for_others(small_disk: Path) -> None:
     part = small_disk / "a.part"
-    disk.reserve(part, 6 * MIB, 0, "a")
+    disk_space.reserve(part, 6 * MIB, 0, "a")
     assert part.stat().st_size == 0
-    assert disk.free_bytes(small_disk) <= 2 * MIB
-    disk.reserve(part, 6 * MIB, MIB, "a")  # what is reserved is not asked for twice
+    assert disk_space.free_bytes(small_disk) <= 2 * MIB
+    disk_space.reserve(part, 6 * MIB, MIB, "a")  # what is reserved is not asked for twice
     with pytest.raises(InsufficientDiskError, match="3145728 bytes more"):
-        disk.reserve(small_disk / "b.part", 3 * MIB, 0, "b")
+        disk_space.reserve(small_disk / "b.part", 3 * MIB, 0, "b")
     assert [path.name for path in small_disk.iterdir()] == ["a.part"]
     with part.open("ab") as file:
         file.write(bytes(MIB))
-    disk.release(part)
+    disk_space.release(part)
     assert part.stat().st_size == MIB
-    assert disk.free_bytes(small_disk) == 7 * MIB
+    assert disk_space.free_bytes(small_disk) == 7 * MIB
 
 
 def test_a_disk_that_fills_up_in_a_download_is_one_error_and_leaves_nothing_half_written(
     published: tuple[Path, Manifest], small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, manifest = published
-    monkeypatch.setattr(disk, "_allocate", lambda *_: 0)  # a file system that reserves nothing, as NFS
-    monkeypatch.setattr(ranged_file, "RANGE_BYTES", 256 * 1024)
+    monkeypatch.setattr(disk_space, "_allocate", lambda *_: 0)  # a file system that reserves nothing, as NFS
+    monkeypatch.setattr(range_download, "RANGE_BYTES", 256 * 1024)
     source, (entry, *_) = source_of(base, small_disk), manifest.shards
     source.manifest()
     ballast: list[Path] = []

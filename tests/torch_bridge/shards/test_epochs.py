@@ -69,8 +69,12 @@ def test_an_order_that_is_left_early_leaves_nothing_behind(published: tuple[Orig
 def test_readers_in_different_epochs_delete_nothing_of_each_other(published: tuple[OriginSource, Manifest]) -> None:
     source, _ = published
     options: dict[str, Any] = {
-        "buffer_size": 1, "max_buffer": 1, "expected_readers": 2, "stop_free_bytes": 0, "at_once": 1,
-    }  # fmt: skip
+        "buffer_size": 1,
+        "max_buffer": 1,
+        "expected_readers": 2,
+        "stop_free_bytes": 0,
+        "at_once": 1,
+    }
     slow = StreamingDownloader(source, [0, 1, 2], reader="slow", **options)
     quick = StreamingDownloader(source, [0, 1, 2], reader="quick", **options)
     with slow, quick:

@@ -28,9 +28,10 @@ from tests.support.bridge.shards import overwrite_in_the_middle, parquet_files, 
 from tests.support.origins.proxy import Fault, OriginProxy
 from tests.support.origins.s3_server import s3_server
 from torch_bridge import O3Client, RetryPolicy
-from torch_bridge.shards import disk, ranged_file
+from torch_bridge.shards import disk_space
 from torch_bridge.shards.downloader import StreamingDownloader
 from torch_bridge.shards.sources import origin as origin_source
+from torch_bridge.shards.sources import range_download
 from torch_bridge.shards.sources.factory import open_source
 from torch_bridge.shards.sources.origin import OriginSource
 
@@ -61,9 +62,12 @@ def slow_proxy(published: tuple[S3Server, Manifest]) -> Iterator[OriginProxy]:
 
 def source_of(proxy: OriginProxy, server: S3Server, folder: Path) -> OriginSource:
     client = O3Client(
-        endpoint=proxy.endpoint, access_key=server.access_key, secret_key=server.secret_key, backend="gateway",
+        endpoint=proxy.endpoint,
+        access_key=server.access_key,
+        secret_key=server.secret_key,
+        backend="gateway",
         retry=RetryPolicy(total_s=10.0),
-    )  # fmt: skip
+    )
     source = open_source(f"o3://{server.bucket}", NAME, folder=folder, client=client)
     assert isinstance(source, OriginSource)
     return source
@@ -144,7 +148,7 @@ def test_a_full_disk_is_said_before_a_byte_moves(
     server, manifest = published
     source = source_of(proxy, server, tmp_path)
     source.manifest()
-    monkeypatch.setattr(disk, "free_bytes", lambda _: 10)
+    monkeypatch.setattr(disk_space, "free_bytes", lambda _: 10)
     with pytest.raises(InsufficientDiskError, match="10 are free"):
         source.fetch(manifest.shards[0])
     assert proxy.ledger.payload_bytes("/shards/") == 0
@@ -163,7 +167,7 @@ def test_a_shard_that_the_origin_lost_is_one_error_and_the_others_go_on(
 
 
 def _fetch(source: OriginSource, number: int, said: Any) -> None:
-    ranged_file.RANGE_BYTES = 16 * 1024
+    range_download.RANGE_BYTES = 16 * 1024
     found = source.fetch(source.manifest().shards[number])
     said.put((found.source, sum(found.bytes_by_source.values())))
 

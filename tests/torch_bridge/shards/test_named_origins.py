@@ -26,9 +26,10 @@ def client_with_secrets(folder: Path, hub_port: int) -> O3Client:
     key = folder / "key"
     key.write_text("ab" * 32)
     settings = OriginSettings(
-        hf_endpoint=f"http://127.0.0.1:{hub_port}", encryption_key_file=key,
+        hf_endpoint=f"http://127.0.0.1:{hub_port}",
+        encryption_key_file=key,
         credentials=Credentials(hf_token=Secret("our-token"), o3_access_key=Secret("a"), o3_secret_key=Secret("b")),
-    )  # fmt: skip
+    )
     return O3Client(settings=settings, retry=RetryPolicy(total_s=1.0))
 
 
@@ -49,9 +50,12 @@ def test_a_strangers_origin_gets_no_key_and_no_credential_and_some_are_not_asked
         secret = tmp_path / "secret"
         secret.mkdir()
         named = (
-            f"file://{secret}", "http://10.0.0.1/x", "https://127.0.0.1/x", "https://localhost/x",
+            f"file://{secret}",
+            "http://10.0.0.1/x",
+            "https://127.0.0.1/x",
+            "https://localhost/x",
             "hf://datasets/some/data",
-        )  # fmt: skip
+        )
         manifest = publish_without_shards(client, tmp_path / "base", paths, named)
         source = OriginSource(f"file://{tmp_path / 'base'}", tmp_path / "here", dataset=NAME, client=client)
         with caplog.at_level(logging.INFO):
@@ -105,9 +109,12 @@ def test_a_start_while_the_origin_is_down_works_with_what_is_there(
 
             def start(folder: Path) -> OriginSource:
                 again = O3Client(
-                    endpoint=proxy.endpoint, access_key=server.access_key, secret_key=server.secret_key,
-                    backend="gateway", retry=RetryPolicy(total_s=0.5),
-                )  # fmt: skip
+                    endpoint=proxy.endpoint,
+                    access_key=server.access_key,
+                    secret_key=server.secret_key,
+                    backend="gateway",
+                    retry=RetryPolicy(total_s=0.5),
+                )
                 return OriginSource(f"o3://{server.bucket}", folder, dataset=NAME, client=again)
 
             first = start(tmp_path / "here")

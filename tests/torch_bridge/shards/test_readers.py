@@ -13,18 +13,17 @@ import pytest
 
 from protocol.errors import InsufficientDiskError, InvalidShardError, ShardInUseError
 from tests.support.bridge.shards import parquet_files
-from torch_bridge.shards import disk
-from torch_bridge.shards.buffer import adapted_size
+from torch_bridge.shards import disk_space
 from torch_bridge.shards.downloader import StreamingDownloader
-from torch_bridge.shards.integrity import check_parquet
-from torch_bridge.shards.names import extract_shard_id
-from torch_bridge.shards.plan import next_to_fetch
-from torch_bridge.shards.readers import Ledger, Reader, needed
+from torch_bridge.shards.readers import ReaderLedger, ReaderState, needed
+from torch_bridge.shards.shard_file import check_parquet, extract_shard_id
 from torch_bridge.shards.sources.local import LocalSource
+from torch_bridge.shards.status import adapted_size
+from torch_bridge.shards.window import next_to_fetch
 
 
-def reader(remaining: str, held: str = "", *, expected: int = 1, epoch: int = 0) -> Reader:
-    return Reader(expected=expected, epoch=epoch, remaining=tuple(remaining), held=tuple(held))
+def reader(remaining: str, held: str = "", *, expected: int = 1, epoch: int = 0) -> ReaderState:
+    return ReaderState(expected=expected, epoch=epoch, remaining=tuple(remaining), held=tuple(held))
 
 
 def test_what_any_reader_of_any_run_needs_stays() -> None:
@@ -37,7 +36,7 @@ def test_what_any_reader_of_any_run_needs_stays() -> None:
 
 
 def _read_until_killed(folder: Path, said: Any) -> None:
-    ledger = Ledger(folder, "run", "rank1")
+    ledger = ReaderLedger(folder, "run", "rank1")
     ledger.write(reader("ab", expected=2))
     said.put("there")
     signal.pause()
@@ -46,7 +45,7 @@ def _read_until_killed(folder: Path, said: Any) -> None:
 def test_a_reader_that_was_killed_needs_nothing(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     said = context.Queue()
-    mine = Ledger(tmp_path, "run", "rank0")
+    mine = ReaderLedger(tmp_path, "run", "rank0")
     mine.write(reader("b", expected=2))
     assert mine.delete(["a"], lambda _: True) == []
     child = context.Process(target=_read_until_killed, args=(tmp_path, said))
@@ -54,7 +53,7 @@ def test_a_reader_that_was_killed_needs_nothing(tmp_path: Path) -> None:
     assert said.get(timeout=10) == "there"
     assert mine.delete(["a"], lambda _: True) == []
     with pytest.raises(ShardInUseError, match="rank1"):
-        Ledger(tmp_path, "run", "rank1")
+        ReaderLedger(tmp_path, "run", "rank1")
     assert child.pid is not None
     os.kill(child.pid, signal.SIGKILL)
     child.join(10)
@@ -64,19 +63,19 @@ def test_a_reader_that_was_killed_needs_nothing(tmp_path: Path) -> None:
 
 def test_a_reader_that_was_through_before_another_began_counts_as_registered(tmp_path: Path) -> None:
     """Ranks start at different times, and a small epoch may be over for one before the other has imported torch."""
-    early = Ledger(tmp_path, "run", "rank0", reader("a", expected=2))
+    early = ReaderLedger(tmp_path, "run", "rank0", reader("a", expected=2))
     early.write(reader("", expected=2))
     assert early.delete(["a"], lambda _: True) == []
     early.close()
-    late = Ledger(tmp_path, "run", "rank1", reader("", expected=2))
+    late = ReaderLedger(tmp_path, "run", "rank1", reader("", expected=2))
     assert late.delete(["a"], lambda _: True) == ["a"]
     late.close()
-    broken_off = Ledger(tmp_path, "other", "rank0", reader("a", expected=2))
+    broken_off = ReaderLedger(tmp_path, "other", "rank0", reader("a", expected=2))
     broken_off.close()
-    alone = Ledger(tmp_path, "other", "rank1", reader("", expected=2))
+    alone = ReaderLedger(tmp_path, "other", "rank1", reader("", expected=2))
     assert alone.delete(["a"], lambda _: True) == [], "one that was killed in its epoch comes again"
     alone.close()
-    next_epoch = Ledger(tmp_path, "run", "rank1", reader("", expected=2, epoch=1))
+    next_epoch = ReaderLedger(tmp_path, "run", "rank1", reader("", expected=2, epoch=1))
     assert next_epoch.delete(["a"], lambda _: True) == []
     next_epoch.close()
 
@@ -124,7 +123,7 @@ def test_a_distrusted_file_of_a_folder_is_one_error(tmp_path: Path) -> None:
 
 def test_a_full_disk_with_nothing_left_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parquet_files(tmp_path, 1)
-    monkeypatch.setattr(disk, "free_bytes", lambda _: 10)
+    monkeypatch.setattr(disk_space, "free_bytes", lambda _: 10)
     shards = StreamingDownloader(LocalSource(tmp_path), disk_patience_s=0.2)
     with shards, pytest.raises(InsufficientDiskError, match="10 bytes are free"):
         shards.wait_for_shard(0, 10)

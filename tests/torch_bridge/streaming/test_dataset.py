@@ -14,7 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from protocol.errors import InvalidParamsError, TimedOutError
 from torch_bridge import Ranks
 from torch_bridge.shards.sources.local import LocalSource
-from torch_bridge.streaming.chosen import ChosenShards
+from torch_bridge.shards.sources.subset import ShardSubset
 from torch_bridge.streaming.dataset import StreamingShardDataset
 from torch_bridge.streaming.settings import Buffering, Ordering
 
@@ -112,5 +112,5 @@ def test_a_source_says_what_lies_on_disk(folder: Path) -> None:
     source = LocalSource(folder)
     first, second, *others = source.manifest().shards
     (folder / first.filename).unlink()
-    chosen = ChosenShards(source, [second.filename, others[0].filename], folder=folder / "elsewhere")
+    chosen = ShardSubset(source, [second.filename, others[0].filename], folder=folder / "elsewhere")
     assert chosen.on_disk([first, second, *others]) == [second, *others]

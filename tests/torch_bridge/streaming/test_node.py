@@ -120,9 +120,7 @@ def test_two_ranks_share_one_download_and_the_last_one_past_a_shard_deletes_it(
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_two_epochs_in_persistent_workers(trainer: Daemon, source_of: Sources, method: str) -> None:
     data = numbers(source_of(trainer))
-    loader = DataLoader(
-        data, batch_size=None, num_workers=2, persistent_workers=True, multiprocessing_context=method
-    )  # fmt: skip
+    loader = DataLoader(data, batch_size=None, num_workers=2, persistent_workers=True, multiprocessing_context=method)
     found, most = [], 0
     for epoch in range(2):
         data.set_epoch(epoch)

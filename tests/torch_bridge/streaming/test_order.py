@@ -66,9 +66,13 @@ def test_a_reader_spans_the_shards_of_its_own_batches(
     order: EpochOrder, ranks: int, workers: int, data: st.DataObject
 ) -> None:
     numbers = order.numbers(
-        data.draw(st.integers(0, order.batches)), rank=data.draw(st.integers(0, ranks - 1)), ranks=ranks,
-        worker=data.draw(st.integers(0, workers - 1)), workers=workers, skip=data.draw(st.integers(0, 2)),
-    )  # fmt: skip
+        data.draw(st.integers(0, order.batches)),
+        rank=data.draw(st.integers(0, ranks - 1)),
+        ranks=ranks,
+        worker=data.draw(st.integers(0, workers - 1)),
+        workers=workers,
+        skip=data.draw(st.integers(0, 2)),
+    )
     spans = {span.shard: span for span in order.spans(numbers)}
     read: dict[int, list[int]] = {}
     for batch in order.taken(numbers):

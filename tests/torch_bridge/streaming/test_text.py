@@ -142,10 +142,15 @@ def ran(folder: Path, ranks: int, states: list[Any] | None, steps: int | None, e
 @pytest.mark.parametrize(
     ("ranks", "steps"),
     [
-        ([2, 1], [90]), ([1, 2], [333]), ([4, 2], [7]), ([2, 3, 1], [130, 60]), ([3, 2, 2, 4, 1], [80, 1, 1, 20]),
-        ([4, 2], [110]), ([2, 3, 2], [390, 1]),
+        ([2, 1], [90]),
+        ([1, 2], [333]),
+        ([4, 2], [7]),
+        ([2, 3, 1], [130, 60]),
+        ([3, 2, 2, 4, 1], [80, 1, 1, 20]),
+        ([4, 2], [110]),
+        ([2, 3, 2], [390, 1]),
     ],
-)  # fmt: skip
+)
 def test_another_number_of_ranks_reads_exactly_what_is_left(folder: Path, ranks: list[int], steps: list[int]) -> None:
     epochs = 2
     whole = {token for tokens in numbered(WORDS) for token in tokens}

@@ -6,11 +6,10 @@ dcp.load(state, storage_reader=O3StorageReader(store, "run-7"))       # the newe
 
 Inside dcp.save and dcp.load each error of these two comes out as torch's CheckpointException, which quotes it.
 
-    writer   each rank puts its items, the coordinator commits
-    reader   the newest valid index; each object once, checked
-    index    torch's Metadata <-> one JSON object; names
-    items    a tensor or a plain value <-> bytes
-    bounded      work in threads, a few items ahead
+writer  O3StorageWriter: each rank puts its items, the coordinator commits
+reader  O3StorageReader: the newest valid index; each object once, checked
+index   torch's Metadata as one JSON object, and back; names
+items   a tensor or a plain value as bytes, and back
 """
 
 from torch_bridge.checkpoints.dcp.reader import NoCheckpointError, O3StorageReader

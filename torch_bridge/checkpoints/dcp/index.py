@@ -28,7 +28,7 @@ from node.origin.interface import ObjectInfo
 from protocol.errors import InvalidParamsError
 from protocol.ids import ContentId
 from torch_bridge.checkpoints.parts import DamagedPartError, content_id_of
-from torch_bridge.checkpoints.tree import InvalidStructureError, UnsayableStateError, flatten, rebuild
+from torch_bridge.checkpoints.state import InvalidStructureError, UnsayableStateError, flatten, rebuild
 
 MIN_OBJECT_BYTES = 127
 """Akave refuses smaller objects."""
@@ -55,23 +55,23 @@ class IndexKey(NamedTuple):
         return f"{self.written_ms:013d}-{self.content_id}"
 
 
-class Inline(msgspec.Struct, frozen=True, tag="inline"):
+class InlineBytes(msgspec.Struct, frozen=True, tag="inline"):
     """Bytes that stand in the index."""
 
     body: Annotated[bytes, msgspec.Meta(max_length=INLINE_BYTES)]
 
 
-class Kept(msgspec.Struct, frozen=True, tag="object"):
+class StoredObject(msgspec.Struct, frozen=True, tag="object"):
     """Bytes that lie under `shards/<content id>`."""
 
     content_id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
     size: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
 
 
-Stored = Inline | Kept
+Stored = InlineBytes | StoredObject
 
 
-class Chunk(msgspec.Struct, frozen=True):
+class TensorChunk(msgspec.Struct, frozen=True):
     """A box of a tensor: [offset, offset + size) in each dimension."""
 
     offsets: _Lengths
@@ -85,7 +85,7 @@ class TensorEntry(msgspec.Struct, frozen=True, tag="tensor"):
     """As torch says it, without `torch.`."""
     size: _Lengths
     requires_grad: bool
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[TensorChunk, ...]
 
 
 class PlainEntry(msgspec.Struct, frozen=True, tag="value"):
@@ -93,7 +93,7 @@ class PlainEntry(msgspec.Struct, frozen=True, tag="value"):
     """JSON, as tree.py says it."""
 
 
-class Index(msgspec.Struct, frozen=True):
+class CheckpointIndex(msgspec.Struct, frozen=True):
     format: Literal["shoal-dcp-1"]
     planner_data: Any
     """As tree.py says it."""
@@ -150,7 +150,7 @@ def encode_index(metadata: Metadata, stored: Mapping[MetadataIndex, Stored]) -> 
         raise UnsayableStateError(
             f"the planner keeps tensors as its own data ({', '.join(flat.tensors)}); give it none"
         )
-    index = Index(format="shoal-dcp-1", planner_data=flat.structure, entries=entries)
+    index = CheckpointIndex(format="shoal-dcp-1", planner_data=flat.structure, entries=entries)
     return msgspec.json.encode(index).ljust(MIN_OBJECT_BYTES)
 
 
@@ -164,7 +164,7 @@ def decode_index(body: bytes, content_id: ContentId) -> Metadata:
     if (found := content_id_of(body) if body else "nothing") != content_id:
         raise DamagedPartError(f"an index should be {content_id} and is {found} ({len(body)} bytes)")
     try:
-        index = msgspec.json.decode(body, type=Index)
+        index = msgspec.json.decode(body, type=CheckpointIndex)
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidStructureError(f"it is no index of a distributed checkpoint: {error}") from None
     stored: dict[MetadataIndex, Stored] = {}
@@ -187,7 +187,7 @@ def _tensor_said(fqn: str, entry: TensorStorageMetadata, stored: Mapping[Metadat
         size=tuple(entry.size),
         requires_grad=entry.properties.requires_grad,
         chunks=tuple(
-            Chunk(tuple(chunk.offsets), tuple(chunk.sizes), _where(stored, MetadataIndex(fqn, chunk.offsets)))
+            TensorChunk(tuple(chunk.offsets), tuple(chunk.sizes), _where(stored, MetadataIndex(fqn, chunk.offsets)))
             for chunk in entry.chunks
         ),
     )

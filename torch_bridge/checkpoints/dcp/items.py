@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteIt
 
 from torch_bridge.checkpoints.dcp.index import INLINE_BYTES, dtype_name
 from torch_bridge.checkpoints.parts import pack
-from torch_bridge.checkpoints.tree import InvalidStructureError, UnsayableStateError, flatten, rebuild
+from torch_bridge.checkpoints.state import InvalidStructureError, UnsayableStateError, flatten, rebuild
 
 _NAME = "tensor"
 """The same for every tensor: equal tensors are one object, whatever they are called."""

@@ -16,9 +16,8 @@ from torch.futures import Future
 from node.origin.layout import shard_key
 from protocol.errors import InvalidParamsError, OriginCorruptError, OriginNotFoundError
 from protocol.ids import ContentId
-from torch_bridge.checkpoints.bounded import IN_FLIGHT, in_order
 from torch_bridge.checkpoints.dcp.index import (
-    Inline,
+    InlineBytes,
     Stored,
     decode_index,
     index_folder,
@@ -26,8 +25,8 @@ from torch_bridge.checkpoints.dcp.index import (
     versions_in,
 )
 from torch_bridge.checkpoints.dcp.items import plain_value, tensor_of
-from torch_bridge.checkpoints.parts import DamagedPartError, content_id_of
-from torch_bridge.checkpoints.tree import InvalidStructureError
+from torch_bridge.checkpoints.parts import IN_FLIGHT, DamagedPartError, content_id_of, in_order
+from torch_bridge.checkpoints.state import InvalidStructureError
 from torch_bridge.core.store import Store
 
 _log = logging.getLogger(__name__)
@@ -117,13 +116,13 @@ class O3StorageReader(StorageReader):
         with ThreadPoolExecutor(self._concurrency, "dcp-read") as pool:
             for at, body in in_order(pool, lambda at: self._read(at, wanted[at][0]), wanted, self._concurrency):
                 for item in wanted[at]:
-                    self._load(item, body, planner, inline=isinstance(at, Inline))
+                    self._load(item, body, planner, inline=isinstance(at, InlineBytes))
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
     def _read(self, at: Stored, item: ReadItem) -> bytes:
-        if isinstance(at, Inline):
+        if isinstance(at, InlineBytes):
             return at.body
         key = shard_key(ContentId(at.content_id))
         advice = f"{self.checkpoint_id!r} version {self.version} cannot be loaded; ask for an older one with version="

@@ -16,20 +16,19 @@ from torch.futures import Future
 from node.origin.layout import shard_key
 from protocol.errors import InvalidParamsError, OriginExistsError, OriginNotFoundError
 from protocol.ids import ContentId
-from torch_bridge.checkpoints.bounded import IN_FLIGHT, in_order
 from torch_bridge.checkpoints.dcp.index import (
     INLINE_BYTES,
     MAX_INDEX_BYTES,
-    Inline,
-    Kept,
+    InlineBytes,
     Stored,
+    StoredObject,
     encode_index,
     index_folder,
     is_checkpoint_id,
     versions_in,
 )
 from torch_bridge.checkpoints.dcp.items import body_of
-from torch_bridge.checkpoints.parts import content_id_of
+from torch_bridge.checkpoints.parts import IN_FLIGHT, content_id_of, in_order
 from torch_bridge.core.store import Store
 
 
@@ -97,8 +96,8 @@ class O3StorageWriter(StorageWriter):
 
     def _keep(self, body: bytes) -> Stored:
         if len(body) <= INLINE_BYTES:
-            return Inline(body)
-        kept = Kept(content_id_of(body), len(body))
+            return InlineBytes(body)
+        kept = StoredObject(content_id_of(body), len(body))
         key = shard_key(ContentId(kept.content_id))
         try:
             there = self._store.head(key).size

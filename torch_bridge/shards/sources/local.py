@@ -79,6 +79,10 @@ def _entry(number: int, path: Path) -> ShardEntry:
     except (ArrowException, OSError, ValueError) as err:
         raise InvalidShardError(f"{path} is no readable shard: {err}") from None
     return ShardEntry(
-        shard_id=ShardId(number), filename=path.name, size=hashed.size, content_id=hashed.content_id,
-        kind="parquet" if path.suffix == ".parquet" else "file", rows=rows,
-    )  # fmt: skip
+        shard_id=ShardId(number),
+        filename=path.name,
+        size=hashed.size,
+        content_id=hashed.content_id,
+        kind="parquet" if path.suffix == ".parquet" else "file",
+        rows=rows,
+    )

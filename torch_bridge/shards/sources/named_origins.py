@@ -20,7 +20,7 @@ from node.origin.url import OriginUrl
 from protocol.errors import InvalidManifestError, OriginDeniedError, OriginError, ShoalError, UnknownNameError
 from protocol.manifest import SignedManifest
 from torch_bridge.core.client import O3Client
-from torch_bridge.core.location import Place, with_secrets
+from torch_bridge.core.location import StoreLocation, with_secrets
 from torch_bridge.core.loop_thread import loop_thread
 from torch_bridge.core.store import Store
 
@@ -98,7 +98,7 @@ class NamedOrigins:
             settings = for_stranger(url, self.client.settings)
             if url.startswith(("https://", "hf://")):
                 settings = replace(settings, credentials=Credentials())
-            self._guests.setdefault(url, Store(Place(url, settings, self.client.retry)))
+            self._guests.setdefault(url, Store(StoreLocation(url, settings, self.client.retry)))
         return self._guests[url]
 
     def _bases(self) -> list[str]:

@@ -28,7 +28,7 @@ from protocol.errors import (
 )
 from protocol.manifest import Manifest, ShardEntry
 from protocol.sync_client import SyncClient
-from torch_bridge.shards.integrity import as_published, check_parquet
+from torch_bridge.shards.shard_file import as_published, check_parquet
 from torch_bridge.shards.sources.interface import FetchedFile, OnProgress
 
 log = logging.getLogger(__name__)
@@ -50,9 +50,14 @@ class NodeSource:
     """
 
     def __init__(
-        self, address: str, dataset: str, folder: Path | str | None = None, *, ttl_s: float = 120.0,
+        self,
+        address: str,
+        dataset: str,
+        folder: Path | str | None = None,
+        *,
+        ttl_s: float = 120.0,
         reconnect_s: float = _RECONNECT_S,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.address, self.dataset = address, dataset
         mark = hashlib.sha256(f"{address} {dataset}".encode()).hexdigest()[:16]
         self._folder = Path(folder) if folder else Path(tempfile.gettempdir()) / f"shoal-{os.getuid()}" / mark
@@ -219,9 +224,16 @@ class NodeSource:
         return client
 
     def _call(
-        self, method: str, params: dict[str, Any], result: type[R], *, tell: NotificationCallback | None = None,
-        stop: threading.Event | None = None, patience_s: float | None = None, answer_s: float | None = None,
-    ) -> R:  # fmt: skip
+        self,
+        method: str,
+        params: dict[str, Any],
+        result: type[R],
+        *,
+        tell: NotificationCallback | None = None,
+        stop: threading.Event | None = None,
+        patience_s: float | None = None,
+        answer_s: float | None = None,
+    ) -> R:
         """Ask the node; one that is gone is waited for, `patience_s` long. `answer_s`: until it has answered.
 
         Raises what the node says, UnreachableError or TimedOutError in the end, CancelledRequestError by `stop`.

@@ -21,11 +21,11 @@ from protocol.manifest import Manifest, ShardEntry, safe_filename
 from torch_bridge.core.client import O3Client
 from torch_bridge.core.file_locks import locked
 from torch_bridge.core.store import Store
-from torch_bridge.shards.disk import release, reserve
-from torch_bridge.shards.integrity import as_published, check_parquet
-from torch_bridge.shards.ranged_file import download
+from torch_bridge.shards.disk_space import release, reserve
+from torch_bridge.shards.shard_file import as_published, check_parquet
 from torch_bridge.shards.sources.interface import FetchedFile, OnProgress
 from torch_bridge.shards.sources.named_origins import NamedOrigins
+from torch_bridge.shards.sources.range_download import download
 
 log = logging.getLogger(__name__)
 MAX_SET_ASIDE = 3
@@ -54,9 +54,14 @@ class OriginSource:
     """
 
     def __init__(
-        self, where: str, folder: Path | str, *, dataset: str | None = None, client: O3Client | None = None,
+        self,
+        where: str,
+        folder: Path | str,
+        *,
+        dataset: str | None = None,
+        client: O3Client | None = None,
         keep_free_bytes: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._folder = Path(folder)
         self._keep_free_bytes = keep_free_bytes
         self._origins = NamedOrigins(where, dataset, client or O3Client(), self._state)

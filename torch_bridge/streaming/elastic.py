@@ -14,7 +14,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Passed:
+class RankProgress:
     """How far each of some ranks was in one epoch."""
 
     epoch: int
@@ -31,7 +31,7 @@ class Passed:
 
 
 @dataclass(frozen=True)
-class Begun:
+class PartialBatch:
     """A batch of documents whose first tokens were read."""
 
     epoch: int
@@ -42,17 +42,17 @@ class Begun:
 
 
 @dataclass(frozen=True)
-class Left:
+class Remainder:
     """Of a data set, over all its epochs: what was read of it by ranks that were of another number."""
 
-    passed: tuple[Passed, ...] = ()
-    begun: tuple[Begun, ...] = ()
+    passed: tuple[RankProgress, ...] = ()
+    begun: tuple[PartialBatch, ...] = ()
 
     def has(self, epoch: int, number: int) -> bool:
         """Whether a batch is to be left out."""
         return any(one.epoch == epoch and one.has(number) for one in self.passed)
 
-    def begun_at(self, epoch: int, number: int) -> Begun | None:
+    def begun_at(self, epoch: int, number: int) -> PartialBatch | None:
         return next((one for one in self.begun if (one.epoch, one.number) == (epoch, number)), None)
 
     def first(self) -> tuple[int, int]:
@@ -60,9 +60,9 @@ class Left:
         epoch = min((one.epoch for one in self.passed), default=0)
         return epoch, max((min(one.following) for one in self.passed if one.epoch == epoch), default=0)
 
-    def behind(self, epoch: int, number: int) -> Left:
+    def behind(self, epoch: int, number: int) -> Remainder:
         """What of it still matters to a rank that is about to begin that batch."""
-        return Left(
+        return Remainder(
             tuple(one for one in self.passed if (one.epoch, max(one.following)) > (epoch, number)),
             tuple(one for one in self.begun if (one.epoch, one.number) >= (epoch, number)),
         )
@@ -72,13 +72,14 @@ class Left:
         return {"passed": [asdict(one) for one in self.passed], "begun": [asdict(one) for one in self.begun]}
 
     @classmethod
-    def of(cls, state: Mapping[str, Any] | None) -> Left:
+    def of(cls, state: Mapping[str, Any] | None) -> Remainder:
         """What `state` gave."""
         if not state:
             return cls()
-        passed = (Passed(one["epoch"], one["base"], tuple(one["following"])) for one in state["passed"])
+        passed = (RankProgress(one["epoch"], one["base"], tuple(one["following"])) for one in state["passed"])
         begun = (
-            Begun(one["epoch"], one["number"], one["used_tokens"], tuple(one["next_tokens"])) for one in state["begun"]
+            PartialBatch(one["epoch"], one["number"], one["used_tokens"], tuple(one["next_tokens"]))
+            for one in state["begun"]
         )
         return cls(tuple(passed), tuple(begun))
 
@@ -88,7 +89,7 @@ def following(dataset: Mapping[str, Any], rank: int) -> int:
     return int(dataset["base"]) + rank + int(dataset["own"]) * int(dataset["ranks"])
 
 
-def left_by(states: Sequence[Mapping[str, Any]], batches: Callable[[int], int]) -> Left:
+def left_by(states: Sequence[Mapping[str, Any]], batches: Callable[[int], int]) -> Remainder:
     """From the states of all ranks, in their order, saved at one moment. `batches`: of an epoch, those of all ranks."""
     epochs = [int(state["dataset"]["epoch"]) for state in states]
     places = [following(state["dataset"], rank) for rank, state in enumerate(states)]
@@ -102,13 +103,13 @@ def left_by(states: Sequence[Mapping[str, Any]], batches: Callable[[int], int]) 
             place if at == epoch else batches(epoch) if at > epoch else base + rank
             for rank, (at, place) in enumerate(zip(epochs, places, strict=True))
         ]
-        passed.append(Passed(epoch, base, tuple(come_to)))
+        passed.append(RankProgress(epoch, base, tuple(come_to)))
     begun = [
-        Begun(at, place, int(state["used_tokens"]), tuple(state["next_tokens"]))
+        PartialBatch(at, place, int(state["used_tokens"]), tuple(state["next_tokens"]))
         for state, at, place in zip(states, epochs, places, strict=True)
     ]
-    before = [Left.of(state.get("left")) for state in states]
-    now = Left(tuple(passed), tuple(begun))
+    before = [Remainder.of(state.get("left")) for state in states]
+    now = Remainder(tuple(passed), tuple(begun))
     untouched = [
         one
         for each in before
@@ -116,4 +117,4 @@ def left_by(states: Sequence[Mapping[str, Any]], batches: Callable[[int], int]) 
         if not now.has(one.epoch, one.number) and now.begun_at(one.epoch, one.number) is None
     ]
     still = [one for each in before for one in each.passed if one.epoch >= min(epochs)]
-    return Left(tuple(dict.fromkeys([*passed, *still])), tuple(dict.fromkeys([*begun, *untouched])))
+    return Remainder(tuple(dict.fromkeys([*passed, *still])), tuple(dict.fromkeys([*begun, *untouched])))

@@ -17,7 +17,6 @@ from protocol.errors import NoSourceError, OriginCorruptError, OriginNotFoundErr
 from protocol.ids import ContentId, NodeId
 from protocol.manifest import ShardEntry
 from protocol.sync_client import SyncClient
-from torch_bridge.checkpoints.bounded import in_order
 from torch_bridge.checkpoints.commit import (
     MAX_COMMIT_BYTES,
     Commit,
@@ -27,9 +26,9 @@ from torch_bridge.checkpoints.commit import (
     decode_commit,
     parse_commit_key,
 )
-from torch_bridge.checkpoints.parts import DamagedPartError, unpack
-from torch_bridge.checkpoints.saving import check_parts_there
-from torch_bridge.checkpoints.tree import InvalidStructureError, rebuild
+from torch_bridge.checkpoints.parts import DamagedPartError, in_order, unpack
+from torch_bridge.checkpoints.state import InvalidStructureError, rebuild
+from torch_bridge.checkpoints.upload import check_parts_there
 from torch_bridge.core.store import Store
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from protocol.errors import CancelledRequestError, InsufficientDiskError
 from protocol.manifest import ShardEntry
 from torch_bridge.core.loop_thread import loop_thread
 from torch_bridge.core.store import Store
-from torch_bridge.shards.disk import FULL
+from torch_bridge.shards.disk_space import FULL
 from torch_bridge.shards.sources.interface import OnProgress
 
 FIRST_RANGE_BYTES = 1 << 20

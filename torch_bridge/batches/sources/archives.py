@@ -21,9 +21,7 @@ from typing import IO, Any, cast
 from protocol.errors import InvalidShardError, OriginNotFoundError
 from torch_bridge.batches.folder import read_json, write_json
 from torch_bridge.batches.plan import RemoteFile
-from torch_bridge.batches.sources.factory import OriginFiles
-from torch_bridge.batches.sources.ranged import SMALL_BLOCK_BYTES, OnBytes, RangedFile, StreamedFile
-from torch_bridge.batches.unpacking import (
+from torch_bridge.batches.sources.archive_members import (
     BoundedTarInfo,
     Kind,
     MemberStream,
@@ -33,6 +31,8 @@ from torch_bridge.batches.unpacking import (
     kind_of,
     translated,
 )
+from torch_bridge.batches.sources.origin import OriginFiles
+from torch_bridge.batches.sources.ranged_file import SMALL_BLOCK_BYTES, OnBytes, RangedFile, StreamedFile
 from torch_bridge.core.store import Store
 
 INSIDE = "!/"
@@ -40,7 +40,7 @@ INSIDE = "!/"
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ArchiveLimits:
     """What an archive may claim. More is a bomb, or no data set."""
 
     members: int = 1_000_000
@@ -57,7 +57,7 @@ class ArchiveFiles:
         archives: Sequence[str],
         *,
         suffixes: tuple[str, ...] = (),
-        limits: Limits | None = None,
+        limits: ArchiveLimits | None = None,
         skip_others: bool = False,
     ) -> None:
         """`archives`: keys of the store, which end in .tar, .zip, .tar.gz, .tgz, .tar.bz2, .tar.xz or .tar.zst. One
@@ -68,7 +68,7 @@ class ArchiveFiles:
         self._store = store
         self._kinds = {key: kind_of(key) for key in archives}
         self._suffixes = suffixes
-        self._limits = limits or Limits()
+        self._limits = limits or ArchiveLimits()
         self._skip_others = skip_others
         self._reading: MemberStream | None = None
         self._zips: dict[tuple[int, str], zipfile.ZipFile] = {}

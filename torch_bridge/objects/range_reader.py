@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 from node.origin.interface import ObjectStore
 from protocol.errors import OriginCorruptError, OriginNotFoundError, ShoalError
 from torch_bridge.core.store import Store
-from torch_bridge.objects.ahead import Ahead
-from torch_bridge.objects.chunk_cache import TOUCH_S, ChunkCache, Claim
+from torch_bridge.objects.chunk_cache import TOUCH_S, ChunkCache, ChunkClaim
 from torch_bridge.objects.chunk_file import HEADER_BYTES
-from torch_bridge.objects.listing import Listed
-from torch_bridge.objects.ranges import pieces, runs
+from torch_bridge.objects.listing import ListedObject
+from torch_bridge.objects.ranges import ReadAhead, chunk_slices, runs
 
 log = logging.getLogger(__name__)
 WAITS = 20
@@ -39,16 +38,16 @@ class Stats:
     origin_requests: int = 0
 
 
-class Wanted(NamedTuple):
+class ObjectRange(NamedTuple):
     """Bytes [start, end) of an object."""
 
-    item: Listed
+    item: ListedObject
     start: int
     end: int
 
 
 class _Chunk(NamedTuple):
-    item: Listed
+    item: ListedObject
     number: int
     length: int
 
@@ -80,13 +79,13 @@ class RangeReader:
         self.trusted_until_s = trusted_until_s
         self.counted = Stats()
         room = read_ahead_bytes * 4 <= cache.limit_bytes
-        self._ahead = Ahead(read_ahead_bytes // chunk_bytes if room else 0, chunk_bytes)
+        self._ahead = ReadAhead(read_ahead_bytes // chunk_bytes if room else 0, chunk_bytes)
         self._ahead_counted = Stats()
         self._ahead_thread: threading.Thread | None = None
         self._names: dict[str, str] = {}
         self._seen: set[str] = set()
 
-    def read(self, wanted: Sequence[Wanted], decode: Callable[[bytes], Any] | None = None) -> list[Any]:
+    def read(self, wanted: Sequence[ObjectRange], decode: Callable[[bytes], Any] | None = None) -> list[Any]:
         """The bytes of each, or what `decode` makes of them.
 
         Raises OriginNotFoundError for an object that vanished since it was listed, OriginCorruptError for one that
@@ -111,7 +110,7 @@ class RangeReader:
             parts: list[bytes] = []
             gathered.append((len(found), parts))
             found.append(None)
-            for index, first, stop in pieces(start, end, self.chunk_bytes):
+            for index, first, stop in chunk_slices(start, end, self.chunk_bytes):
                 name = self._name(item, index)
                 length = min(self.chunk_bytes, item.size - index * self.chunk_bytes)
                 chunk = None if name in missing else self.cache.opened(name, length)
@@ -144,7 +143,7 @@ class RangeReader:
             origin_requests=self.counted.origin_requests + ahead.origin_requests,
         )
 
-    def _fetch_ahead(self, wanted: Sequence[Wanted]) -> None:
+    def _fetch_ahead(self, wanted: Sequence[ObjectRange]) -> None:
         if not wanted or not self._ahead.most_chunks:
             return
         first, last = wanted[0], wanted[-1]
@@ -167,7 +166,7 @@ class RangeReader:
         except (ShoalError, OSError) as error:
             log.debug("reading ahead ended: %s", error)
 
-    def _name(self, item: Listed, index: int) -> str:
+    def _name(self, item: ListedObject, index: int) -> str:
         """Of the chunk's file: another origin, object, version or size of chunks has others."""
         if (known := self._names.get(item.key)) is None:
             told = repr((self.store.url, item.key, item.etag, item.size, self.chunk_bytes)).encode()
@@ -180,7 +179,7 @@ class RangeReader:
             claims = self.cache.claim({name: chunk.length for name, chunk in missing.items()})
             if turn == WAITS:
                 here = {claim.name for claim in claims}
-                claims += [Claim(name, chunk.length, None) for name, chunk in missing.items() if name not in here]
+                claims += [ChunkClaim(name, chunk.length, None) for name, chunk in missing.items() if name not in here]
             self._fetch(claims, missing, fill, self.counted)
             for claim in claims:
                 del missing[claim.name]
@@ -194,9 +193,9 @@ class RangeReader:
                 return
 
     def _fetch(
-        self, claims: list[Claim], chunks: Mapping[str, _Chunk], fill: Callable[[str, bytes], None], counted: Stats
+        self, claims: list[ChunkClaim], chunks: Mapping[str, _Chunk], fill: Callable[[str, bytes], None], counted: Stats
     ) -> None:
-        by_object: dict[Listed, dict[int, Claim]] = defaultdict(dict)
+        by_object: dict[ListedObject, dict[int, ChunkClaim]] = defaultdict(dict)
         for claim in claims:
             by_object[chunks[claim.name].item][chunks[claim.name].number] = claim
         jobs = [
@@ -205,7 +204,7 @@ class RangeReader:
             for run in runs(here, self.chunks_at_once)
         ]
         jobs.reverse()
-        under_way: dict[Future[bytes], tuple[Listed, list[Claim]]] = {}
+        under_way: dict[Future[bytes], tuple[ListedObject, list[ChunkClaim]]] = {}
         try:
             while jobs or under_way:
                 while jobs and len(under_way) < self.concurrency:
@@ -227,7 +226,7 @@ class RangeReader:
             for claim in claims:
                 self.cache.abandon(claim)
 
-    def _asking(self, item: Listed, start: int, end: int) -> Callable[[ObjectStore], Any]:
+    def _asking(self, item: ListedObject, start: int, end: int) -> Callable[[ObjectStore], Any]:
         look = time.time() >= self.trusted_until_s and item.key not in self._seen
 
         async def ask(store: ObjectStore) -> bytes:
@@ -244,7 +243,7 @@ class RangeReader:
 
         return ask
 
-    def _result(self, future: Future[bytes], item: Listed, counted: Stats) -> bytes:
+    def _result(self, future: Future[bytes], item: ListedObject, counted: Stats) -> bytes:
         try:
             data = future.result()
         except OriginNotFoundError as error:
@@ -258,7 +257,11 @@ class RangeReader:
         return data
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = Ahead(self._ahead.most_chunks, self.chunk_bytes)
+        fresh = ReadAhead(self._ahead.most_chunks, self.chunk_bytes)
         return self.__dict__ | {
-            "counted": Stats(), "_ahead_counted": Stats(), "_ahead": fresh, "_ahead_thread": None, "_names": {},
-        }  # fmt: skip
+            "counted": Stats(),
+            "_ahead_counted": Stats(),
+            "_ahead": fresh,
+            "_ahead_thread": None,
+            "_names": {},
+        }

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
+import tempfile
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +26,10 @@ from protocol.errors import OriginCorruptError, OriginExistsError, OriginNotFoun
 from protocol.ids import ContentId, ShardId
 from protocol.manifest import Manifest, ShardEntry, sign_manifest
 from protocol.signing import SigningKey
-from torch_bridge.checkpoints.bounded import in_order
 from torch_bridge.checkpoints.commit import Commit, commit_folder, encode_commit, parse_commit_key
-from torch_bridge.checkpoints.parts import PART_BYTES, Part, laid_out, pack
-from torch_bridge.checkpoints.tree import FlatState, flatten
+from torch_bridge.checkpoints.parts import PART_BYTES, Part, in_order, laid_out, pack
+from torch_bridge.checkpoints.state import FlatState, flatten
+from torch_bridge.core.file_locks import FileLock
 from torch_bridge.core.loop_thread import loop_thread
 from torch_bridge.core.store import Store
 
@@ -155,9 +159,12 @@ def _send_parts(store: Store, parts: Mapping[str, Part], damaged: AbstractSet[Co
         if begun.setdefault(part.content_id, filename) == filename:
             _send(store, part, limits, is_damaged=part.content_id in damaged)
         return ShardEntry(
-            shard_id=ShardId(numbers[filename]), filename=filename, size=part.size, content_id=part.content_id,
+            shard_id=ShardId(numbers[filename]),
+            filename=filename,
+            size=part.size,
+            content_id=part.content_id,
             kind="file",
-        )  # fmt: skip
+        )
 
     numbers = {filename: number for number, filename in enumerate(parts)}
     with ThreadPoolExecutor(SENT_AT_ONCE, thread_name_prefix="checkpoint-part") as pool:
@@ -210,3 +217,42 @@ async def check_parts_there(store: ObjectStore, manifest: Manifest) -> dict[Cont
 
     found = await asyncio.gather(*(look(entry) for entry in manifest.shards))
     return {entry.content_id: cid for entry, cid in zip(manifest.shards, found, strict=True) if cid}
+
+
+_PREFIX = "shoal-checkpoint-"
+_LOCK = "lock"
+_PARTS = "parts"
+
+
+@contextmanager
+def own_folder(parent: Path) -> Iterator[Path]:
+    """An empty folder under `parent`, deleted at the end. Raises OSError."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time:
+        _clear_left_behind(parent)
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        lock = FileLock(folder / _LOCK)
+        lock.take()
+    try:
+        parts = folder / _PARTS
+        parts.mkdir()
+        yield parts
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.leave()
+
+
+def _clear_left_behind(parent: Path) -> None:
+    """Those that nobody holds. One without a lock is being made at this moment, or is no loss."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        lock = FileLock(folder / _LOCK)
+        try:
+            if not (folder / _LOCK).exists() or not lock.take():
+                continue
+        except OSError:
+            continue  # another user's
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.leave()
+
+
+_one_at_a_time = threading.Lock()

@@ -13,7 +13,7 @@ from protocol.manifest import Manifest, ShardEntry
 from torch_bridge.shards.sources.interface import FetchedFile, OnProgress, ShardSource
 
 
-class ChosenShards:
+class ShardSubset:
     """Those of these file names. `folder`: for the state of readers, where the source's own is not to be written to.
 
     Raises InvalidParamsError for a name that the data set has not.

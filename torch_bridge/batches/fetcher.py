@@ -11,23 +11,23 @@ from pathlib import Path
 
 from protocol.errors import CancelledRequestError, InsufficientDiskError, OriginCorruptError
 from torch_bridge.batches.folder import ConsumerFolder, writing
-from torch_bridge.batches.plan import Batch, RemoteFile
-from torch_bridge.batches.sources.factory import FileSource, vanished
-from torch_bridge.core.waiting import ServingThread
+from torch_bridge.batches.plan import FileBatch, RemoteFile
+from torch_bridge.batches.sources.interface import FileSource, vanished
+from torch_bridge.core.loop_thread import ServingThread
 
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.5
 """A waiting consumer looks so often whether the thread is alive."""
 
 
-class Fetching:
+class FileFetcher:
     """Files ahead of one consumer. `start` it, `wait` for files in the order of the batches, `release` each batch."""
 
     def __init__(
         self,
         source: FileSource,
         folder: ConsumerFolder,
-        batches: Sequence[Batch],
+        batches: Sequence[FileBatch],
         *,
         max_bytes: int,
         concurrency: int,
@@ -82,7 +82,7 @@ class Fetching:
                 self._change.wait(_LOOK_S)
             return self._here[file]
 
-    def release(self, batch: Batch, *, delete: bool = True) -> None:
+    def release(self, batch: FileBatch, *, delete: bool = True) -> None:
         """The next batch but one may come in the place of this one."""
         for file in batch.files if delete else ():
             self._source.release(file)

@@ -18,7 +18,7 @@ from typing import IO, Literal, Self, cast
 
 from protocol.errors import CancelledRequestError, InvalidParamsError, InvalidShardError
 from torch_bridge.batches.plan import RemoteFile
-from torch_bridge.batches.sources.ranged import OnBytes, StreamedFile
+from torch_bridge.batches.sources.ranged_file import OnBytes, StreamedFile
 from torch_bridge.core.store import Store
 
 COPY_BYTES = 1 << 20
@@ -26,9 +26,17 @@ HEADER_BYTES = 1 << 20
 """Of what a tar may say of one member beside its header: long names, pax records. tarfile reads it into memory."""
 Kind = Literal["tar", "zip", "tar.gz", "tar.bz2", "tar.xz", "tar.zst"]
 _KINDS: dict[str, Kind] = {
-    ".tar": "tar", ".zip": "zip", ".tar.gz": "tar.gz", ".tgz": "tar.gz", ".tar.bz2": "tar.bz2", ".tbz2": "tar.bz2",
-    ".tar.xz": "tar.xz", ".txz": "tar.xz", ".tar.zst": "tar.zst", ".tzst": "tar.zst",
-}  # fmt: skip
+    ".tar": "tar",
+    ".zip": "zip",
+    ".tar.gz": "tar.gz",
+    ".tgz": "tar.gz",
+    ".tar.bz2": "tar.bz2",
+    ".tbz2": "tar.bz2",
+    ".tar.xz": "tar.xz",
+    ".txz": "tar.xz",
+    ".tar.zst": "tar.zst",
+    ".tzst": "tar.zst",
+}
 
 
 def kind_of(key: str) -> Kind:
@@ -44,9 +52,12 @@ class BoundedTarInfo(tarfile.TarInfo):
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         extended = (
-            tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+            tarfile.XHDTYPE,
+            tarfile.XGLTYPE,
+            tarfile.SOLARIS_XHDTYPE,
+            tarfile.GNUTYPE_LONGNAME,
             tarfile.GNUTYPE_LONGLINK,
-        )  # fmt: skip
+        )
         if self.type in extended and self.size > HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {self.size} bytes, more than {HEADER_BYTES}")
         return super()._proc_member(tar)  # type: ignore[misc, no-any-return]

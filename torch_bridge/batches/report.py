@@ -8,7 +8,7 @@ from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
-class Spent:
+class ConsumerTimes:
     """What a consumer has measured, in seconds."""
 
     download_s: float = 0.0
@@ -25,7 +25,7 @@ class Spent:
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
+class TimeReport:
     """All consumers of this machine together, seconds of each added up."""
 
     download_s: float
@@ -40,7 +40,7 @@ class Timing:
     advice: str
 
 
-def timing(spent: list[Spent], epochs_per_subset: int) -> Timing:
+def time_report(spent: list[ConsumerTimes], epochs_per_subset: int) -> TimeReport:
     """Sum up, and say what would help. Pure."""
     download = sum(one.download_s for one in spent)
     train = sum(one.train_s for one in spent)
@@ -56,7 +56,14 @@ def timing(spent: list[Spent], epochs_per_subset: int) -> Timing:
             f"bringing the files takes {download:.1f} s, using them {busy:.1f} s: {often} would use each batch often "
             "enough to hide it; else more concurrency, a nearer origin, or smaller files"
         )
-    return Timing(
-        download, train, sum(one.wait_s for one in spent), decode, sum(one.downloaded_bytes for one in spent),
-        sum(one.samples for one in spent), sum(one.skipped for one in spent), limit, advice,
-    )  # fmt: skip
+    return TimeReport(
+        download,
+        train,
+        sum(one.wait_s for one in spent),
+        decode,
+        sum(one.downloaded_bytes for one in spent),
+        sum(one.samples for one in spent),
+        sum(one.skipped for one in spent),
+        limit,
+        advice,
+    )

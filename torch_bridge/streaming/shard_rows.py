@@ -14,7 +14,7 @@ from protocol.errors import InvalidShardError, ShardInUseError
 from protocol.manifest import ShardEntry
 from torch_bridge.shards.downloader import StreamingDownloader
 from torch_bridge.shards.readers import LEAVING_S
-from torch_bridge.streaming.order import Batch, Indices
+from torch_bridge.streaming.order import Indices, SampleBatch
 from torch_bridge.streaming.rows import DecodedGroups, RowReader, assembled
 from torch_bridge.streaming.settings import Buffering
 
@@ -29,15 +29,18 @@ class ShardRows:
     """Not for several threads at once. `entries`: what the shards of a batch are places in."""
 
     def __init__(
-        self, entries: Sequence[ShardEntry], downloader: StreamingDownloader, columns: Sequence[str] | None,
+        self,
+        entries: Sequence[ShardEntry],
+        downloader: StreamingDownloader,
+        columns: Sequence[str] | None,
         buffering: Buffering,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._entries, self._downloader = entries, downloader
         self._columns, self._timeout_s = columns, buffering.shard_timeout_s
         self._groups = DecodedGroups(buffering.decoded_bytes)
         self._open: dict[int, RowReader] = {}
 
-    def table(self, batch: Batch) -> pa.Table:
+    def table(self, batch: SampleBatch) -> pa.Table:
         """The batch's rows in its order. Raises what `wait_for_shard` does for a shard that does not come."""
         parts, places = [], []
         for shard in sorted(set(batch.shards.tolist())):

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from protocol.errors import InvalidParamsError
+from torch_bridge.batches.fetcher import FileFetcher
 from torch_bridge.batches.folder import ConsumerFolder, read_json
+from torch_bridge.batches.journal import ConsumerJournal, ConsumerPosition, Done
 from torch_bridge.batches.plan import (
-    Batch,
+    FileBatch,
     RemoteFile,
     epoch_order,
     own_share,
@@ -21,18 +23,16 @@ from torch_bridge.batches.plan import (
     pass_order,
     plan_batches,
 )
-from torch_bridge.batches.progress import Done, Position, Progress
+from torch_bridge.batches.report import ConsumerTimes
 from torch_bridge.batches.settings import BatchSettings
-from torch_bridge.batches.sources.factory import FileSource
-from torch_bridge.batches.sources.fetching import Fetching
-from torch_bridge.batches.timing import Spent
-from torch_bridge.core.closing import Held
+from torch_bridge.batches.sources.interface import FileSource
+from torch_bridge.core.closing import ClosingStack
 
 _log = logging.getLogger(__name__)
 Decode = Callable[[Path, Any], Any]
 
 
-class Session:
+class ConsumerEpoch:
     """Made for one epoch in the process of its consumer. `handed` is what a checkpoint of now has to know."""
 
     def __init__(
@@ -50,7 +50,7 @@ class Session:
         self._settings = settings
         self._folder = folder
         self._source = source
-        self._progress = Progress(folder)
+        self._progress = ConsumerJournal(folder)
         self.epoch = epoch
         shuffle = settings.shuffle and not source.in_order
         self._shuffle = shuffle
@@ -69,26 +69,31 @@ class Session:
         self._batches = plan_batches(left, cache_size, self._max_bytes)
         self._paths_leave = paths_leave
         self._unsure: deque[tuple[RemoteFile, int]] = deque()
-        self._leaving: deque[tuple[Batch, int]] = deque()
+        self._leaving: deque[tuple[FileBatch, int]] = deque()
         """Batches that are used up, with the number of samples that had been handed over by then."""
-        self._spent = Spent()
-        self._before = Spent()
+        self._spent = ConsumerTimes()
+        self._before = ConsumerTimes()
         self._samples = 0
 
-    def samples(self, held: Held, decode: Decode | None, meta_of: Callable[[RemoteFile], Any]) -> Iterator[Any]:
+    def samples(self, held: ClosingStack, decode: Decode | None, meta_of: Callable[[RemoteFile], Any]) -> Iterator[Any]:
         """Each of its files, as often as a subset is gone through. The progress is written down as they are used.
         The end of `held` ends the downloads.
         """
         known = read_json(self._folder.home / "progress.json")
         if isinstance(known, dict):
-            self._before = Spent(**known["spent"])
+            self._before = ConsumerTimes(**known["spent"])
         self._progress.begin(self.epoch, self._trained)
         self._write(0, 0)
         settings = self._settings
-        fetching = Fetching(
-            self._source, self._folder, self._batches, max_bytes=self._max_bytes, concurrency=settings.concurrency,
-            skip_missing=settings.on_missing == "skip", keep_free_bytes=settings.keep_free_bytes,
-        )  # fmt: skip
+        fetching = FileFetcher(
+            self._source,
+            self._folder,
+            self._batches,
+            max_bytes=self._max_bytes,
+            concurrency=settings.concurrency,
+            skip_missing=settings.on_missing == "skip",
+            keep_free_bytes=settings.keep_free_bytes,
+        )
         held.callback(fetching.close)
         fetching.start()
         for batch in self._batches:
@@ -102,7 +107,7 @@ class Session:
             self._release(fetching, all_of_them=True)
 
     def _batch(
-        self, batch: Batch, fetching: Fetching, decode: Decode | None, meta_of: Callable[[RemoteFile], Any]
+        self, batch: FileBatch, fetching: FileFetcher, decode: Decode | None, meta_of: Callable[[RemoteFile], Any]
     ) -> Iterator[Any]:
         begun = dict(self.handed)
         within = 0
@@ -130,10 +135,14 @@ class Session:
                 spent = self._spent
                 download_s, came = fetching.measured()
                 self._spent = replace(
-                    spent, wait_s=spent.wait_s + here - asked, decode_s=spent.decode_s + ready - here,
-                    train_s=spent.train_s + time.monotonic() - ready, samples=self._samples,
-                    download_s=download_s, downloaded_bytes=came,
-                )  # fmt: skip
+                    spent,
+                    wait_s=spent.wait_s + here - asked,
+                    decode_s=spent.decode_s + ready - here,
+                    train_s=spent.train_s + time.monotonic() - ready,
+                    samples=self._samples,
+                    download_s=download_s,
+                    downloaded_bytes=came,
+                )
                 while len(self._unsure) > self._settings.samples_ahead:
                     self._is_trained()
                 self._write(batch.number, within)
@@ -147,13 +156,13 @@ class Session:
         while self._unsure:
             self._is_trained()
 
-    def _release(self, fetching: Fetching, *, all_of_them: bool = False) -> None:
+    def _release(self, fetching: FileFetcher, *, all_of_them: bool = False) -> None:
         """Let go of batches that nobody reads any more."""
         ahead = self._settings.samples_ahead if self._paths_leave else 0
         while self._leaving and (all_of_them or self._leaving[0][1] + ahead <= self._samples):
             fetching.release(self._leaving.popleft()[0])
 
-    def _expect_room(self, batch: Batch) -> None:
+    def _expect_room(self, batch: FileBatch) -> None:
         """Batches that others may still read leave no place for the next but one, or for a large one."""
         kept = sum(one.size for one, _ in self._leaving)
         if len(self._leaving) >= 2 or (kept and kept + batch.size > self._max_bytes):
@@ -166,22 +175,35 @@ class Session:
     def _write(self, subset: int, within: int, epoch: int | None = None) -> None:
         finished = sum(count >= self._settings.epochs_per_subset for count in self._trained.values())
         self._progress.at(
-            Position(
-                epoch=self.epoch if epoch is None else epoch, subset=subset, file=within, consumed=finished,
-                of=self._files, seed=self._settings.seed, spent=_sum(self._before, self._spent),
+            ConsumerPosition(
+                epoch=self.epoch if epoch is None else epoch,
+                subset=subset,
+                file=within,
+                consumed=finished,
+                of=self._files,
+                seed=self._settings.seed,
+                spent=_sum(self._before, self._spent),
             )
-        )  # fmt: skip
+        )
 
-    def _say(self, batch: Batch, fetching: Fetching) -> None:
+    def _say(self, batch: FileBatch, fetching: FileFetcher) -> None:
         spent = self._spent
         limit = "download" if fetching.measured()[0] > spent.train_s + spent.decode_s else "training"
         _log.info(
             "%s: epoch %d, batch %d of %d: %d files, %d bytes; so far %.1f s of downloads, %.1f s of training, %.1f s "
             "of waiting for files: limited by %s",
-            self._source.name, self.epoch, batch.number + 1, len(self._batches), len(batch.files), batch.size,
-            fetching.measured()[0], spent.train_s + spent.decode_s, spent.wait_s, limit,
-        )  # fmt: skip
+            self._source.name,
+            self.epoch,
+            batch.number + 1,
+            len(self._batches),
+            len(batch.files),
+            batch.size,
+            fetching.measured()[0],
+            spent.train_s + spent.decode_s,
+            spent.wait_s,
+            limit,
+        )
 
 
-def _sum(one: Spent, other: Spent) -> Spent:
-    return Spent(*(getattr(one, name) + getattr(other, name) for name in Spent.__dataclass_fields__))
+def _sum(one: ConsumerTimes, other: ConsumerTimes) -> ConsumerTimes:
+    return ConsumerTimes(*(getattr(one, name) + getattr(other, name) for name in ConsumerTimes.__dataclass_fields__))

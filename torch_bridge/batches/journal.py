@@ -14,14 +14,14 @@ import msgspec
 from protocol.errors import InvalidParamsError
 from torch_bridge.batches.folder import ConsumerFolder, read_json, write_json, writing
 from torch_bridge.batches.plan import RemoteFile
-from torch_bridge.batches.timing import Spent
+from torch_bridge.batches.report import ConsumerTimes
 
 STATE_VERSION = 1
 Done = dict[RemoteFile, int]
 """How often each file was used up in an epoch."""
 
 
-class Position(msgspec.Struct, frozen=True, kw_only=True):
+class ConsumerPosition(msgspec.Struct, frozen=True, kw_only=True):
     """The progress file of a consumer."""
 
     epoch: int
@@ -35,10 +35,10 @@ class Position(msgspec.Struct, frozen=True, kw_only=True):
     of: int = 0
     """Files in its part of the epoch."""
     seed: int = 0
-    spent: Spent = Spent()
+    spent: ConsumerTimes = ConsumerTimes()
 
 
-class Progress:
+class ConsumerJournal:
     """Reads and writes both for one consumer that runs."""
 
     def __init__(self, folder: ConsumerFolder) -> None:
@@ -93,7 +93,7 @@ class Progress:
         with writing(path), path.open("ab", buffering=0) as out:
             out.write(_line(file, count))
 
-    def at(self, position: Position) -> None:
+    def at(self, position: ConsumerPosition) -> None:
         """Where the consumer is now."""
         write_json(self._path, {**msgspec.structs.asdict(position), "spent": asdict(position.spent)}, durable=False)
 
@@ -104,13 +104,13 @@ class Progress:
         return self._epoch(epoch) / f"{self._folder.home.name}.jsonl"
 
 
-def positions(root: Path) -> list[Position]:
+def positions(root: Path) -> list[ConsumerPosition]:
     """Of all consumers of this machine that have one."""
     found = []
     for path in sorted(root.glob("c*/progress.json")):
         value = read_json(path)
         if isinstance(value, dict):
-            found.append(msgspec.convert(value, Position))
+            found.append(msgspec.convert(value, ConsumerPosition))
     return found
 
 
@@ -126,7 +126,7 @@ def first_epoch(root: Path, home: Path) -> int:
     """The epoch that one consumer has not finished."""
     value = read_json(home / "progress.json")
     if isinstance(value, dict):
-        return msgspec.convert(value, Position).epoch
+        return msgspec.convert(value, ConsumerPosition).epoch
     return int((read_json(root / "layout.json") or {}).get("first_epoch", 0))
 
 
