@@ -21,8 +21,8 @@ from node.handlers.shards import ProgressReport, ShardHandlers, ShardLoader
 from node.handlers.table import command_table
 from node.http import HttpServer, render_metrics
 from node.machine import available_memory_bytes, usable_cores
-from node.origin.configured import origin_settings
-from node.origin.registry import Origins
+from node.origin.registry import OriginRegistry
+from node.origin.settings import origin_settings
 from node.pipeline.engine.settings import EngineSettings
 from node.pipeline.stage.process import StageSettings
 from node.pipeline.stage.stages import Stages
@@ -79,7 +79,7 @@ async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callabl
         swarm = await enter(Swarm.open(swarm_settings(settings)))
         with _naming("the DHT", settings.listen, settings.dht_port):
             discovery = await enter(Discovery.open(_discovery_settings(settings, advertise), key))
-        origins = await enter(Origins.open(origin_settings(settings), trusted=settings.manifests))
+        origins = await enter(OriginRegistry.open(origin_settings(settings), trusted=settings.manifests))
         shards = await enter(
             Shards.open(
                 ShardsSettings(settings.shards_dir, settings.data_dir, min_free_disk=settings.min_free_disk),

@@ -8,11 +8,11 @@ from functools import partial
 
 from node.cli.console import bytes_progress, err, fail, human_bytes, out
 from node.config import Settings
-from node.origin.configured import origin_settings
 from node.origin.core.policy import refusal
 from node.origin.factory import open_store
 from node.origin.interface import ObjectStore
-from node.origin.publishing import Published
+from node.origin.publishing import PublishResult
+from node.origin.settings import origin_settings
 from node.origin.url import OriginUrl
 from node.shards.publish.manifest_builder import Chosen
 from node.shards.publish.uploader import upload
@@ -53,7 +53,7 @@ def named_origins(urls: Sequence[str], before: Sequence[str]) -> list[str]:
     return list(named)[:MAX_ORIGINS]
 
 
-def upload_all(signed: SignedManifest, chosen: Chosen, stores: Sequence[Opener]) -> list[Published]:
+def upload_all(signed: SignedManifest, chosen: Chosen, stores: Sequence[Opener]) -> list[PublishResult]:
     """Bring shards, torrent files and the manifest to each origin; what is there already is skipped.
 
     Raises OriginError, InvalidShardError.
@@ -64,7 +64,7 @@ def upload_all(signed: SignedManifest, chosen: Chosen, stores: Sequence[Opener])
         fail("interrupted; the same command goes on from there", code=130)
 
 
-async def _upload_all(signed: SignedManifest, chosen: Chosen, stores: Sequence[Opener]) -> list[Published]:
+async def _upload_all(signed: SignedManifest, chosen: Chosen, stores: Sequence[Opener]) -> list[PublishResult]:
     published = []
     hasher = Hasher()
     try:
@@ -82,7 +82,7 @@ async def _upload_all(signed: SignedManifest, chosen: Chosen, stores: Sequence[O
 
 async def _upload(
     store: ObjectStore, signed: SignedManifest, chosen: Chosen, hasher: Hasher
-) -> tuple[Published, Chosen]:
+) -> tuple[PublishResult, Chosen]:
     with bytes_progress() as progress:
         hashing = progress.add_task("hashing", total=signed.manifest.total_bytes, visible=False)
         bar = progress.add_task("uploading", total=None, visible=False)
@@ -97,7 +97,7 @@ async def _upload(
         )
 
 
-def show_published(published: Sequence[Published]) -> None:
+def show_published(published: Sequence[PublishResult]) -> None:
     """A line for each origin, with the URL that finds what was published."""
     for one in published:
         there = f", {human_bytes(one.skipped_bytes)} were there" if one.skipped_bytes else ""

@@ -14,11 +14,10 @@ from rich.table import Table
 from node.cli.console import add_row, bytes_progress, err, examples, fail, out, print_json
 from node.cli.pull import DEFAULT_NODE, Node, address_of, selector
 from node.config import Address, Settings, load_settings
-from node.origin.configured import origin_settings
 from node.origin.layout import is_address, layer_bytes, layer_in_torrent
-from node.origin.location import Place
-from node.origin.registry import Origins
-from node.origin.verify import content_at, network_state_at
+from node.origin.location import OriginLocation
+from node.origin.registry import OriginRegistry
+from node.origin.settings import origin_settings
 from protocol.client import Client
 from protocol.commands.nodes import NodeEntry, NodesResult
 from protocol.commands.shards import FileInfo, GetManifestResult, ListFilesResult
@@ -121,7 +120,7 @@ async def _verify(
     name: str, address: Address, settings: Settings, at: Sequence[str], *, named_too: bool
 ) -> tuple[SignedManifest, list[Copy]]:
     known = origin_settings(settings, origins=at or None)
-    async with Origins.open(known, trusted=[name] if is_address(name) else []) as origins:
+    async with OriginRegistry.open(known, trusted=[name] if is_address(name) else []) as origins:
         copies: list[Copy] = []
         try:
             async with Client.connect(address.host, address.port) as client:
@@ -134,7 +133,7 @@ async def _verify(
             err.print(f"no node at {address.host}:{address.port}: only origins are verified", markup=False)
             signed = await _manifest(None, origins, name)
         if at or named_too:
-            places = origins.places(signed)
+            places = origins.locations(signed)
             if at:
                 places = tuple(place for place in places if place.url in origins.urls)
             if not places:
@@ -143,7 +142,7 @@ async def _verify(
         return signed, copies
 
 
-async def _manifest(client: Client | None, origins: Origins, name: str) -> SignedManifest:
+async def _manifest(client: Client | None, origins: OriginRegistry, name: str) -> SignedManifest:
     """As the node knows it; where there is none, or it does not, as an origin does."""
     if is_address(name):
         return await origins.manifest_at(name)
@@ -210,7 +209,7 @@ async def _file_at(client: Client, where: str, manifest: Manifest, entry: ShardE
     return copy("good") if found.valid else copy("damaged", f"it holds content {found.found or 'that nobody can read'}")
 
 
-async def _at_origin(place: Place, manifest: Manifest) -> AsyncIterator[Copy]:
+async def _at_origin(place: OriginLocation, manifest: Manifest) -> AsyncIterator[Copy]:
     entries = {entry.content_id: entry for entry in manifest.shards}.values()
     with bytes_progress() as bars:
         bar = bars.add_task(place.url, total=sum(entry.size for entry in entries))
@@ -219,7 +218,7 @@ async def _at_origin(place: Place, manifest: Manifest) -> AsyncIterator[Copy]:
             yield Copy(place.url, entry.shard_id, entry.filename, state, detail)
 
 
-async def _torrent_fault(place: Place, entry: ShardEntry) -> tuple[State, str] | None:
+async def _torrent_fault(place: OriginLocation, entry: ShardEntry) -> tuple[State, str] | None:
     """What is wrong with the shard's torrent file. That there is none is no fault: shards lie as plain files too."""
     try:
         layer = layer_in_torrent(await place.torrent(entry), entry.content_id)
@@ -235,9 +234,9 @@ async def _torrent_fault(place: Place, entry: ShardEntry) -> tuple[State, str] |
     return "damaged", f"its torrent file {found}: delete that object, and publish again"
 
 
-async def _object_at(place: Place, entry: ShardEntry, on_bytes: Callable[[int], None]) -> tuple[State, str]:
+async def _object_at(place: OriginLocation, entry: ShardEntry, on_bytes: Callable[[int], None]) -> tuple[State, str]:
     try:
-        found = await content_at(place, entry, on_bytes)
+        found = await place.content_id(entry, on_bytes)
         if found != entry.content_id:
             return "damaged", f"it holds content {found}: delete the object, and publish again"
     except OriginNotFoundError as error:
@@ -246,4 +245,4 @@ async def _object_at(place: Place, entry: ShardEntry, on_bytes: Callable[[int], 
         return "unchecked", error.message
     if layer_bytes(entry.size) and (wrong := await _torrent_fault(place, entry)):
         return wrong
-    return "good", await network_state_at(place, entry)
+    return "good", await place.network_state(entry)

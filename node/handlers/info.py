@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from node.background import Background
 from node.discovery import Discovery
 from node.machine import available_memory_bytes, process_memory_bytes, total_memory_bytes, usable_cores
-from node.origin.registry import Origins
+from node.origin.registry import OriginRegistry
 from node.pipeline.stage.stages import Stages
 from node.rpc import RpcServer
 from node.shards.service import Shards
@@ -41,7 +41,7 @@ class InfoHandlers:
     threads: int
     swarm: Swarm
     discovery: Discovery
-    origins: Origins
+    origins: OriginRegistry
     shards: Shards
     stages: Stages
     server: RpcServer

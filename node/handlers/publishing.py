@@ -18,10 +18,11 @@ from pathlib import Path
 from node.background import Background
 from node.config import Settings, is_loopback
 from node.handlers.shards import MAX_BACKGROUND, ProgressReport
-from node.origin.configured import origin_settings
+from node.origin.settings import origin_settings
 from node.origin.core.policy import refusal
 from node.origin.factory import open_store
 from node.origin.interface import ObjectStore
+from node.origin.settings import origin_settings
 from node.origin.url import OriginUrl
 from node.rpc import Call
 from node.shards.publish.manifest_builder import Chosen, compose, files_of, held_in, of_manifest

@@ -9,11 +9,11 @@ from contextlib import asynccontextmanager
 from typing import Any, Literal
 
 from node.origin.akave.store import AkaveStore, open_akave_store
-from node.origin.core.errors import failed
+from node.origin.core.errors import origin_error
 from node.origin.factory import goes_native
 from node.origin.s3.access import S3Access
-from node.origin.s3.calls import S3Calls
-from node.origin.s3.errors import S3Failures
+from node.origin.s3.botocore_client import S3ApiClient
+from node.origin.s3.errors import S3ErrorTranslator
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl
 from protocol.errors import OriginError, OriginNotFoundError
@@ -58,7 +58,7 @@ async def delete_bucket(scheme: Scheme, name: str, settings: OriginSettings) -> 
     url = OriginUrl.parse(f"{scheme}://{name}")
     if goes_native(url, settings):
         found, advice = "natively there is no way to it here", "delete it by Akave's own tools"
-        raise failed(OriginError, "delete the bucket", found, advice, origin=str(url), key="")
+        raise origin_error(OriginError, "delete the bucket", found, advice, origin=str(url), key="")
     async with _calls(url, settings) as calls:
         try:
             await calls.call("delete_bucket", "delete the bucket", name, {})
@@ -74,10 +74,10 @@ def _place(url: OriginUrl, settings: OriginSettings) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def _calls(url: OriginUrl, settings: OriginSettings) -> AsyncIterator[S3Calls]:
+async def _calls(url: OriginUrl, settings: OriginSettings) -> AsyncIterator[S3ApiClient]:
     access = S3Access.of(url, settings)
-    origin = f"{url.scheme}://" if url.place == ANY else str(url)
-    async with S3Calls(access, S3Failures(origin, access.credentials_from)) as calls:
+    origin = f"{url.scheme}://" if url.container == ANY else str(url)
+    async with S3ApiClient(access, S3ErrorTranslator(origin, access.credentials_from)) as calls:
         yield calls
 
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import re
-from pathlib import Path
 
 from node.origin.core.fork_guard import hangs_here, no_fork
 from node.origin.interface import ObjectStore
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl
-from protocol.errors import InvalidParamsError
 
 
 def open_store(url: str | OriginUrl, settings: OriginSettings) -> ObjectStore:
@@ -22,9 +19,10 @@ def open_store(url: str | OriginUrl, settings: OriginSettings) -> ObjectStore:
     with no_fork():
         store = _open(where, settings)
     if settings.encryption_key_file is not None:
+        from node.origin.encryption.keys import read_key_file
         from node.origin.encryption.store import EncryptedStore
 
-        return EncryptedStore(store, _read_key(settings.encryption_key_file))
+        return EncryptedStore(store, read_key_file(settings.encryption_key_file))
     return store
 
 
@@ -41,9 +39,9 @@ def _open(url: OriginUrl, settings: OriginSettings) -> ObjectStore:
 
             return (S3ForkedStore if hangs_here("obstore") else S3Store)(url, settings)
         case "https" | "http":
-            from node.origin.http.store import WebStore
+            from node.origin.http.store import HttpStore
 
-            return WebStore(url, settings)
+            return HttpStore(url, settings)
         case "hf":
             from node.origin.huggingface.store import HubStore
 
@@ -52,18 +50,6 @@ def _open(url: OriginUrl, settings: OriginSettings) -> ObjectStore:
             from node.origin.local import FileStore
 
             return FileStore(url)
-
-
-def _read_key(path: Path) -> bytes:
-    try:
-        raw = path.read_bytes().strip()
-    except OSError as error:
-        raise InvalidParamsError(f"the encryption key file {path} cannot be read: {error.strerror}") from None
-    if not re.fullmatch(rb"[0-9a-fA-F]{64}", raw):
-        raise InvalidParamsError(
-            f"{path} is no encryption key: it should hold 64 hexadecimal digits (openssl rand -hex 32)"
-        )
-    return bytes.fromhex(raw.decode())
 
 
 def _native(url: OriginUrl, settings: OriginSettings) -> ObjectStore:

@@ -11,7 +11,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import BinaryIO, TypeVar
 
-from node.origin.core.errors import corrupt, failed, listed_too_many
+from node.origin.core.errors import corrupt_error, listing_too_long_error, origin_error
 from node.origin.interface import MAX_LISTED, ObjectInfo, OnBytes
 from node.origin.url import OriginUrl, checked_key
 from protocol.errors import OriginDeniedError, OriginError, OriginExistsError, OriginNotFoundError
@@ -32,7 +32,7 @@ class FileStore:
 
     def __init__(self, url: OriginUrl) -> None:
         self.url = str(url)
-        self._root = Path(url.place)
+        self._root = Path(url.container)
 
     async def head(self, key: str) -> ObjectInfo:
         """Size and times of a file."""
@@ -102,7 +102,7 @@ class FileStore:
             for parent, _, names in os.walk(start):
                 seen += len(names)
                 if seen > MAX_LISTED:
-                    raise listed_too_many(prefix, origin=self.url)
+                    raise listing_too_long_error(prefix, origin=self.url)
                 for name in names:
                     key = (Path(parent) / name).relative_to(self._root).as_posix()
                     if key.startswith(prefix) and not name.startswith(_UNFINISHED):
@@ -118,11 +118,6 @@ class FileStore:
         with suppress(OriginNotFoundError):
             await self._off_loop("delete", key, lambda: self._path(key).unlink())
 
-    async def presign_get(self, key: str, expires_s: float) -> str:
-        """A folder has none: OriginError."""
-        advice = "read the file itself"
-        raise failed(OriginError, "sign", "a folder signs no URLs", advice, origin=self.url, key=key)
-
     async def close(self) -> None:
         """Nothing is held."""
 
@@ -131,7 +126,9 @@ class FileStore:
         # A link inside the folder may lead out of it.
         if not path.resolve().is_relative_to(self._root.resolve()):
             advice = "put the file itself there, not a link"
-            raise failed(OriginDeniedError, "open", "it leads out of the folder", advice, origin=self.url, key=key)
+            raise origin_error(
+                OriginDeniedError, "open", "it leads out of the folder", advice, origin=self.url, key=key
+            )
         return path
 
     def _exactly(self, file: BinaryIO, key: str, start: int, end: int) -> bytes:
@@ -172,14 +169,14 @@ class FileStore:
                 kind = OriginNotFoundError
             case PermissionError():
                 kind = OriginDeniedError
-        return failed(kind, did, found, "check the path and its rights", origin=self.url, key=key)
+        return origin_error(kind, did, found, "check the path and its rights", origin=self.url, key=key)
 
     def _short(self, key: str, start: int, end: int, size: int) -> OriginError:
-        return corrupt(f"read bytes {start} to {end} of", f"it has {size} bytes", origin=self.url, key=key)
+        return corrupt_error(f"read bytes {start} to {end} of", f"it has {size} bytes", origin=self.url, key=key)
 
     def _exists(self, key: str) -> OriginError:
         found, advice = "there is one by that name", "give it another name, or delete that one"
-        return failed(OriginExistsError, "write", found, advice, origin=self.url, key=key)
+        return origin_error(OriginExistsError, "write", found, advice, origin=self.url, key=key)
 
 
 def _info(key: str, stat: os.stat_result) -> ObjectInfo:

@@ -37,7 +37,7 @@ AT_ONCE = 4
 """Objects that are looked for or sent at a time; a large one goes in several parts at once besides."""
 
 
-class Source(NamedTuple):
+class SourceFile(NamedTuple):
     """A shard's file as it was when its content id was computed."""
 
     path: Path
@@ -47,7 +47,7 @@ class Source(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Missing:
+class MissingObjects:
     """What a shard still needs at an origin."""
 
     entry: ShardEntry
@@ -60,7 +60,7 @@ class Missing:
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishResult:
     """What came of a publication at one origin."""
 
     origin: str
@@ -71,20 +71,20 @@ class Published:
     skipped_bytes: int
 
 
-async def missing_at(store: ObjectStore, manifest: Manifest) -> list[Missing]:
+async def missing_at(store: ObjectStore, manifest: Manifest) -> list[MissingObjects]:
     """The shards of which something is not at the origin yet.
 
     Raises InvalidShardError where an object of a shard's name has another size, and OriginError.
     """
     slots = asyncio.Semaphore(AT_ONCE)
 
-    async def look(entry: ShardEntry) -> Missing:
+    async def look(entry: ShardEntry) -> MissingObjects:
         async with slots:
             size = await _size_of(store, shard_key(entry.content_id))
             if size is not None:
                 _check_shard_size(store, entry, size)
             torrent = bool(layer_bytes(entry.size)) and await _size_of(store, torrent_key(entry.content_id)) is None
-            return Missing(entry, size is None, torrent)
+            return MissingObjects(entry, size is None, torrent)
 
     contents = {entry.content_id: entry for entry in manifest.shards}
     async with _one_error(), asyncio.TaskGroup() as tasks:
@@ -95,11 +95,11 @@ async def missing_at(store: ObjectStore, manifest: Manifest) -> list[Missing]:
 async def publish(
     store: ObjectStore,
     signed: SignedManifest,
-    missing: list[Missing],
-    files: Mapping[ContentId, Source],
+    missing: list[MissingObjects],
+    files: Mapping[ContentId, SourceFile],
     torrents: Mapping[ContentId, bytes],
     on_bytes: Callable[[int], None] = lambda _: None,
-) -> Published:
+) -> PublishResult:
     """Upload what is missing, then the manifest.
 
     `files` and `torrents` are the shards' files and their torrent files, by content id; `on_bytes` is told how many
@@ -109,7 +109,7 @@ async def publish(
     slots = asyncio.Semaphore(AT_ONCE)
     newest = await _newest(store, signed.manifest.name)
 
-    async def send(one: Missing) -> None:
+    async def send(one: MissingObjects) -> None:
         async with slots:
             if one.torrent:
                 await _put_torrent(store, one.entry, torrents[one.entry.content_id])
@@ -121,7 +121,7 @@ async def publish(
             tasks.create_task(send(one), name=f"upload {one.entry.filename}")
     key = await _put_manifest(store, signed, newest)
     uploaded = sum(one.bytes for one in missing)
-    return Published(store.url, f"{store.url.rstrip('/')}/{key}", uploaded, signed.manifest.total_bytes - uploaded)
+    return PublishResult(store.url, f"{store.url.rstrip('/')}/{key}", uploaded, signed.manifest.total_bytes - uploaded)
 
 
 async def _size_of(store: ObjectStore, key: str) -> int | None:
@@ -143,7 +143,9 @@ def _other_object(store: ObjectStore, key: str, found: str) -> InvalidShardError
     return InvalidShardError(f"{key} at {store.url} {found}: {advice}", {"origin": store.url, "key": key})
 
 
-async def _put_shard(store: ObjectStore, entry: ShardEntry, source: Source, on_bytes: Callable[[int], None]) -> None:
+async def _put_shard(
+    store: ObjectStore, entry: ShardEntry, source: SourceFile, on_bytes: Callable[[int], None]
+) -> None:
     key, path, hashed = shard_key(entry.content_id), source.path, (source.size, source.mtime_ns)
     if source.size != entry.size or await asyncio.to_thread(_stamp, path) != hashed:
         raise InvalidShardError(f"{path} is not the shard any more that it was; publish it again when it is whole")

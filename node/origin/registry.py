@@ -23,7 +23,7 @@ from node.origin.layout import (
     parse_manifest_key,
     split_address,
 )
-from node.origin.location import Place, Traffic
+from node.origin.location import OriginLocation, Traffic
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl
 from protocol.errors import (
@@ -62,23 +62,23 @@ class OriginStats:
     errors: int
 
 
-class Origins:
-    """Opened by `async with Origins.open(settings)`; no I/O until something is asked."""
+class OriginRegistry:
+    """Opened by `async with OriginRegistry.open(settings)`; no I/O until something is asked."""
 
     def __init__(self, settings: OriginSettings, trusted: Sequence[str]) -> None:
         self._settings = settings
         self._trusted = tuple(str(OriginUrl.parse(split_address(url)[0])) for url in trusted)
         self._traffic = Traffic()
-        self._own: dict[str, Place] = {}
-        self._guests: OrderedDict[str, Place] = OrderedDict()
-        self._retired: list[Place] = []
+        self._own: dict[str, OriginLocation] = {}
+        self._guests: OrderedDict[str, OriginLocation] = OrderedDict()
+        self._retired: list[OriginLocation] = []
         self._found_at: OrderedDict[ManifestDigest, str] = OrderedDict()
         self.urls: tuple[str, ...] = ()
         """The configured ones, best first."""
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, settings: OriginSettings, *, trusted: Sequence[str] = ()) -> AsyncIterator[Origins]:
+    async def open(cls, settings: OriginSettings, *, trusted: Sequence[str] = ()) -> AsyncIterator[OriginRegistry]:
         """`trusted` are URLs of manifests that whoever runs this node typed: they may lie where no stranger's may.
 
         Raises InvalidParamsError for a URL that cannot be an origin's, OriginError for one that cannot be used.
@@ -100,7 +100,7 @@ class Origins:
         seen = self._traffic
         return OriginStats(seen.downloaded_bytes, seen.requests, seen.errors)
 
-    def places(self, signed: SignedManifest) -> tuple[Place, ...]:
+    def locations(self, signed: SignedManifest) -> tuple[OriginLocation, ...]:
         """Where shards of a manifest may lie: the configured origins, where it was read from, and those it names.
 
         What a manifest names is left out where no stranger may name it, with a line in the log.
@@ -184,7 +184,7 @@ class Origins:
     def _is_own(self, url: str) -> bool:
         return any(url == own or url.startswith(f"{own}/") for own in (*self._own, *self._trusted))
 
-    def _place_of(self, url: str) -> Place:
+    def _place_of(self, url: str) -> OriginLocation:
         if url in self._own:
             return self._own[url]
         if url not in self._guests:
@@ -196,10 +196,10 @@ class Origins:
         self._guests.move_to_end(url)
         return self._guests[url]
 
-    def _place(self, url: str, *, guarded: bool = False) -> Place:
+    def _place(self, url: str, *, guarded: bool = False) -> OriginLocation:
         settings = for_stranger(url, self._settings) if guarded else self._settings
         guard = partial(check_host, url) if guarded else None
-        return Place(url, partial(open_store, url, settings), self._traffic, guard)
+        return OriginLocation(url, partial(open_store, url, settings), self._traffic, guard)
 
     async def _tidy(self) -> None:
         """Close what was crowded out and is not read from any more."""
@@ -210,7 +210,7 @@ class Origins:
 
     # How manifests are found
 
-    async def _find(self, place: Place, kind: str | None, plain: str, digest: str) -> SignedManifest | None:
+    async def _find(self, place: OriginLocation, kind: str | None, plain: str, digest: str) -> SignedManifest | None:
         if place.url.startswith(_UNLISTED):
             return None
         async with _in_time(place, manifest_folder(plain), f"what {plain!r} is"):
@@ -218,7 +218,7 @@ class Origins:
             listed = await self._listed(place, folder, digest)
             return await self._newest(place, kind, None if plain == digest else plain, digest, listed)
 
-    async def _at(self, place: Place, key: str) -> SignedManifest:
+    async def _at(self, place: OriginLocation, key: str) -> SignedManifest:
         if key.endswith(".json"):
             return await self._read(place, key)
         folder = f"{key.rstrip('/')}/"
@@ -231,7 +231,7 @@ class Origins:
             )
         return signed
 
-    async def _listed(self, place: Place, folder: str, digest: str = "") -> list[ManifestKey]:
+    async def _listed(self, place: OriginLocation, folder: str, digest: str = "") -> list[ManifestKey]:
         """The newest manifests directly in a folder; with a digest that of any folder below it."""
         self._traffic.requests += 1
         keys: list[ManifestKey] = []
@@ -250,7 +250,7 @@ class Origins:
         return heapq.nlargest(NEWEST_TRIED, keys)
 
     async def _newest(
-        self, place: Place, kind: str | None, name: str | None, digest: str, listed: Sequence[ManifestKey]
+        self, place: OriginLocation, kind: str | None, name: str | None, digest: str, listed: Sequence[ManifestKey]
     ) -> SignedManifest | None:
         failure: ShoalError | None = None
         for stamped in listed:
@@ -267,7 +267,7 @@ class Origins:
             raise failure
         return None
 
-    async def _read(self, place: Place, key: str) -> SignedManifest:
+    async def _read(self, place: OriginLocation, key: str) -> SignedManifest:
         body = await place.read(key, MAX_MANIFEST_JSON)
         stamped = parse_manifest_key(key)
         try:
@@ -280,7 +280,7 @@ class Origins:
 
 
 @asynccontextmanager
-async def _in_time(place: Place, key: str, what: str) -> AsyncIterator[None]:
+async def _in_time(place: OriginLocation, key: str, what: str) -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(FIND_TIMEOUT_S):
             yield

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from node.origin.core.credentials import Credentials
 from protocol.errors import InvalidParamsError
+
+if TYPE_CHECKING:
+    from node.config import Settings
 
 O3_ENDPOINT = "https://o3-rc2.akave.xyz"
 """Akave's community gateway (docs.akave.xyz); a credential may be of another one."""
@@ -82,3 +85,23 @@ class OriginSettings:
             raise InvalidParamsError(f"origins have no setting {sorted(unknown)[0]!r}")
         found = {name: value for name, value in found.items() if value}
         return cls(**found | {name: value for name, value in overrides.items() if value is not None})
+
+
+def origin_settings(
+    settings: Settings, env: Mapping[str, str] = os.environ, *, origins: Sequence[str] | None = None
+) -> OriginSettings:
+    """What a node's settings say of origins, with the credentials of the environment; `origins` instead of its own.
+
+    Raises InvalidParamsError for what cannot be.
+    """
+    return OriginSettings.from_environment(
+        env,
+        origins=tuple(settings.origins if origins is None else origins),
+        o3_endpoint=settings.o3_endpoint,
+        o3_region=settings.o3_region,
+        o3_backend=settings.o3_backend,
+        s3_endpoint=settings.s3_endpoint,
+        akave_node=settings.akave_node,
+        akave_ipc=settings.akave_ipc,
+        encryption_key_file=settings.origin_key_file,
+    )

@@ -26,7 +26,7 @@ class OriginUrl:
     """One origin. `str()` of it is its one spelling, without credentials: such URLs are refused."""
 
     scheme: Literal["o3", "akave", "s3", "https", "http", "hf", "file"]
-    place: str
+    container: str
     """The bucket; or HOST[:PORT]; or OWNER/NAME; or, of a file URL, the absolute path of the folder."""
     prefix: str = ""
     """In front of every key, without slashes at its ends; percent signs decoded."""
@@ -65,8 +65,8 @@ class OriginUrl:
 
     def __str__(self) -> str:
         if self.scheme == "file":
-            return f"file://{quote(self.place)}"
-        place = ("datasets/" if self.repo_type == "dataset" else "") + self.place
+            return f"file://{quote(self.container)}"
+        place = ("datasets/" if self.repo_type == "dataset" else "") + self.container
         place += f"@{quote(self.revision, safe='')}" if self.revision else ""
         return f"{self.scheme}://{place}" + (f"/{quote(self.prefix)}" if self.prefix else "")
 

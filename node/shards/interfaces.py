@@ -187,7 +187,7 @@ class OriginPlace(Protocol):
 class Origin(Protocol):
     """Where shards come from when no peer has them."""
 
-    def places(self, signed: SignedManifest) -> Sequence[OriginPlace]:
+    def locations(self, signed: SignedManifest) -> Sequence[OriginPlace]:
         """The origins to ask for shards of this manifest, best first."""
 
     async def find_manifests(self, kind: str | None, name: str) -> Sequence[SignedManifest]:

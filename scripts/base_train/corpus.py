@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import parquet
 
-from node.origin.publishing import Source, missing_at, publish
+from node.origin.publishing import SourceFile, missing_at, publish
 from protocol.content import hash_file
 from protocol.ids import ShardId
 from protocol.manifest import Manifest, ShardEntry, sign_manifest
@@ -79,7 +79,7 @@ def publish_to(origin: str, paths: list[Path]) -> Manifest:
                 rows=rows,
             )
         )
-        files[hashed.content_id] = Source(path, seen.st_size, seen.st_mtime_ns)
+        files[hashed.content_id] = SourceFile(path, seen.st_size, seen.st_mtime_ns)
     manifest = Manifest(name=NAME, kind="dataset", shards=tuple(entries))
     store = O3Client().at(origin).backing
 

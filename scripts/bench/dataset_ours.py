@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from node.origin.publishing import Source, missing_at, publish
+from node.origin.publishing import SourceFile, missing_at, publish
 from protocol.content import hash_file
 from protocol.ids import ContentId, ShardId
 from protocol.manifest import Manifest, ShardEntry, sign_manifest
@@ -99,7 +99,7 @@ def publish_parquet(job: Job, paths: Sequence[Path], folder: Path) -> None:
             )
         )
         stat = out.stat()
-        files[content] = Source(out, stat.st_size, stat.st_mtime_ns)
+        files[content] = SourceFile(out, stat.st_size, stat.st_mtime_ns)
         torrents[content] = b"d1:a" + hashed.piece_layer + b"e"
     manifest = Manifest(name=NAME, kind="dataset", shards=tuple(entries))
     signed = sign_manifest(manifest, SigningKey.generate(), ())

@@ -34,7 +34,7 @@ from pyarrow import parquet  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from node.cli.demo.s3_server import S3Server, running_s3  # noqa: E402
-from node.origin.publishing import Source, missing_at, publish  # noqa: E402
+from node.origin.publishing import SourceFile, missing_at, publish  # noqa: E402
 from protocol.content import hash_file  # noqa: E402
 from protocol.ids import ContentId, ShardId  # noqa: E402
 from protocol.manifest import Manifest, ShardEntry, sign_manifest  # noqa: E402
@@ -110,7 +110,7 @@ def publish_numbered(client: O3Client, s3: S3Server, work: Path, shards: int, ro
                 rows=rows,
             )
         )
-        files[content] = Source(path, seen.st_size, seen.st_mtime_ns)
+        files[content] = SourceFile(path, seen.st_size, seen.st_mtime_ns)
         torrents[content] = hashed.piece_layer.ljust(SMALLEST_OBJECT, b"-")  # no peer asks for it here
     manifest = Manifest(name=NAME, kind="dataset", shards=tuple(entries))
     signed = sign_manifest(manifest, SigningKey.generate(), ())

@@ -16,7 +16,7 @@ import pytest
 from node.cli.demo.s3_server import S3Server
 from node.origin.factory import open_store
 from node.origin.layout import encode_manifest, manifest_folder, shard_key, torrent_key
-from node.origin.publishing import Source, missing_at, publish
+from node.origin.publishing import SourceFile, missing_at, publish
 from node.shards.store.catalog import torrent_of
 from protocol.content import hash_file
 from protocol.errors import InvalidShardError, OriginNotFoundError
@@ -59,9 +59,9 @@ def files_of(folder: Path, count: int, size: int) -> Path:
     return folder
 
 
-def source(path: Path) -> Source:
+def source(path: Path) -> SourceFile:
     found = path.stat()
-    return Source(path, found.st_size, found.st_mtime_ns)
+    return SourceFile(path, found.st_size, found.st_mtime_ns)
 
 
 def objects(s3: S3Server, url: str) -> dict[str, int]:

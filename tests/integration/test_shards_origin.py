@@ -21,7 +21,7 @@ from protocol.content import hash_file
 from protocol.errors import OriginCorruptError, OriginDeniedError, OriginNotFoundError, OriginUnavailableError
 from protocol.manifest import Manifest, ModelInfo, ShardEntry, SignedManifest, sign_manifest
 from protocol.signing import SigningKey
-from tests.support.origins.places import FilePlace, Places, not_found
+from tests.support.origins.file_origin import FileOrigin, GivenOrigins, not_found
 from tests.support.shards.rooms import Network, Node, open_node, write_gguf
 from tests.support.waiting import eventually
 
@@ -37,8 +37,8 @@ class Published:
     entry: ShardEntry
     layer: bytes
 
-    def place(self, **options: object) -> FilePlace:
-        return FilePlace(self.path, **{"layer": self.layer, **options})  # type: ignore[arg-type]
+    def place(self, **options: object) -> FileOrigin:
+        return FileOrigin(self.path, **{"layer": self.layer, **options})  # type: ignore[arg-type]
 
 
 def publish(folder: Path, size: int = 6 * MB) -> Published:
@@ -75,7 +75,7 @@ async def test_one_node_without_peers_takes_a_shard_from_the_origin_and_seeds_it
 ) -> None:
     place, network = shard.place(rate_bytes_s=5 * MB), Network()
     seen: list[FetchProgress] = []
-    async with open_node(tmp_path / "a", network, origin=Places(place)) as a:
+    async with open_node(tmp_path / "a", network, origin=GivenOrigins(place)) as a:
         fetched = await fetch(a, shard, seen)
         assert (fetched.source, fetched.bytes_by_source) == ("origin", {"origin": shard.entry.size})
         assert place.out_bytes == shard.entry.size
@@ -94,7 +94,7 @@ async def test_streams_that_break_go_on_at_the_byte_where_they_broke(tmp_path: P
     shard = publish(tmp_path / "origin", size)
     given: list[tuple[int, int]] = []
     first, second = (shard.place(url=f"o3://{name}", break_after=100_000, given=given) for name in "ab")
-    async with open_node(tmp_path / "a", Network(), origin=Places(first, second)) as a:
+    async with open_node(tmp_path / "a", Network(), origin=GivenOrigins(first, second)) as a:
         assert (await fetch(a, shard)).source == "origin"
     assert first.out_bytes + second.out_bytes == shard.entry.size
     assert first.twice_bytes == 0
@@ -107,7 +107,7 @@ async def test_three_cold_nodes_take_one_copy_from_the_origin(tmp_path: Path) ->
     async with AsyncExitStack() as stack:
         nodes: list[Node] = []
         for name in "abc":
-            node = open_node(tmp_path / name, network, bootstrap=tuple(nodes[:1]), origin=Places(place))
+            node = open_node(tmp_path / name, network, bootstrap=tuple(nodes[:1]), origin=GivenOrigins(place))
             nodes.append(await stack.enter_async_context(node))
         fetched = await asyncio.gather(*(fetch(node, shard) for node in nodes))
         from_origin = [each.bytes_by_source["origin"] for each in fetched]
@@ -122,9 +122,9 @@ async def test_the_origin_gives_the_rest_when_all_peers_are_killed_in_the_middle
     shard = publish(tmp_path / "origin", 8 * MB)
     place, network = shard.place(), Network()
     seen: list[FetchProgress] = []
-    async with open_node(tmp_path / "b", network, origin=Places(place)) as b, AsyncExitStack() as stack:
+    async with open_node(tmp_path / "b", network, origin=GivenOrigins(place)) as b, AsyncExitStack() as stack:
         a = await stack.enter_async_context(
-            open_node(tmp_path / "a", network, bootstrap=(b,), upload_limit=2 * MB, origin=Places(shard.place()))
+            open_node(tmp_path / "a", network, bootstrap=(b,), upload_limit=2 * MB, origin=GivenOrigins(shard.place()))
         )
         await fetch(a, shard)
         await a.shards.settled()
@@ -145,8 +145,8 @@ async def test_what_a_slow_peer_does_not_give_comes_from_the_origin(tmp_path: Pa
     shard = publish(tmp_path / "origin", 4 * MB)
     place, network = shard.place(), Network()
     async with (
-        open_node(tmp_path / "a", network, upload_limit=20_000, origin=Places(shard.place())) as a,
-        open_node(tmp_path / "b", network, bootstrap=(a,), slow_after_s=2.0, origin=Places(place)) as b,
+        open_node(tmp_path / "a", network, upload_limit=20_000, origin=GivenOrigins(shard.place())) as a,
+        open_node(tmp_path / "b", network, bootstrap=(a,), slow_after_s=2.0, origin=GivenOrigins(place)) as b,
     ):
         await fetch(a, shard)
         await a.shards.settled()
@@ -162,7 +162,7 @@ async def test_the_origin_may_be_gone_for_a_while(
     caplog.set_level(logging.INFO, "node.shards")
     place = shard.place(rate_bytes_s=2 * MB)
     seen: list[FetchProgress] = []
-    async with open_node(tmp_path / "a", Network(), restart_s=1.0, origin=Places(place)) as a:
+    async with open_node(tmp_path / "a", Network(), restart_s=1.0, origin=GivenOrigins(place)) as a:
         fetching = asyncio.create_task(fetch(a, shard, seen))
         await eventually(lambda: place.out_bytes > 2 * MB)
         place.gone = True
@@ -177,7 +177,7 @@ async def test_the_origin_may_be_gone_for_a_while(
 @pytest.mark.slow
 async def test_after_an_error_the_next_try_goes_on_from_there(tmp_path: Path, shard: Published) -> None:
     place = shard.place(rate_bytes_s=4 * MB)
-    async with open_node(tmp_path / "a", Network(), stall_timeout_s=3.0, origin=Places(place)) as a:
+    async with open_node(tmp_path / "a", Network(), stall_timeout_s=3.0, origin=GivenOrigins(place)) as a:
         fetching = asyncio.create_task(fetch(a, shard))
         await eventually(lambda: place.out_bytes > 3 * MB)
         place.gone = True
@@ -199,7 +199,7 @@ async def test_wrong_bytes_are_not_kept_and_the_next_place_is_asked(
     given = shard.layer if layer else b""
     wrong = shard.place(url="o3://wrong", wrong_at=3_000_000, layer=given)
     right = shard.place(url="o3://right", layer=given)
-    async with open_node(tmp_path / "a", Network(), origin=Places(wrong, right)) as a:
+    async with open_node(tmp_path / "a", Network(), origin=GivenOrigins(wrong, right)) as a:
         await fetch(a, shard)
         assert (wrong.out_bytes > 0, right.out_bytes > 0) == (True, True)
         assert {info.state for info in a.shards.files()} == {"seeding"}
@@ -208,7 +208,7 @@ async def test_wrong_bytes_are_not_kept_and_the_next_place_is_asked(
 @pytest.mark.parametrize("layer", [True, False])
 async def test_where_every_place_is_wrong_the_error_names_it(tmp_path: Path, shard: Published, layer: bool) -> None:
     place = shard.place(wrong_at=3_000_000, layer=shard.layer if layer else b"")
-    async with open_node(tmp_path / "a", Network(), find_timeout_s=1.0, origin=Places(place)) as a:
+    async with open_node(tmp_path / "a", Network(), find_timeout_s=1.0, origin=GivenOrigins(place)) as a:
         with pytest.raises(OriginCorruptError, match=r"o3://shards gave .*shard-0\.gguf") as failed:
             await fetch(a, shard)
         assert failed.value.details["origin"] == "o3://shards"
@@ -219,7 +219,7 @@ async def test_where_every_place_is_wrong_the_error_names_it(tmp_path: Path, sha
 
 async def test_a_place_that_has_nothing_is_named(tmp_path: Path, shard: Published) -> None:
     place = shard.place(error=not_found(), layer=b"")
-    async with open_node(tmp_path / "a", Network(), find_timeout_s=1.0, origin=Places(place)) as a:
+    async with open_node(tmp_path / "a", Network(), find_timeout_s=1.0, origin=GivenOrigins(place)) as a:
         with pytest.raises(OriginNotFoundError, match=r"o3://shards has no such object.*no provider"):
             await fetch(a, shard)
 
@@ -230,7 +230,7 @@ async def test_without_a_torrent_anywhere_one_of_three_takes_it_whole(tmp_path: 
     async with AsyncExitStack() as stack:
         nodes: list[Node] = []
         for name in "abc":
-            node = open_node(tmp_path / name, network, bootstrap=tuple(nodes[:1]), origin=Places(place))
+            node = open_node(tmp_path / name, network, bootstrap=tuple(nodes[:1]), origin=GivenOrigins(place))
             nodes.append(await stack.enter_async_context(node))
         fetched = await asyncio.gather(*(fetch(node, shard) for node in nodes))
         assert sorted(each.source for each in fetched) == ["origin", "peers", "peers"]
@@ -242,7 +242,7 @@ async def test_without_a_torrent_anywhere_one_of_three_takes_it_whole(tmp_path: 
 @pytest.mark.slow
 async def test_a_whole_shard_that_broke_off_goes_on_at_the_next_try(tmp_path: Path, shard: Published) -> None:
     place = shard.place(layer=b"", rate_bytes_s=4 * MB)
-    async with open_node(tmp_path / "a", Network(), stall_timeout_s=3.0, origin=Places(place)) as a:
+    async with open_node(tmp_path / "a", Network(), stall_timeout_s=3.0, origin=GivenOrigins(place)) as a:
         fetching = asyncio.create_task(fetch(a, shard))
         await eventually(lambda: place.out_bytes > 3 * MB)
         place.gone = True
@@ -261,7 +261,7 @@ async def test_a_part_in_which_nothing_counts_gives_its_room_to_the_whole_shard(
     folder.mkdir(parents=True)
     part = folder / f"{shard.entry.filename}.part"
     part.write_bytes(bytes(shard.entry.size))
-    async with open_node(tmp_path / "a", Network(), origin=Places(place)) as a:
+    async with open_node(tmp_path / "a", Network(), origin=GivenOrigins(place)) as a:
         fetching = asyncio.create_task(fetch(a, shard))
         await eventually(lambda: place.out_bytes > 0)
         assert not part.exists()
@@ -273,7 +273,7 @@ async def test_the_blocks_of_a_fetcher_that_died_are_taken_over_when_its_lease_e
     shard = publish(tmp_path / "origin", 24 * MB)  # of so many blocks, each of the two owns some
     place, network = shard.place(), Network()
     async with (
-        open_node(tmp_path / "a", network, origin=Places(place)) as a,
+        open_node(tmp_path / "a", network, origin=GivenOrigins(place)) as a,
         open_node(tmp_path / "dead", network, bootstrap=(a,)) as dead,
     ):
         block_pieces = len(blocks_of(torrent_of(shard.entry))[0].pieces)
@@ -294,8 +294,8 @@ async def test_a_fetcher_that_the_origin_denies_does_not_hold_blocks(tmp_path: P
     place, network = shard.place(), Network()
     denied = shard.place(error=OriginDeniedError("no", {"origin": "o3://shards"}))
     async with (
-        open_node(tmp_path / "a", network, origin=Places(place)) as a,
-        open_node(tmp_path / "b", network, bootstrap=(a,), origin=Places(denied)) as b,
+        open_node(tmp_path / "a", network, origin=GivenOrigins(place)) as a,
+        open_node(tmp_path / "b", network, bootstrap=(a,), origin=GivenOrigins(denied)) as b,
         asyncio.timeout(30.0),
     ):
         fetched = await asyncio.gather(fetch(a, shard), fetch(b, shard))

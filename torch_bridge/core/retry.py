@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import stamina
 
-from node.origin.core.errors import after_tries
+from node.origin.core.errors import with_tries
 from protocol.errors import InvalidParamsError, OriginError
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ class RetryPolicy:
             found = self.wait_s(error, tries, seconds)
             if found is None:
                 if isinstance(error, OriginError):
-                    after_tries(error, tries, seconds)
+                    with_tries(error, tries, seconds)
                 return False
             _log.log(logging.WARNING if found >= TOLD_S else logging.INFO, "%s; again in %.1f s", error, found)
             return found

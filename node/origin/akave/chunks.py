@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
 
-class Spool(io.RawIOBase):
+class SpooledChunk(io.RawIOBase):
     """What the SDK writes a chunk to. Takes `limit` bytes and no more."""
 
     def __init__(self, limit: int) -> None:
@@ -44,15 +44,15 @@ class Spool(io.RawIOBase):
         return os.pread(self._fd, end - start, start)
 
 
-class ChunkCache:
+class SpooledChunks:
     """The last chunks by file and index. One that is asked for twice at once is fetched once."""
 
     def __init__(self, kept: int) -> None:
         self._kept = kept
-        self._chunks: OrderedDict[tuple[str, int], Spool] = OrderedDict()
+        self._chunks: OrderedDict[tuple[str, int], SpooledChunk] = OrderedDict()
         self._locks: weakref.WeakValueDictionary[tuple[str, int], asyncio.Lock] = weakref.WeakValueDictionary()
 
-    async def get(self, name: str, index: int, fetch: Callable[[], Awaitable[Spool]]) -> Spool:
+    async def get(self, name: str, index: int, fetch: Callable[[], Awaitable[SpooledChunk]]) -> SpooledChunk:
         place = (name, index)
         lock = self._locks.get(place)
         if lock is None:

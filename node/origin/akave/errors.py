@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 
-from node.origin.core.errors import failed
+from node.origin.core.errors import origin_error
 from protocol.errors import (
     OriginCorruptError,
     OriginDeniedError,
@@ -66,7 +66,7 @@ _ADVICE: dict[type[OriginError], str] = {
 }
 
 
-class OtherAnswerError(Exception):
+class UnexpectedAnswerError(Exception):
     """Raised when what the node offers is not what was asked for."""
 
 
@@ -81,13 +81,13 @@ def translate(error: BaseException, did: str, *, origin: str, key: str, secret: 
     with the private key, in reach.
     """
     status = _grpc_status(error)
-    if isinstance(error, OtherAnswerError):
+    if isinstance(error, UnexpectedAnswerError):
         kind: type[OriginError] = OriginCorruptError
     else:
         kind = _STATUS.get(status) or _kind_by_words(str(error))
     words = without_secret(" ".join(str(error).split()), secret)[:400] or type(error).__name__
     found = f"the akavesdk says {words!r}" + (f" (gRPC {status})" if status else "")
-    ours = failed(kind, did, found, _ADVICE.get(kind, "docs/akave.md has more"), origin=origin, key=key)
+    ours = origin_error(kind, did, found, _ADVICE.get(kind, "docs/akave.md has more"), origin=origin, key=key)
     ours.details["status"] = status
     return ours
 

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from node.origin.akave.errors import OtherAnswerError, is_nonce_race
+from node.origin.akave.errors import UnexpectedAnswerError, is_nonce_race
 from node.origin.akave.upload import UploadReader
 from node.origin.core.credentials import Secret
 from node.origin.core.fork_guard import expect_works, no_fork
@@ -130,7 +130,7 @@ class AkaveConnection:
         ipc = self._open()
         download = ipc.create_range_file_download(None, bucket, name, index, index + 1)
         if len(download.chunks) != 1:
-            raise OtherAnswerError(f"chunk {index} was asked for, and {len(download.chunks)} chunks are offered")
+            raise UnexpectedAnswerError(f"chunk {index} was asked for, and {len(download.chunks)} chunks are offered")
         ipc.download(None, download, writer)
 
     def upload(self, bucket: str, name: str, reader: UploadReader) -> tuple[str, int]:

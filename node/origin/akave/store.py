@@ -16,16 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from node.origin.akave.chunks import ChunkCache, Spool
+from node.origin.akave.chunks import SpooledChunk, SpooledChunks
 from node.origin.akave.cid import CHUNK_BYTES, same_cid
 from node.origin.akave.errors import translate
 from node.origin.akave.sdk import INSTALL, LIST_LIMIT, MIN_OBJECT_BYTES, AkaveConnection, AkaveFile, sdk_is_importable
-from node.origin.akave.threads import CallThreads, StalledError
 from node.origin.akave.upload import UploadReader
+from node.origin.core.call_threads import CallThreads, StalledError
 from node.origin.core.credentials import Secret
-from node.origin.core.errors import failed
+from node.origin.core.errors import origin_error
 from node.origin.core.fork_guard import expect_own_process
-from node.origin.core.retry import Retries
+from node.origin.core.retry import RetryLoop
 from node.origin.interface import ObjectInfo, OnBytes
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl
@@ -55,9 +55,9 @@ def open_akave_store(url: OriginUrl, settings: OriginSettings) -> AkaveStore:
     """
     key = settings.credentials.akave_private_key
     if not sdk_is_importable():
-        raise failed(OriginError, "open", "the akavesdk is not installed", INSTALL, origin=str(url), key="")
+        raise origin_error(OriginError, "open", "the akavesdk is not installed", INSTALL, origin=str(url), key="")
     if not key:
-        raise failed(
+        raise origin_error(
             OriginDeniedError,
             "open",
             "the native Akave backend has no private key",
@@ -82,7 +82,7 @@ class AkaveStore:
 
     def __init__(self, url: OriginUrl, settings: OriginSettings, private_key: Secret) -> None:
         self.url = str(url)
-        self._where, self._bucket = url, url.place
+        self._origin_url, self._bucket = url, url.container
         self._private_key = private_key
         self._sdk = AkaveConnection(
             node=settings.akave_node,
@@ -91,9 +91,9 @@ class AkaveStore:
             connect_timeout_s=settings.connect_timeout_s,
         )
         self._small_s, self._large_s = settings.read_timeout_s, settings.timeout_s
-        self._retries = Retries(settings.retry_total_s)
+        self._retries = RetryLoop(settings.retry_total_s)
         self._small, self._downloads, self._writes = CallThreads(_SMALL_CALLS), CallThreads(_DOWNLOADS), CallThreads(1)
-        self._chunks = ChunkCache(_KEPT_CHUNKS)
+        self._chunks = SpooledChunks(_KEPT_CHUNKS)
         self._infos: OrderedDict[str, ObjectInfo] = OrderedDict()
         self._pid = os.getpid()
 
@@ -172,22 +172,19 @@ class AkaveStore:
             raise self._failed(
                 OriginError, "list", prefix, found, "name objects outright, or use a bucket for each model"
             )
-        within = f"{self._where.prefix}/" if self._where.prefix else ""
+        within = f"{self._origin_url.prefix}/" if self._origin_url.prefix else ""
         for file in sorted(files, key=lambda one: one.name):
             if file.size and file.name.startswith(within + prefix):
                 yield _info(file.name.removeprefix(within), file)
 
     async def delete(self, key: str) -> None:
         """The SDK does not wait for the deletion to be done: it may be seen for some seconds more."""
-        name = self._where.full_key(key)
+        name = self._origin_url.full_key(key)
         if await self._retries.run(lambda: self._view("delete", key)) is not None:
             delete = lambda: self._sdk.delete(self._bucket, name)  # noqa: E731
             await self._call("delete", key, delete, self._writes, self._large_s, queue=True)
         self._infos.pop(key, None)
         self._chunks.forget(key)
-
-    async def presign_get(self, key: str, expires_s: float) -> str:
-        raise self._failed(OriginError, "presign", key, "Akave's nodes have no presigned URLs", "use o3://")
 
     async def create_bucket(self) -> bool:
         """Make the bucket where there is none; whether it was made. Nothing else does: a wrong name should not."""
@@ -211,7 +208,7 @@ class AkaveStore:
         await asyncio.to_thread(self._sdk.close)
 
     async def _upload(self, key: str, source: BinaryIO, size: int, on_bytes: OnBytes | None) -> ObjectInfo:
-        name, loop = self._where.full_key(key), asyncio.get_running_loop()
+        name, loop = self._origin_url.full_key(key), asyncio.get_running_loop()
         reader = UploadReader(source, size, on_bytes and partial(_tell, loop, on_bytes))
         upload = lambda: self._sdk.upload(self._bucket, name, reader)  # noqa: E731
         try:
@@ -229,15 +226,15 @@ class AkaveStore:
         return ObjectInfo(key, size, etag=root_cid, root_cid=root_cid)
 
     async def _view(self, did: str, key: str) -> AkaveFile | None:
-        name = self._where.full_key(key)
+        name = self._origin_url.full_key(key)
         return await self._call(did, key, lambda: self._sdk.view(self._bucket, name), self._small, self._small_s)
 
-    async def _chunk(self, key: str, index: int, size: int) -> Spool:
-        name = self._where.full_key(key)
+    async def _chunk(self, key: str, index: int, size: int) -> SpooledChunk:
+        name = self._origin_url.full_key(key)
 
-        async def fetch() -> Spool:
+        async def fetch() -> SpooledChunk:
             try:
-                spool = Spool(size)
+                spool = SpooledChunk(size)
             except OSError as error:
                 found = f"no temporary file for its chunk: {error.strerror}"
                 raise self._failed(OriginError, "read", key, found, "TMPDIR names another folder") from error
@@ -275,7 +272,7 @@ class AkaveStore:
             raise translate(error, did, origin=self.url, key=key, secret=self._private_key.reveal()) from None
 
     def _failed(self, kind: type[OriginError], did: str, key: str, found: str, advice: str) -> OriginError:
-        return failed(kind, did, found, advice, origin=self.url, key=key)
+        return origin_error(kind, did, found, advice, origin=self.url, key=key)
 
 
 def _info(key: str, file: AkaveFile) -> ObjectInfo:

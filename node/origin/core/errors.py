@@ -29,7 +29,7 @@ _RETRY_CODES = {"InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDo
 _CODE = re.compile(r"[A-Za-z]{3,40}")
 
 
-def failed(
+def origin_error(
     kind: type[OriginError],
     did: str,
     found: str,
@@ -53,7 +53,7 @@ def failed(
     return kind(f"{origin}: {what}: {found}; {advice}", details)
 
 
-def answered(
+def status_error(
     status: int,
     code: str,
     did: str,
@@ -67,7 +67,7 @@ def answered(
     code = code if _CODE.fullmatch(code) else ""
     found = f"the answer was {status}" + (f" {code}" if code else "")
     kind, advice = _meaning(status, code, credentials)
-    return failed(kind, did, found, advice, origin=origin, key=key, status=status, retry_after_s=retry_after_s)
+    return origin_error(kind, did, found, advice, origin=origin, key=key, status=status, retry_after_s=retry_after_s)
 
 
 def _meaning(status: int, code: str, credentials: str) -> tuple[type[OriginError], str]:
@@ -94,30 +94,30 @@ def _access_advice(code: str, credentials: str) -> str:
     return f"check the credentials ({credentials}) and what they may do" if credentials else "it is not public"
 
 
-def listed_too_many(prefix: str, *, origin: str) -> OriginError:
+def listing_too_long_error(prefix: str, *, origin: str) -> OriginError:
     """The error for a listing that has no end, or one too far away."""
     found, advice = f"it has more than {MAX_LISTED} objects there", "name one object, or keep fewer in one place"
-    return failed(OriginError, "list", found, advice, origin=origin, key=prefix)
+    return origin_error(OriginError, "list", found, advice, origin=origin, key=prefix)
 
 
-def unreachable(did: str, found: str, *, origin: str, key: str) -> OriginError:
+def unreachable_error(did: str, found: str, *, origin: str, key: str) -> OriginError:
     """The error for no answer at all: no connection, a broken one, or nothing in time."""
     advice = "check the network and the endpoint, or name another origin"
-    return failed(OriginUnavailableError, did, found, advice, origin=origin, key=key)
+    return origin_error(OriginUnavailableError, did, found, advice, origin=origin, key=key)
 
 
-def corrupt(did: str, found: str, *, origin: str, key: str, broke_off: bool = False) -> OriginError:
+def corrupt_error(did: str, found: str, *, origin: str, key: str, broke_off: bool = False) -> OriginError:
     """The error for bytes that are not those that were asked for.
 
     `broke_off`, in `details` too: what came is good as far as it goes, and another try may bring the rest.
     """
-    error = failed(OriginCorruptError, did, found, "ask again, or another origin", origin=origin, key=key)
+    error = origin_error(OriginCorruptError, did, found, "ask again, or another origin", origin=origin, key=key)
     if broke_off:
         error.details["broke_off"] = True
     return error
 
 
-def after_tries(error: OriginError, tries: int, seconds: float) -> OriginError:
+def with_tries(error: OriginError, tries: int, seconds: float) -> OriginError:
     """The same error, that also says how often it was tried."""
     error.details["tried"] = tries
     if tries > 1:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from node.origin.core.errors import failed
+from node.origin.core.errors import origin_error
 from protocol.errors import OriginError
 
 Library = Literal["obstore", "akavesdk"]
@@ -49,7 +49,7 @@ def no_fork() -> Iterator[None]:
 
 def _refusal(origin: str, found: str) -> OriginError:
     advice = "start processes by spawn or forkserver, and open the origin in each"
-    return failed(OriginError, "open the store", found, advice, origin=origin, key="")
+    return origin_error(OriginError, "open the store", found, advice, origin=origin, key="")
 
 
 def _before_fork() -> None:

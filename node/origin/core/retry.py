@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from node.origin.core.errors import after_tries
+from node.origin.core.errors import with_tries
 from protocol.errors import OriginError
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Retries:
+class RetryLoop:
     """How long and how often. No try begins later than `total_s` after the first."""
 
     total_s: float
@@ -46,7 +46,7 @@ class Retries:
                 seconds = time.monotonic() - started
                 wait = self._wait_s(error, tries)
                 if wait is None or seconds + wait > self.total_s:
-                    raise after_tries(error, tries, seconds) from None
+                    raise with_tries(error, tries, seconds) from None
                 _log.info("%s; again in %.1f s", error.message, wait)
             await asyncio.sleep(wait)
 

@@ -21,14 +21,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-KEY_BYTES = 32
+from node.origin.encryption.keys import SALT_BYTES, object_key
+
 FRAME_BYTES = 65_536
 TAG_BYTES = 16
 MAGIC = b"SHOALE01"
-HEADER_BYTES = len(MAGIC) + 32
+HEADER_BYTES = len(MAGIC) + SALT_BYTES
 
 STORED_FRAME = FRAME_BYTES + TAG_BYTES
 
@@ -63,8 +62,7 @@ class ObjectCipher:
     @classmethod
     def of(cls, key: bytes, header: bytes, name: str, size: int) -> ObjectCipher:
         """`header` has been checked."""
-        own = HKDF(SHA256(), 32, header[len(MAGIC) :], b"shoal object v1").derive(key)
-        return cls(AESGCM(own), header + name.encode(), size)
+        return cls(AESGCM(object_key(key, header[len(MAGIC) :])), header + name.encode(), size)
 
     def seal(self, index: int, plain: bytes) -> bytes:
         return self.cipher.encrypt(self._nonce(index), plain, self.beside)

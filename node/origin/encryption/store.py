@@ -16,11 +16,10 @@ from typing import BinaryIO
 
 from cryptography.exceptions import InvalidTag
 
-from node.origin.core.errors import corrupt, failed
+from node.origin.core.errors import corrupt_error, origin_error
 from node.origin.encryption.frames import (
     FRAME_BYTES,
     HEADER_BYTES,
-    KEY_BYTES,
     MAGIC,
     STORED_FRAME,
     ObjectCipher,
@@ -29,8 +28,9 @@ from node.origin.encryption.frames import (
     plain_size,
     stored_size,
 )
+from node.origin.encryption.keys import check_key_length
 from node.origin.interface import ObjectInfo, ObjectStore, OnBytes
-from protocol.errors import InvalidParamsError, OriginCorruptError, OriginError
+from protocol.errors import OriginCorruptError, OriginError
 
 _KEPT_HEADERS = 256
 _FRAMES_AT_ONCE = 16
@@ -45,9 +45,7 @@ class EncryptedStore:
     """
 
     def __init__(self, inner: ObjectStore, key: bytes, spool: Path | None = None) -> None:
-        if len(key) != KEY_BYTES:
-            raise InvalidParamsError(f"the encryption key has {len(key)} bytes; it must have {KEY_BYTES}")
-        self._inner, self._key, self._spool = inner, key, spool
+        self._inner, self._key, self._spool = inner, check_key_length(key), spool
         self._known: OrderedDict[str, ObjectCipher] = OrderedDict()
         self.url = inner.url
         self.writes_once = inner.writes_once
@@ -128,10 +126,6 @@ class EncryptedStore:
         self._known.pop(key, None)
         await self._inner.delete(key)
 
-    async def presign_get(self, key: str, expires_s: float) -> str:
-        found, advice = "what a presigned URL gives is encrypted", "read it through the node"
-        raise failed(OriginError, "presign", found, advice, origin=self.url, key=key)
-
     async def close(self) -> None:
         self._known.clear()
         await self._inner.close()
@@ -169,7 +163,7 @@ class EncryptedStore:
                     left -= len(plain)
                     yield plain
             if left:
-                raise corrupt("read", f"{left} bytes of the range are missing", origin=self.url, key=key)
+                raise corrupt_error("read", f"{left} bytes of the range are missing", origin=self.url, key=key)
 
     async def _cipher(self, key: str) -> ObjectCipher:
         cipher = self._known.get(key)
@@ -226,7 +220,7 @@ class EncryptedStore:
     def _no_room(self, key: str, error: OSError) -> OriginError:
         found = f"it cannot be encrypted into a temporary file: {error.strerror or error}"
         advice = "that needs as much free disk as the object has bytes; TMPDIR names another folder"
-        return failed(OriginError, "write", found, advice, origin=self.url, key=key)
+        return origin_error(OriginError, "write", found, advice, origin=self.url, key=key)
 
     @contextmanager
     def _as_ours(self, key: str) -> Iterator[None]:
@@ -243,7 +237,7 @@ class EncryptedStore:
         if not 0 <= start <= end <= size:
             self._known.pop(key, None)
             found = f"bytes [{start}, {end}) were asked for, and it has {size}"
-            raise corrupt("read", found, origin=self.url, key=key)
+            raise corrupt_error("read", found, origin=self.url, key=key)
 
     def _plain_info(self, info: ObjectInfo) -> ObjectInfo:
         try:
@@ -253,7 +247,7 @@ class EncryptedStore:
 
     def _not_ours(self, key: str, found: str) -> OriginError:
         advice = "check the encryption key file, or publish it again"
-        return failed(OriginCorruptError, "read", found, advice, origin=self.url, key=key)
+        return origin_error(OriginCorruptError, "read", found, advice, origin=self.url, key=key)
 
 
 class _PlainCount:

@@ -9,10 +9,10 @@ from contextlib import suppress
 
 import aiohttp
 
-from node.origin.core.errors import corrupt, failed
+from node.origin.core.errors import corrupt_error, origin_error
 from node.origin.core.ranges import read_joined
-from node.origin.core.retry import Retries
-from node.origin.http.requests import Asked, HttpAsking
+from node.origin.core.retry import RetryLoop
+from node.origin.http.requests import Asked, HttpClient
 from node.origin.interface import ObjectInfo
 from node.origin.settings import OriginSettings
 from protocol.errors import OriginError
@@ -20,15 +20,15 @@ from protocol.errors import OriginError
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
-class HttpRanges:
+class HttpRangeReader:
     """Reads of one origin. For the process, and the event loop, that used it first."""
 
     def __init__(
         self, origin: str, settings: OriginSettings, headers: Mapping[str, str] | None = None, credentials: str = ""
     ) -> None:
         self._origin = origin
-        self._asking = HttpAsking(origin, settings, headers or {}, credentials)
-        self._retries = Retries(settings.retry_total_s)
+        self._asking = HttpClient(origin, settings, headers or {}, credentials)
+        self._retries = RetryLoop(settings.retry_total_s)
 
     async def head(self, url: str, key: str) -> ObjectInfo:
         """Size, ETag and time, without the bytes. Raises the OriginError tree."""
@@ -45,7 +45,7 @@ class HttpRanges:
             size = int(found[3]) if found and found[3] != "*" else None if found else _size(answer.headers)
             if size is None:
                 advice = "name another origin"
-                raise failed(OriginError, asked.did, "it tells no size", advice, origin=self._origin, key=key)
+                raise origin_error(OriginError, asked.did, "it tells no size", advice, origin=self._origin, key=key)
             return _info(key, size, answer.headers)
 
         return await self._retries.run(ask)
@@ -124,7 +124,7 @@ class HttpRanges:
             raise self._corrupt(asked, f"its answer ended {left} bytes early", broke_off=True)
 
     def _corrupt(self, asked: Asked, found: str, *, broke_off: bool = False) -> OriginError:
-        return corrupt(asked.did, found, origin=self._origin, key=asked.key, broke_off=broke_off)
+        return corrupt_error(asked.did, found, origin=self._origin, key=asked.key, broke_off=broke_off)
 
 
 def _size(headers: Mapping[str, str]) -> int | None:

@@ -11,7 +11,7 @@ from urllib.parse import urljoin, urlsplit
 import aiohttp
 from yarl import URL
 
-from node.origin.core.errors import answered, corrupt, failed, unreachable
+from node.origin.core.errors import corrupt_error, origin_error, status_error, unreachable_error
 from node.origin.core.fork_guard import expect_own_process
 from node.origin.core.policy import check_host, refusal
 from node.origin.core.retry import retry_after_s
@@ -33,7 +33,7 @@ class Asked(NamedTuple):
     did: str
 
 
-class HttpAsking:
+class HttpClient:
     """Requests to one origin, and to where it redirects."""
 
     def __init__(self, origin: str, settings: OriginSettings, headers: Mapping[str, str], credentials: str) -> None:
@@ -59,7 +59,7 @@ class HttpAsking:
                 if 200 <= answer.status < 300:
                     return answer
                 answer.close()
-                raise answered(
+                raise status_error(
                     answer.status,
                     "",
                     asked.did,
@@ -70,7 +70,7 @@ class HttpAsking:
                 )
             answer.close()
             url = await self._next(url, answer.headers.get("Location", ""), asked)
-        raise failed(
+        raise origin_error(
             OriginError, asked.did, "it redirects in circles", "check the URL", origin=self._origin, key=asked.key
         )
 
@@ -80,7 +80,7 @@ class HttpAsking:
             async for data in answer.content.iter_chunked(CHUNK_BYTES):
                 yield data
         except aiohttp.ClientPayloadError:
-            raise corrupt(
+            raise corrupt_error(
                 asked.did, "its answer broke off", origin=self._origin, key=asked.key, broke_off=True
             ) from None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -117,7 +117,7 @@ class HttpAsking:
         if refusal(target) is not None:
             found = f"it redirects to {urlsplit(target).hostname or 'nowhere'}"
             advice = "where no origin may send us: give that one to this node itself, if you trust it"
-            raise failed(OriginDeniedError, asked.did, found, advice, origin=self._origin, key=asked.key)
+            raise origin_error(OriginDeniedError, asked.did, found, advice, origin=self._origin, key=asked.key)
         await check_host(f"https://{urlsplit(target).netloc}")
         return target
 
@@ -148,7 +148,7 @@ class HttpAsking:
                 found = f"no connection: {os.strerror(error.os_error.errno or 0).lower()}"
             case _:
                 found = "the connection broke"
-        return unreachable(asked.did, found, origin=self._origin, key=asked.key)
+        return unreachable_error(asked.did, found, origin=self._origin, key=asked.key)
 
 
 def _host(url: str) -> tuple[str, str]:

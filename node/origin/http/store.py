@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from node.origin.core.errors import failed
-from node.origin.http.ranges import HttpRanges
+from node.origin.core.errors import origin_error
+from node.origin.http.ranges import HttpRangeReader
 from node.origin.interface import ObjectInfo, OnBytes
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl
@@ -38,22 +38,18 @@ class ReadOnlyStore:
         """OriginError."""
         raise self._cannot("delete", key)
 
-    async def presign_get(self, key: str, expires_s: float) -> str:
-        """OriginError."""
-        raise self._cannot("sign a URL for", key)
-
     def _cannot(self, did: str, key: str) -> OriginError:
         advice = "use an o3://, s3:// or file:// origin for that"
-        return failed(OriginError, did, "this origin is only read from", advice, origin=self.url, key=key)
+        return origin_error(OriginError, did, "this origin is only read from", advice, origin=self.url, key=key)
 
 
-class WebStore(ReadOnlyStore):
+class HttpStore(ReadOnlyStore):
     """Objects under one URL, by HEAD and Range requests. It cannot list."""
 
     def __init__(self, url: OriginUrl, settings: OriginSettings) -> None:
         self.url = str(url)
-        self._where = url
-        self._ranges = HttpRanges(self.url, settings)
+        self._origin_url = url
+        self._ranges = HttpRangeReader(self.url, settings)
 
     async def head(self, key: str) -> ObjectInfo:
         """See ObjectStore."""
@@ -81,4 +77,4 @@ class WebStore(ReadOnlyStore):
         await self._ranges.close()
 
     def _address(self, key: str) -> str:
-        return f"{self._where.scheme}://{self._where.place}/{quote(self._where.full_key(key))}"
+        return f"{self._origin_url.scheme}://{self._origin_url.container}/{quote(self._origin_url.full_key(key))}"

@@ -14,22 +14,22 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from node.origin.core.errors import answered, failed, listed_too_many, unreachable
+from node.origin.core.errors import listing_too_long_error, origin_error
 from node.origin.core.fork_guard import expect_own_process
-from node.origin.core.retry import Retries, retry_after_s
-from node.origin.http.ranges import HttpRanges
+from node.origin.core.retry import RetryLoop
+from node.origin.http.ranges import HttpRangeReader
 from node.origin.http.store import ReadOnlyStore
+from node.origin.huggingface.errors import CREDENTIALS, translated
 from node.origin.interface import MAX_LISTED, ObjectInfo
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl
-from protocol.errors import OriginDeniedError, OriginError, OriginNotFoundError, OriginUnavailableError
+from protocol.errors import OriginError, OriginNotFoundError, OriginUnavailableError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 T = TypeVar("T")
 
-CREDENTIALS = "HF_TOKEN"
 PINNED_S = 60.0
 """For so long a branch means the commit that it meant; what was pushed since is seen after that."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -40,12 +40,12 @@ class HubStore(ReadOnlyStore):
 
     def __init__(self, url: OriginUrl, settings: OriginSettings) -> None:
         self.url = str(url)
-        self._where = url
+        self._origin_url = url
         self._endpoint = settings.hf_endpoint.rstrip("/")
         self._token = settings.credentials.hf_token
         headers = {"Authorization": f"Bearer {self._token.reveal()}"} if self._token else {}
-        self._ranges = HttpRanges(self.url, settings, headers, CREDENTIALS)
-        self._retries = Retries(settings.retry_total_s)
+        self._ranges = HttpRangeReader(self.url, settings, headers, CREDENTIALS)
+        self._retries = RetryLoop(settings.retry_total_s)
         self._timeout_s = settings.read_timeout_s
         self._process = os.getpid()
         self._commit: str | None = None
@@ -60,7 +60,7 @@ class HubStore(ReadOnlyStore):
             found = api.get_hf_file_metadata(url=url, timeout=self._timeout_s)
             if found.size is None:
                 advice = "name another origin"
-                raise failed(OriginError, "ask for", "it tells no size", advice, origin=self.url, key=key)
+                raise origin_error(OriginError, "ask for", "it tells no size", advice, origin=self.url, key=key)
             return ObjectInfo(key, found.size, found.etag)
 
         return await self._ask("ask for", key, ask)
@@ -81,7 +81,7 @@ class HubStore(ReadOnlyStore):
 
     async def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
         """See ObjectStore."""
-        inside = f"{self._where.prefix}/" if self._where.prefix else ""
+        inside = f"{self._origin_url.prefix}/" if self._origin_url.prefix else ""
         folder = (inside + prefix).rpartition("/")[0]
         commit = await self._pinned()
 
@@ -89,16 +89,16 @@ class HubStore(ReadOnlyStore):
             from huggingface_hub.hf_api import RepoFile
 
             entries = api.list_repo_tree(
-                self._where.place,
+                self._origin_url.container,
                 folder or None,
                 recursive=True,
                 revision=commit,
-                repo_type=self._where.repo_type,
+                repo_type=self._origin_url.repo_type,
             )
             files = []
             for seen, entry in enumerate(entries):
                 if seen == MAX_LISTED:
-                    raise listed_too_many(prefix, origin=self.url)
+                    raise listing_too_long_error(prefix, origin=self.url)
                 if isinstance(entry, RepoFile):
                     files.append(entry)
             infos = (ObjectInfo(one.path.removeprefix(inside), one.size, _hash(one)) for one in files)
@@ -120,9 +120,13 @@ class HubStore(ReadOnlyStore):
     async def _address(self, key: str) -> str:
         from huggingface_hub import hf_hub_url
 
-        full, commit = self._where.full_key(key), await self._pinned()
+        full, commit = self._origin_url.full_key(key), await self._pinned()
         return hf_hub_url(
-            self._where.place, full, repo_type=self._where.repo_type, revision=commit, endpoint=self._endpoint
+            self._origin_url.container,
+            full,
+            repo_type=self._origin_url.repo_type,
+            revision=commit,
+            endpoint=self._endpoint,
         )
 
     async def _pinned(self) -> str:
@@ -131,20 +135,20 @@ class HubStore(ReadOnlyStore):
             if self._commit is None or loop.time() >= self._pinned_until:
 
                 def ask(api: HfApi) -> str | None:
-                    where = self._where
+                    where = self._origin_url
                     found = api.repo_info(
-                        where.place, revision=where.revision, repo_type=where.repo_type, timeout=self._timeout_s
+                        where.container, revision=where.revision, repo_type=where.repo_type, timeout=self._timeout_s
                     )
                     return str(found.sha) if found.sha else None
 
                 try:
-                    found = await self._ask("look up the commit of", self._where.revision or "", ask)
+                    found = await self._ask("look up the commit of", self._origin_url.revision or "", ask)
                 except OriginUnavailableError:
                     if self._commit is None:
                         raise
                 else:
-                    self._commit = found or self._where.revision or "main"
-                named = _COMMIT.fullmatch(self._where.revision or "")
+                    self._commit = found or self._origin_url.revision or "main"
+                named = _COMMIT.fullmatch(self._origin_url.revision or "")
                 self._pinned_until = math.inf if named else loop.time() + PINNED_S
             return self._commit
 
@@ -164,38 +168,6 @@ class HubStore(ReadOnlyStore):
                 raise translated(error, did, origin=self.url, key=key) from None
 
         return await self._retries.run(lambda: asyncio.to_thread(run))
-
-
-def translated(error: Exception, did: str, *, origin: str, key: str) -> OriginError:
-    """What huggingface_hub raised, as ours."""
-    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # as its file system tells of a repository that is not there
-    response: Any = getattr(error, "response", None)
-    name = type(error).__name__
-    if name in ("RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError"):
-        # The hub answers 401 for a repository that is not there, too.
-        kind: type[OriginError] = OriginDeniedError if name == "GatedRepoError" else OriginNotFoundError
-        found = f"the hub says {name.removesuffix('Error')}"
-        advice = f"check its name and revision; a private or gated one needs {CREDENTIALS}"
-        status = getattr(response, "status_code", None)
-        return failed(kind, did, found, advice, origin=origin, key=key, status=status)
-    if response is None and isinstance(error, FileNotFoundError):
-        return answered(404, "", did, origin=origin, key=key)
-    if response is not None:
-        after = retry_after_s(response.headers.get("Retry-After"))
-        return answered(
-            response.status_code,
-            "",
-            did,
-            origin=origin,
-            key=key,
-            retry_after_s=after,
-            credentials=CREDENTIALS,
-        )
-    if name in ("HFValidationError", "OfflineModeIsEnabled"):
-        advice = "check the URL, and HF_HUB_OFFLINE"
-        return failed(OriginError, did, f"huggingface_hub says {name}", advice, origin=origin, key=key)
-    return unreachable(did, f"no answer ({name})", origin=origin, key=key)
 
 
 def _hash(file: Any) -> str:

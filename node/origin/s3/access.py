@@ -75,17 +75,12 @@ class S3Access:
                 f"{url} needs both of {names}, or the files of {names.replace(' and ', '_FILE and ')}_FILE"
             )
         refused = _REFUSED_BY_O3 if url.scheme == "o3" else ()
-        return cls(url.place, endpoint.rstrip("/"), region, *keys, names, *times, refused)
+        return cls(url.container, endpoint.rstrip("/"), region, *keys, names, *times, refused)
 
     @property
     def signs(self) -> bool:
         """Whether there is a key to sign with; without one, requests are anonymous."""
         return bool(self.access_key and self.secret_key)
-
-    @property
-    def missing(self) -> str:
-        """What to do about it."""
-        return f"set {self.credentials_from}, or the same with _FILE"
 
     def client(self, *, writes: bool) -> Client:
         """A client of obstore, for this process. Raises InvalidParamsError where the environment would spoil it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from node.origin.core.errors import answered, corrupt, failed, unreachable
+from node.origin.core.errors import corrupt_error, origin_error, status_error, unreachable_error
 from node.origin.core.retry import retry_after_s
 from protocol.errors import OriginDeniedError, OriginError, OriginExistsError, OriginNotFoundError
 
@@ -42,7 +42,7 @@ _BROKEN_BODY_BOTOCORE = ("IncompleteReadError", "ResponseStreamingError", "Incom
 _BROKEN_BODY = ("IncompleteBody", "UnexpectedEof")
 
 
-class S3Failures(NamedTuple):
+class S3ErrorTranslator(NamedTuple):
     """Translates for one origin."""
 
     origin: str
@@ -57,14 +57,14 @@ class S3Failures(NamedTuple):
             return self.of_answer(int(status[1]), code[1] if code else "", did, key)
         for word, found in _WRONG_RANGE:
             if word in text:
-                return corrupt(did, found, origin=self.origin, key=key)
+                return corrupt_error(did, found, origin=self.origin, key=key)
         if any(word in text for word in _BROKEN_BODY):
-            return corrupt(did, "its answer broke off", origin=self.origin, key=key, broke_off=True)
+            return corrupt_error(did, "its answer broke off", origin=self.origin, key=key, broke_off=True)
         for word, found in _NO_ANSWER:
             if word in text:
-                return unreachable(did, found, origin=self.origin, key=key)
+                return unreachable_error(did, found, origin=self.origin, key=key)
         kind, name = _by_class(error)
-        return failed(kind, did, name, "check the URL and the endpoint", origin=self.origin, key=key)
+        return origin_error(kind, did, name, "check the URL and the endpoint", origin=self.origin, key=key)
 
     def of_botocore(self, error: Exception, did: str, key: str) -> OriginError:
         """The error for an exception of botocore."""
@@ -79,19 +79,19 @@ class S3Failures(NamedTuple):
         words = f"{type(error).__name__} {getattr(error, 'kwargs', {}).get('error', '')}"
         found = next((said for word, said in _NO_ANSWER_BOTOCORE if word in words), found)
         if any(kind.__name__ in _BOTOCORE_NETWORK for kind in type(error).__mro__):
-            return unreachable(did, found, origin=self.origin, key=key)
+            return unreachable_error(did, found, origin=self.origin, key=key)
         advice = "check the URL, the endpoint and the credentials"
-        return failed(OriginError, did, f"botocore says {found}", advice, origin=self.origin, key=key)
+        return origin_error(OriginError, did, f"botocore says {found}", advice, origin=self.origin, key=key)
 
     def of_broken_body(self, error: Exception, did: str, key: str) -> OriginError:
         """The error for an exception of botocore while it read an answer's body."""
         if type(error).__name__ in _BROKEN_BODY_BOTOCORE:
-            return corrupt(did, "its answer broke off", origin=self.origin, key=key, broke_off=True)
+            return corrupt_error(did, "its answer broke off", origin=self.origin, key=key, broke_off=True)
         return self.of_botocore(error, did, key)
 
     def of_answer(self, status: int, code: str, did: str, key: str, asked_s: float | None = None) -> OriginError:
         """The error for a status that is not a success."""
-        return answered(
+        return status_error(
             status,
             code,
             did,

@@ -15,16 +15,15 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from node.origin.akave.threads import CallThreads, StalledError
-from node.origin.core.errors import corrupt, failed, unreachable
+from node.origin.core.call_threads import CallThreads, StalledError
+from node.origin.core.errors import corrupt_error, unreachable_error
 from node.origin.core.fork_guard import expect_own_process
 from node.origin.interface import ObjectInfo
-from node.origin.s3.calls import botocore_client
-from node.origin.s3.objects import info_by_botocore, plain_etag
-from node.origin.s3.store import S3Store
+from node.origin.s3.botocore_client import botocore_client
+from node.origin.s3.store import S3Store, info_by_botocore, plain_etag
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl
-from protocol.errors import OriginDeniedError, OriginError, OriginNotFoundError
+from protocol.errors import OriginError, OriginNotFoundError
 
 T = TypeVar("T")
 
@@ -48,7 +47,7 @@ class S3ForkedStore(S3Store):
 
     async def head(self, key: str) -> ObjectInfo:
         """See ObjectStore."""
-        full = self._where.full_key(key)
+        full = self._origin_url.full_key(key)
 
         async def ask() -> ObjectInfo:
             return info_by_botocore(key, await self._answer("head_object", "ask for", key, Key=full))
@@ -59,7 +58,7 @@ class S3ForkedStore(S3Store):
         """See ObjectStore."""
         if start == end:
             return b""
-        full, did = self._where.full_key(key), f"read bytes {start} to {end} of"
+        full, did = self._origin_url.full_key(key), f"read bytes {start} to {end} of"
 
         def read() -> bytes:
             body, _ = self._body(did, key, full, start, end)
@@ -73,7 +72,7 @@ class S3ForkedStore(S3Store):
         async def ask() -> bytes:
             data = await self._run(read, did, key)
             if len(data) != end - start:
-                raise corrupt(
+                raise corrupt_error(
                     did, f"{len(data)} bytes came", origin=self.url, key=key, broke_off=len(data) < end - start
                 )
             return data
@@ -84,7 +83,7 @@ class S3ForkedStore(S3Store):
         """See ObjectStore. Tried again only until its answer has begun."""
         if start == end:
             return
-        full = self._where.full_key(key)
+        full = self._origin_url.full_key(key)
         did = f"read from byte {start} of" if end is None else f"read bytes {start} to {end} of"
 
         async def begin() -> tuple[Any, int]:
@@ -96,36 +95,23 @@ class S3ForkedStore(S3Store):
             while left and (data := await self._run(steps.next, did, key)):
                 left -= len(data)
                 if left < 0:
-                    raise corrupt(did, "more bytes came than it announced", origin=self.url, key=key)
+                    raise corrupt_error(did, "more bytes came than it announced", origin=self.url, key=key)
                 yield data
             if left:
                 found = f"its answer ended {left} bytes early"
-                raise corrupt(did, found, origin=self.url, key=key, broke_off=True)
+                raise corrupt_error(did, found, origin=self.url, key=key, broke_off=True)
         finally:
             steps.end()
 
     async def delete(self, key: str) -> None:
         """See ObjectStore."""
-        full = self._where.full_key(key)
+        full = self._origin_url.full_key(key)
 
         async def ask() -> None:
             with suppress(OriginNotFoundError):
                 await self._answer("delete_object", "delete", key, Key=full)
 
         await self._retries.run(ask)
-
-    async def presign_get(self, key: str, expires_s: float) -> str:
-        """See ObjectStore; at most seven days."""
-        full = self._where.full_key(key)
-        if not self._access.signs:
-            found, advice = "there are no credentials to sign with", self._access.missing
-            raise failed(OriginDeniedError, "sign a URL for", found, advice, origin=self.url, key=key)
-        params = {"Bucket": self._access.bucket, "Key": full}
-
-        def sign() -> str:
-            return str(self._connected().generate_presigned_url("get_object", Params=params, ExpiresIn=int(expires_s)))
-
-        return await self._run(sign, "sign a URL for", key)
 
     async def close(self) -> None:
         """Let go of connections."""
@@ -134,7 +120,7 @@ class S3ForkedStore(S3Store):
             client.close()
 
     async def _listed(self, folder: str, prefix: str) -> AsyncIterator[Sequence[ObjectInfo]]:
-        inside = f"{self._where.prefix}/" if self._where.prefix else ""
+        inside = f"{self._origin_url.prefix}/" if self._origin_url.prefix else ""
         more: dict[str, str] = {}
         while True:
             page = await self._answer("list_objects_v2", "list", prefix, Prefix=inside + prefix, **more)
@@ -183,15 +169,15 @@ class S3ForkedStore(S3Store):
             return int(answer["ContentLength"])
         found = _CONTENT_RANGE.fullmatch(str(answer.get("ContentRange", "")))
         if answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
-            raise corrupt(did, "it ignores Range and answered with the whole object", origin=self.url, key=key)
+            raise corrupt_error(did, "it ignores Range and answered with the whole object", origin=self.url, key=key)
         if not found:
-            raise corrupt(did, "it did not say which range its answer is", origin=self.url, key=key)
+            raise corrupt_error(did, "it did not say which range its answer is", origin=self.url, key=key)
         first, stop, total = int(found[1]), int(found[2]) + 1, found[3]
         expected = end if end is not None else int(total) if total != "*" else stop
         if (first, stop) != (start, expected):
             short = total != "*" and int(total) < expected
             said = f"it has {total} bytes" if short else f"it answered with bytes {first} to {stop}"
-            raise corrupt(did, said, origin=self.url, key=key)
+            raise corrupt_error(did, said, origin=self.url, key=key)
         return stop - start
 
     async def _answer(self, method: str, did: str, key: str, **wanted: Any) -> dict[str, Any]:
@@ -216,7 +202,7 @@ class S3ForkedStore(S3Store):
         try:
             return await self._threads.run(call, timeout_s=self._timeout_s, queue=True)
         except StalledError as error:
-            raise unreachable(did, str(error), origin=self.url, key=key) from None
+            raise unreachable_error(did, str(error), origin=self.url, key=key) from None
 
 
 class _Steps:

@@ -10,21 +10,20 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import obstore
 
-from node.origin.core.errors import corrupt, failed, listed_too_many, unreachable
+from node.origin.core.errors import corrupt_error, listing_too_long_error, origin_error, unreachable_error
 from node.origin.core.fork_guard import expect_own_process, expect_works
 from node.origin.core.ranges import read_joined
-from node.origin.core.retry import Retries
+from node.origin.core.retry import RetryLoop
 from node.origin.interface import MAX_LISTED, ObjectInfo, OnBytes
 from node.origin.s3.access import S3Access
-from node.origin.s3.calls import S3Calls
-from node.origin.s3.errors import S3Failures
-from node.origin.s3.objects import object_info, plain_etag
+from node.origin.s3.botocore_client import S3ApiClient
+from node.origin.s3.errors import S3ErrorTranslator
 from node.origin.s3.upload import SINGLE_BYTES, PartsUpload, read_part
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl, checked_key
@@ -56,17 +55,17 @@ class S3Store:
     def __init__(self, url: OriginUrl, settings: OriginSettings) -> None:
         self.url = str(url)
         self.min_object_bytes = O3_MIN_OBJECT_BYTES if url.scheme == "o3" else 0
-        self._where = url
+        self._origin_url = url
         self._access = S3Access.of(url, settings)
-        self._failures = S3Failures(self.url, self._access.credentials_from)
-        self._retries = Retries(settings.retry_total_s)
+        self._failures = S3ErrorTranslator(self.url, self._access.credentials_from)
+        self._retries = RetryLoop(settings.retry_total_s)
         self._read_timeout_s, self._timeout_s = settings.read_timeout_s, settings.timeout_s
         self._clients: dict[bool, Client] = {}
         self._process = os.getpid()
 
     async def head(self, key: str) -> ObjectInfo:
         """See ObjectStore."""
-        full = self._where.full_key(key)
+        full = self._origin_url.full_key(key)
 
         async def ask() -> ObjectInfo:
             found = await self._get("ask for", key, full, {"head": True})
@@ -78,7 +77,7 @@ class S3Store:
         """See ObjectStore."""
         if start == end:
             return b""
-        full, did = self._where.full_key(key), f"read bytes {start} to {end} of"
+        full, did = self._origin_url.full_key(key), f"read bytes {start} to {end} of"
 
         async def ask() -> bytes:
             client = self._open()
@@ -90,7 +89,7 @@ class S3Store:
                 # obstore compares the announced range, not the bytes that came, and lets it end with the object.
                 size = (await self._get(did, key, full, {"head": True})).meta["size"]
                 found = f"{len(data)} bytes came" if size >= end else f"it has {size} bytes"
-                raise corrupt(did, found, origin=self.url, key=key, broke_off=size >= end)
+                raise corrupt_error(did, found, origin=self.url, key=key, broke_off=size >= end)
             return data
 
         return await self._retries.run(ask)
@@ -103,7 +102,7 @@ class S3Store:
         """See ObjectStore. Tried again only until its first byte came."""
         if start == end:
             return
-        full = self._where.full_key(key)
+        full = self._origin_url.full_key(key)
         did = f"read from byte {start} of" if end is None else f"read bytes {start} to {end} of"
         options: GetOptions = {}
         if end is not None:
@@ -127,7 +126,7 @@ class S3Store:
             data = await self._step(steps, did, key) if left else b""
         if left:
             found = "more bytes came than it announced" if left < 0 else f"its answer ended {left} bytes early"
-            raise corrupt(did, found, origin=self.url, key=key, broke_off=left > 0)
+            raise corrupt_error(did, found, origin=self.url, key=key, broke_off=left > 0)
 
     async def put(
         self,
@@ -143,7 +142,7 @@ class S3Store:
             return await self._put(key, body, if_absent, metadata, on_bytes)
         except OSError as error:
             found = f"{body if isinstance(body, Path) else 'what is to be sent'} cannot be read: {error.strerror}"
-            raise failed(OriginError, "write", found, "look at that file", origin=self.url, key=key) from None
+            raise origin_error(OriginError, "write", found, "look at that file", origin=self.url, key=key) from None
 
     async def _put(
         self,
@@ -153,15 +152,15 @@ class S3Store:
         metadata: Mapping[str, str] | None,
         on_bytes: OnBytes | None,
     ) -> ObjectInfo:
-        full, size = self._where.full_key(key), len(body) if isinstance(body, bytes) else body.stat().st_size
+        full, size = self._origin_url.full_key(key), len(body) if isinstance(body, bytes) else body.stat().st_size
         if size < self.min_object_bytes:
             found, advice = f"{size} bytes, and Akave takes none below {self.min_object_bytes}", "pad it"
-            raise failed(OriginError, "write", found, advice, origin=self.url, key=key)
+            raise origin_error(OriginError, "write", found, advice, origin=self.url, key=key)
         expect_own_process(self.url, self._process)
         if if_absent:
             await self._expect_none(key)
         if size > SINGLE_BYTES:
-            async with S3Calls(self._access, self._failures) as calls:
+            async with S3ApiClient(self._access, self._failures) as calls:
                 etag = await PartsUpload(
                     calls, self._retries, full, key, body, size, if_absent, dict(metadata or {}), on_bytes
                 ).run()
@@ -174,7 +173,7 @@ class S3Store:
 
     async def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
         """See ObjectStore. What it gives is held: SeaweedFS lists folder by folder, and not in the order of keys."""
-        folder = "/".join(step for step in (self._where.prefix, prefix.rpartition("/")[0]) if step)
+        folder = "/".join(step for step in (self._origin_url.prefix, prefix.rpartition("/")[0]) if step)
         start = checked_key(folder) if folder else ""
 
         async def ask() -> list[ObjectInfo]:
@@ -182,7 +181,7 @@ class S3Store:
             async for page in self._listed(start, prefix):
                 seen += len(page)
                 if seen > MAX_LISTED:
-                    raise listed_too_many(prefix, origin=self.url)
+                    raise listing_too_long_error(prefix, origin=self.url)
                 found += [info for info in page if info.key.startswith(prefix)]
             return sorted(found, key=lambda info: info.key.encode())
 
@@ -191,7 +190,7 @@ class S3Store:
 
     async def _listed(self, folder: str, prefix: str) -> AsyncIterator[Sequence[ObjectInfo]]:
         """Pages of what is in a folder; its keys are relative."""
-        inside, client = f"{self._where.prefix}/" if self._where.prefix else "", self._open()
+        inside, client = f"{self._origin_url.prefix}/" if self._origin_url.prefix else "", self._open()
         try:
             async for page in obstore.list(client, folder or None, chunk_size=1000):
                 yield [object_info(meta["path"].removeprefix(inside), meta, {}) for meta in page]
@@ -200,7 +199,7 @@ class S3Store:
 
     async def delete(self, key: str) -> None:
         """See ObjectStore."""
-        full = self._where.full_key(key)
+        full = self._origin_url.full_key(key)
 
         client = self._open()
 
@@ -213,18 +212,6 @@ class S3Store:
                 raise self._failures.of_obstore(error, "delete", key) from None
 
         await self._retries.run(ask)
-
-    async def presign_get(self, key: str, expires_s: float) -> str:
-        """See ObjectStore; at most seven days."""
-        full = self._where.full_key(key)
-        if not self._access.signs:
-            found, advice = "there are no credentials to sign with", self._access.missing
-            raise failed(OriginDeniedError, "sign a URL for", found, advice, origin=self.url, key=key)
-        client = self._open()
-        try:
-            return await obstore.sign_async(client, "GET", full, timedelta(seconds=expires_s))
-        except Exception as error:
-            raise self._failures.of_obstore(error, "sign a URL for", key) from None
 
     async def close(self) -> None:
         """Let go of connections."""
@@ -254,7 +241,7 @@ class S3Store:
     def _expect(self, found: GetResult, wanted: tuple[int, int], did: str, key: str) -> None:
         if found.range != wanted:
             # obstore has refused any other answer: this one ends with the object.
-            raise corrupt(did, f"it has {found.meta['size']} bytes", origin=self.url, key=key)
+            raise corrupt_error(did, f"it has {found.meta['size']} bytes", origin=self.url, key=key)
 
     async def _put_whole(
         self, key: str, full: str, data: bytes, if_absent: bool, metadata: Mapping[str, str] | None
@@ -271,7 +258,7 @@ class S3Store:
                 async with asyncio.timeout(self._read_timeout_s + len(data) / SLOWEST_BYTES_S):
                     return plain_etag((await put)["e_tag"])
             except TimeoutError:
-                raise unreachable("write", "no answer in time", origin=self.url, key=key) from None
+                raise unreachable_error("write", "no answer in time", origin=self.url, key=key) from None
             except Exception as error:
                 mine = self._failures.of_obstore(error, "write", key)
                 if conditional and mine.details["status"] == "501":
@@ -288,4 +275,34 @@ class S3Store:
         except (OriginNotFoundError, OriginDeniedError):
             return
         found, advice = "there is one by that name", "give it another name, or delete that one"
-        raise failed(OriginExistsError, "write", found, advice, origin=self.url, key=key)
+        raise origin_error(OriginExistsError, "write", found, advice, origin=self.url, key=key)
+
+
+def plain_etag(etag: str | None) -> str | None:
+    """Without the quotes that HTTP has around it."""
+    return etag.strip('"') if etag else None
+
+
+def object_info(key: str, meta: Mapping[str, Any], attributes: Mapping[Any, str]) -> ObjectInfo:
+    """An object, by obstore's `ObjectMeta` and attributes."""
+    metadata = {str(name): value for name, value in attributes.items()}
+    return _info(key, meta["size"], meta["e_tag"], meta["last_modified"], metadata)
+
+
+def info_by_botocore(key: str, answer: Mapping[str, Any]) -> ObjectInfo:
+    """An object, by the answer to a HEAD, or by one entry of a listing."""
+    size = answer["Size"] if "Size" in answer else answer["ContentLength"]
+    return _info(key, size, answer.get("ETag"), answer.get("LastModified"), dict(answer.get("Metadata") or {}))
+
+
+def _info(key: str, size: int, etag: str | None, modified: datetime | None, metadata: Mapping[str, str]) -> ObjectInfo:
+    by_name = {name.lower(): value for name, value in metadata.items()}
+    return ObjectInfo(
+        key=key,
+        size=size,
+        etag=plain_etag(etag),
+        modified_s=modified.timestamp() if modified else None,
+        metadata=metadata,
+        root_cid=by_name.get("network-root-cid") or None,
+        network_state=by_name.get("network-state") or None,
+    )

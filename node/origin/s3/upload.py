@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from node.origin.core.errors import failed
-from node.origin.core.retry import Retries
+from node.origin.core.errors import origin_error
+from node.origin.core.retry import RetryLoop
 from node.origin.interface import OnBytes
-from node.origin.s3.calls import S3Calls
+from node.origin.s3.botocore_client import S3ApiClient
 from protocol.errors import (
     OriginDeniedError,
     OriginError,
@@ -62,8 +62,8 @@ async def read_part(body: bytes | Path, start: int, end: int) -> bytes:
 class PartsUpload:
     """One object on its way. `run` it once."""
 
-    calls: S3Calls
-    retries: Retries
+    calls: S3ApiClient
+    retries: RetryLoop
     full: str
     """The object's name in the bucket."""
     key: str
@@ -208,15 +208,15 @@ class PartsUpload:
                 await self._call("head_object", "ask for", Key=self.full)
                 return self._another_first()
         found, advice = "somebody ended this upload meanwhile", "try again"
-        return failed(OriginUnavailableError, "write", found, advice, origin=self.calls.origin, key=self.key)
+        return origin_error(OriginUnavailableError, "write", found, advice, origin=self.calls.origin, key=self.key)
 
     def _another_first(self) -> OriginError:
         found, advice = "another object came first", "give this one another name, or delete that one"
-        return failed(OriginExistsError, "write", found, advice, origin=self.calls.origin, key=self.key)
+        return origin_error(OriginExistsError, "write", found, advice, origin=self.calls.origin, key=self.key)
 
     def _changed(self) -> OriginError:
         found, advice = "the file became shorter meanwhile", "publish it when it is whole"
-        return failed(OriginError, "read", found, advice, origin=self.calls.origin, key=self.key)
+        return origin_error(OriginError, "read", found, advice, origin=self.calls.origin, key=self.key)
 
 
 def _md5(data: bytes) -> str:

@@ -146,7 +146,7 @@ class Intake:
 
     async def _feeder(self, fetch: Fetch, sources: Sources) -> Feeder | None:
         """None where no origin has anything of this manifest."""
-        places = self._origin.places(fetch.holding.signed) if self._origin else ()
+        places = self._origin.locations(fetch.holding.signed) if self._origin else ()
         if not places:
             return None
         torrent = torrent_of(fetch.entry)

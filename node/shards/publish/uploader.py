@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from node.origin.interface import ObjectStore
-from node.origin.publishing import Missing, Published, Source, missing_at, publish
+from node.origin.publishing import MissingObjects, PublishResult, SourceFile, missing_at, publish
 from node.shards.publish.manifest_builder import Chosen, OnHashed, checked
 from node.shards.store.hasher import Hasher
 from protocol.manifest import SignedManifest
@@ -17,9 +17,9 @@ async def upload(
     chosen: Chosen,
     hasher: Hasher,
     on_hashed: OnHashed,
-    on_missing: Callable[[Sequence[Missing]], None],
+    on_missing: Callable[[Sequence[MissingObjects]], None],
     on_bytes: Callable[[int], None],
-) -> tuple[Published, Chosen]:
+) -> tuple[PublishResult, Chosen]:
     """Upload what is not there yet, the manifest last. Files that go and were not hashed yet are hashed first, and must
     be what the manifest says; returned with what came of it.
 
@@ -34,7 +34,7 @@ async def upload(
     for one in missing:
         entry = one.entry
         content, seen = chosen.hashed[entry.content_id].content, chosen.hashed[entry.content_id].fingerprint
-        sources[entry.content_id] = Source(chosen.files[entry.filename], seen.size, seen.mtime_ns)
+        sources[entry.content_id] = SourceFile(chosen.files[entry.filename], seen.size, seen.mtime_ns)
         if one.torrent:
             torrent = Torrent.of(entry.filename, entry.size, entry.content_id)
             torrents[entry.content_id] = torrent.metainfo(content.piece_layer)

@@ -20,6 +20,7 @@ from protocol.errors import OriginDeniedError, ShoalError
 from protocol.ids import ManifestDigest
 from protocol.signing import SigningKey
 from tests.support.daemons import Daemon, daemon
+from tests.support.origins.presigned import presigned_url
 from tests.support.origins.s3_server import credentials, s3_server, settings, typed
 from tests.support.waiting import wait_until
 
@@ -88,17 +89,6 @@ def said(node: Daemon, signed_url: str) -> bytes:
     return json.dumps(answers, default=repr).encode() + page(node, "/metrics") + page(node, "/healthz")
 
 
-async def signed_url_of(s3: S3Server, key: str) -> str:
-    """A URL of an object of the origin that reads it without a key, as a store makes them."""
-    store = open_store("o3://shards/leaky", settings(s3))
-    try:
-        url = await store.presign_get(key, 60)
-    finally:
-        await store.close()
-    assert "X-Amz-Signature=" in url
-    return url
-
-
 async def values_of_the_dht(nodes: list[Daemon], digest: str) -> bytes:
     """Every record that a node which joins is told or given to keep, as it was sent."""
     settings_ = DiscoverySettings(
@@ -150,7 +140,8 @@ def test_the_secrets_are_in_no_output_file_record_or_object(s3: S3Server, tmp_pa
         wait_until(lambda: "seeding" in {file["state"] for file in a.files().values()})
         with pytest.raises(OriginDeniedError, match="403"):
             b.call("FETCH_SHARD", {"dataset": "o3://shards/leaky/manifests/leaky/", "shard_id": 0})
-        signed = asyncio.run(signed_url_of(s3, "manifests/leaky/1.json"))
+        signed = presigned_url(s3.endpoint, "shards/leaky/manifests/leaky/1.json", s3.access_key, s3.secret_key)
+        assert "X-Amz-Signature=" in signed
         check("the answers of the node with the right keys", said(a, signed))
         check("the answers of the node with the wrong keys", said(b, signed))
         check("the records of the DHT", asyncio.run(values_of_the_dht([a], digest)))

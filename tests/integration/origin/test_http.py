@@ -14,8 +14,8 @@ from node.origin.factory import open_store
 from node.origin.huggingface import store as hf
 from node.origin.interface import ObjectStore
 from node.origin.s3.access import S3Access
-from node.origin.s3.calls import S3Calls
-from node.origin.s3.errors import S3Failures
+from node.origin.s3.botocore_client import S3ApiClient
+from node.origin.s3.errors import S3ErrorTranslator
 from node.origin.s3.forked import S3ForkedStore
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl
@@ -173,7 +173,7 @@ async def test_o3_is_asked_path_style_signed_and_without_checksums(tmp_path: Pat
 async def test_a_part_goes_as_o3_wants_it() -> None:
     async with raw_server(b"") as server:
         settings, url = s3_settings(server.url, "access", "a-secret-key"), OriginUrl.parse("o3://shards")
-        async with S3Calls(S3Access.of(url, settings), S3Failures("o3://shards", "")) as calls:
+        async with S3ApiClient(S3Access.of(url, settings), S3ErrorTranslator("o3://shards", "")) as calls:
             wanted = {"Key": "a b", "UploadId": "1", "PartNumber": 3, "Body": b"x" * 200_000}
             assert (await calls.call("upload_part", "write", "a b", wanted))["ETag"] == '"abc"'
         method, path, headers = server.requests[-1]

@@ -206,18 +206,6 @@ async def test_a_file_that_is_not_there_is_not_sent(store: ObjectStore, tmp_path
         await store.put("a", tmp_path / "missing")
 
 
-async def test_a_presigned_url_reads_without_a_key(weed: S3Server) -> None:
-    import aiohttp
-
-    store = open_store("o3://shards/presigned", settings_of(weed))
-    await store.put("a b", BODY[:500])
-    url = await store.presign_get("a b", 60)
-    async with aiohttp.ClientSession() as session, session.get(url) as answer:
-        assert await answer.read() == BODY[:500]
-    with pytest.raises(OriginDeniedError):
-        await open_store("o3://shards", OriginSettings(o3_endpoint=weed.endpoint)).presign_get("a", 60)
-
-
 FORKED = """
 import asyncio, os, sys
 from node.origin.factory import open_store

@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from node.cli.demo.s3_server import S3Server, running_s3
 from node.origin.factory import open_store
-from node.origin.s3.calls import S3Calls
+from node.origin.s3.botocore_client import S3ApiClient
 from node.origin.s3.upload import PART_BYTES, SINGLE_BYTES
 from node.origin.settings import OriginSettings
 from protocol.errors import OriginDeniedError, OriginExistsError, OriginNotFoundError, OriginUnavailableError
@@ -41,9 +41,9 @@ class Recorded:
         self.calls: list[tuple[str, int]] = []
         self.fail_from_part = 1 << 30
         self.brought, self.brought_the_others = 0, asyncio.Event()
-        real = S3Calls.call
+        real = S3ApiClient.call
 
-        async def call(calls: S3Calls, method: str, did: str, key: str, wanted: dict[str, int]) -> object:
+        async def call(calls: S3ApiClient, method: str, did: str, key: str, wanted: dict[str, int]) -> object:
             self.calls.append((method, wanted.get("PartNumber", 0)))
             if method == "upload_part" and wanted["PartNumber"] >= self.fail_from_part:
                 await self.brought_the_others.wait()
@@ -54,7 +54,7 @@ class Recorded:
                 self.brought_the_others.set()
             return answer
 
-        monkeypatch.setattr(S3Calls, "call", call)
+        monkeypatch.setattr(S3ApiClient, "call", call)
 
     def parts(self) -> list[int]:
         return sorted(number for method, number in self.calls if method == "upload_part")
@@ -109,16 +109,16 @@ async def test_a_cancelled_upload_ends_at_once_and_goes_on_later(
 
 
 async def test_the_answer_of_complete_is_lost(weed: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, lost = S3Calls.call, list[str]()
+    real, lost = S3ApiClient.call, list[str]()
 
-    async def call(calls: S3Calls, method: str, did: str, key: str, wanted: dict[str, int]) -> object:
+    async def call(calls: S3ApiClient, method: str, did: str, key: str, wanted: dict[str, int]) -> object:
         answer = await real(calls, method, did, key, wanted)
         if method == "complete_multipart_upload" and not lost:
             lost.append(method)
             raise OriginUnavailableError("the connection broke", {"origin": "", "key": "", "status": "", "tried": 1})
         return answer
 
-    monkeypatch.setattr(S3Calls, "call", call)
+    monkeypatch.setattr(S3ApiClient, "call", call)
     store, body = open_store("o3://shards/lost", settings_of(weed)), os.urandom(LARGE)
     info = await store.put("file", body)
     assert lost

@@ -365,13 +365,6 @@ async def test_buckets(node: Any) -> None:
     await store.close()
 
 
-async def test_no_presigned_urls(network: Any) -> None:
-    store = akave_store()
-    with pytest.raises(OriginError, match="no presigned"):
-        await store.presign_get("a", 60)
-    await store.close()
-
-
 @pytest.mark.parametrize("key", ["", "/a", "a//b", "../a", "a/..", "a\x00"])
 async def test_no_key_leads_out(node: Any, key: str) -> None:
     store = akave_store()

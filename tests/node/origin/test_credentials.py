@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from node.origin.core.credentials import Credentials, Secret, read_secret
-from node.origin.core.errors import after_tries, answered, failed
-from node.origin.core.retry import Retries, retry_after_s
+from node.origin.core.errors import origin_error, status_error, with_tries
+from node.origin.core.retry import RetryLoop, retry_after_s
 from node.origin.s3.access import S3Access
-from node.origin.s3.errors import S3Failures
+from node.origin.s3.errors import S3ErrorTranslator
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl
 from protocol.errors import (
@@ -89,19 +89,19 @@ in 3ms - Server returned non-2xx status code: 403 Forbidden: <Error><Code>Signat
 
 
 def test_of_a_foreign_error_only_the_status_and_the_code_go_on() -> None:
-    error = S3Failures("o3://b", "SOME_KEY").of_obstore(RuntimeError(OBSTORE_TEXT), "read", "k")
+    error = S3ErrorTranslator("o3://b", "SOME_KEY").of_obstore(RuntimeError(OBSTORE_TEXT), "read", "k")
     assert isinstance(error, OriginDeniedError)
     assert error.details == {"origin": "o3://b", "key": "k", "status": "403", "tried": 1}
     assert "403 SignatureDoesNotMatch" in error.message
     assert VALUE not in repr(error)
-    unknown = S3Failures("o3://b", "").of_obstore(RuntimeError(f"what is {VALUE}"), "read", "k")
+    unknown = S3ErrorTranslator("o3://b", "").of_obstore(RuntimeError(f"what is {VALUE}"), "read", "k")
     assert VALUE not in repr(unknown)
-    coded = answered(400, f"{VALUE} <b>", "read", origin="o3://b", key="k")
+    coded = status_error(400, f"{VALUE} <b>", "read", origin="o3://b", key="k")
     assert VALUE not in repr(coded)
 
 
 def unavailable(**details: object) -> OriginError:
-    error = failed(OriginUnavailableError, "read", "503", "wait", origin="o3://b", key="k", status=503)
+    error = origin_error(OriginUnavailableError, "read", "503", "wait", origin="o3://b", key="k", status=503)
     error.details |= details
     return error
 
@@ -115,7 +115,7 @@ async def tries_of(error: OriginError, total_s: float = 5.0) -> int:
         raise error
 
     with pytest.raises(OriginError):
-        await Retries(total_s, tries=4, first_wait_s=0.001).run(call)
+        await RetryLoop(total_s, tries=4, first_wait_s=0.001).run(call)
     return tries
 
 
@@ -129,7 +129,7 @@ async def test_only_what_may_pass_is_tried_again() -> None:
 
 
 def test_an_error_says_how_often_it_was_tried() -> None:
-    error = after_tries(unavailable(), 3, 1.26)
+    error = with_tries(unavailable(), 3, 1.26)
     assert "tried 3 times in 1.3 s" in str(error)
     assert error.details["tried"] == 3
     assert error.to_wire()["message"] == str(error)

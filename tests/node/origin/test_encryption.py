@@ -230,11 +230,6 @@ async def test_what_is_not_there(folder: Path) -> None:
         await store.get_range("a", 0, 1)
 
 
-async def test_no_presigned_urls(folder: Path) -> None:
-    with pytest.raises(OriginError, match="encrypted"):
-        await store_over(folder).presign_get("a", 60)
-
-
 async def test_the_least_size_follows_from_the_store_below(folder: Path) -> None:
     inner = FileStore(OriginUrl.parse(f"file://{folder}"))
     assert EncryptedStore(inner, KEY).min_object_bytes == 0

@@ -53,7 +53,7 @@ class MemoryOrigin:
     failure: ShoalError | None = None
     asked: list[str] = field(default_factory=list)
 
-    def places(self, signed: SignedManifest) -> list[Any]:
+    def locations(self, signed: SignedManifest) -> list[Any]:
         return []
 
     async def find_manifests(self, kind: str | None, name: str) -> list[SignedManifest]:

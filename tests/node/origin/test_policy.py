@@ -11,7 +11,7 @@ import pytest
 
 from node.origin.core.policy import check_host, is_public, refusal
 from node.origin.layout import manifest_key
-from node.origin.registry import MAX_GUESTS, Origins
+from node.origin.registry import MAX_GUESTS, OriginRegistry
 from node.origin.settings import OriginSettings
 from protocol.errors import InvalidManifestError, InvalidParamsError, OriginDeniedError, OriginError
 from protocol.ids import ContentId
@@ -107,8 +107,8 @@ async def test_a_public_name_that_leads_inside_is_refused_when_it_is_asked(monke
         await check_host("https://bad.example.org/x")
     with pytest.raises(OriginError, match="cannot be resolved"):
         await check_host("https://gone.example.org/x")
-    async with Origins.open(OriginSettings()) as origins:
-        (place,) = origins.places(signed("https://bad.example.org/x"))
+    async with OriginRegistry.open(OriginSettings()) as origins:
+        (place,) = origins.locations(signed("https://bad.example.org/x"))
         with pytest.raises(OriginDeniedError, match="--origin"):
             await place.piece_layer(ENTRY)
         with pytest.raises(OriginDeniedError):
@@ -117,11 +117,11 @@ async def test_a_public_name_that_leads_inside_is_refused_when_it_is_asked(monke
 
 async def test_configured_origins_come_first_and_what_a_stranger_may_not_name_is_left_out(tmp_path: Path) -> None:
     own = f"file://{tmp_path}/own"
-    async with Origins.open(OriginSettings(origins=(f"{own}/", own))) as origins:
+    async with OriginRegistry.open(OriginSettings(origins=(f"{own}/", own))) as origins:
         assert origins.urls == (own,)
         named = signed("file:///etc", "http://127.0.0.1:1/x", "s3://bucket/x/", f"{own}/sub", "s3://bucket/x")
-        assert [place.url for place in origins.places(named)] == [own, "s3://bucket/x", f"{own}/sub"]
-        assert origins.places(named)[1] is origins.places(named)[1], "what a place learnt is remembered"
+        assert [place.url for place in origins.locations(named)] == [own, "s3://bucket/x", f"{own}/sub"]
+        assert origins.locations(named)[1] is origins.locations(named)[1], "what a place learnt is remembered"
 
 
 async def test_a_manifests_address_is_held_to_the_same_unless_it_was_typed_here(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ async def test_a_manifests_address_is_held_to_the_same_unless_it_was_typed_here(
     path.parent.mkdir(parents=True)
     path.write_bytes(msgspec.json.encode(inside))
     url = f"file://{tmp_path}/own"
-    async with Origins.open(OriginSettings()) as origins:
+    async with OriginRegistry.open(OriginSettings()) as origins:
         with pytest.raises(OriginDeniedError, match="--manifest"):
             await origins.manifest_at(f"{url}/{key}")
         with pytest.raises(OriginDeniedError):
@@ -140,9 +140,9 @@ async def test_a_manifests_address_is_held_to_the_same_unless_it_was_typed_here(
             with pytest.raises(InvalidParamsError) as caught:
                 await origins.manifest_at(bad)
             assert "5ec2e7" not in str(caught.value)
-    async with Origins.open(OriginSettings(), trusted=[f"{url}/manifests/set/"]) as origins:
+    async with OriginRegistry.open(OriginSettings(), trusted=[f"{url}/manifests/set/"]) as origins:
         assert await origins.manifest_at(f"{url}/manifests/set/") == inside
-        assert [place.url for place in origins.places(inside)] == [url], "where it was read from has its shards"
+        assert [place.url for place in origins.locations(inside)] == [url], "where it was read from has its shards"
         path.with_name(manifest_key("set", inside.digest, 8).rpartition("/")[2]).write_bytes(b"{}")
         with pytest.raises(InvalidManifestError):
             await origins.manifest_at(f"{url}/{manifest_key('set', inside.digest, 8)}")
@@ -150,13 +150,13 @@ async def test_a_manifests_address_is_held_to_the_same_unless_it_was_typed_here(
 
 
 async def test_places_that_strangers_name_are_kept_within_bounds() -> None:
-    async with Origins.open(OriginSettings()) as origins:
-        first = origins.places(signed("s3://bucket/0"))[0]
+    async with OriginRegistry.open(OriginSettings()) as origins:
+        first = origins.locations(signed("s3://bucket/0"))[0]
         await first.store()
         for number in range(1, MAX_GUESTS + 5):
-            origins.places(signed(f"s3://bucket/{number}"))
+            origins.locations(signed(f"s3://bucket/{number}"))
         assert len(origins._guests) == MAX_GUESTS
         assert first in origins._retired
         await origins._tidy()
         assert origins._retired == []
-        assert origins.places(signed("s3://bucket/0"))[0] is not first
+        assert origins.locations(signed("s3://bucket/0"))[0] is not first

@@ -11,7 +11,7 @@ import pytest
 from node.origin.interface import ObjectInfo, OnBytes
 from node.origin.layout import MANIFESTS, shard_key, torrent_key
 from node.origin.local import FileStore
-from node.origin.publishing import Missing, Published, Source, missing_at, publish
+from node.origin.publishing import MissingObjects, PublishResult, SourceFile, missing_at, publish
 from node.origin.url import OriginUrl
 from node.swarm.torrent import Torrent
 from protocol.content import hash_file
@@ -69,7 +69,7 @@ class Lab:
         self.path.write_bytes(os.urandom(300_000))
         self.content = hash_file(self.path)
         found = self.path.stat()
-        self.source = Source(self.path, found.st_size, found.st_mtime_ns)
+        self.source = SourceFile(self.path, found.st_size, found.st_mtime_ns)
         self.id: ContentId = self.content.content_id
         self.shard, self.torrent = folder / "o" / shard_key(self.id), folder / "o" / torrent_key(self.id)
         self.entry = ShardEntry(shard_id=0, filename="a.bin", size=self.content.size, content_id=self.id, kind="file")
@@ -79,7 +79,7 @@ class Lab:
         self.store = Store(folder / "o")
         self.metainfo = Torrent.of("a.bin", self.content.size, self.id).metainfo(self.content.piece_layer)
 
-    async def publish(self, missing: list[Missing] | None = None) -> Published:
+    async def publish(self, missing: list[MissingObjects] | None = None) -> PublishResult:
         missing = await missing_at(self.store, self.manifest) if missing is None else missing
         return await publish(self.store, self.signed, missing, {self.id: self.source}, {self.id: self.metainfo})
 
@@ -129,7 +129,7 @@ async def test_a_taken_name_with_nothing_behind_it_is_an_error(lab: Lab) -> None
             raise OriginExistsError("an upload of it was begun and never finished; delete it")
 
     lab.store.before = taken
-    for missing in (Missing(lab.entry, True, False), Missing(lab.entry, False, True)):
+    for missing in (MissingObjects(lab.entry, True, False), MissingObjects(lab.entry, False, True)):
         with pytest.raises(OriginExistsError, match="never finished"):
             await lab.publish([missing])
     assert lab.store.written == []

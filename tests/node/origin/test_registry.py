@@ -14,8 +14,8 @@ from node.origin import registry as module
 from node.origin.interface import ObjectInfo
 from node.origin.layout import manifest_key, shard_key
 from node.origin.local import FileStore
-from node.origin.location import Place
-from node.origin.registry import MAX_GUESTS, Origins
+from node.origin.location import OriginLocation
+from node.origin.registry import MAX_GUESTS, OriginRegistry
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl
 from protocol.errors import InvalidParamsError, OriginError, OriginNotFoundError, OriginUnavailableError
@@ -56,7 +56,7 @@ class Bad:
         yield ObjectInfo("x", 1)
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, place: Place, error: OriginError | None) -> None:
+def spoil(monkeypatch: pytest.MonkeyPatch, place: OriginLocation, error: OriginError | None) -> None:
     monkeypatch.setattr(place, "_open_store", lambda: Bad(place.url, error))
     monkeypatch.setattr(place, "_store", None)
 
@@ -66,7 +66,7 @@ async def test_a_name_is_unknown_only_where_every_origin_said_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OriginError
 ) -> None:
     urls = tuple(f"file://{tmp_path}/{name}" for name in ("bad", "good"))
-    async with Origins.open(OriginSettings(origins=urls)) as origins:
+    async with OriginRegistry.open(OriginSettings(origins=urls)) as origins:
         assert await origins.find_manifests(None, "set") == []
         spoil(monkeypatch, origins._own[urls[0]], error)
         with pytest.raises(type(error), match=str(error)):
@@ -80,7 +80,7 @@ async def test_a_folder_that_is_never_listed_to_its_end_is_given_up(
 ) -> None:
     monkeypatch.setattr(module, "FIND_TIMEOUT_S", 0.05)
     url = f"file://{tmp_path}"
-    async with Origins.open(OriginSettings(origins=(url,))) as origins:
+    async with OriginRegistry.open(OriginSettings(origins=(url,))) as origins:
         spoil(monkeypatch, origins._own[url], None)
         with pytest.raises(OriginUnavailableError, match="did not say within"):
             await origins.manifest_at(f"{url}/manifests/set/")
@@ -90,7 +90,7 @@ async def test_a_folder_that_is_never_listed_to_its_end_is_given_up(
 
 async def test_only_a_folder_of_manifests_is_listed(tmp_path: Path) -> None:
     url = f"file://{tmp_path}"
-    async with Origins.open(OriginSettings(origins=(url,))) as origins:
+    async with OriginRegistry.open(OriginSettings(origins=(url,))) as origins:
         for bad in (f"{url}/", f"{url}/shards/", f"{url}/set"):
             with pytest.raises(InvalidParamsError, match="manifests/NAME/"):
                 await origins.manifest_at(bad)
@@ -100,7 +100,7 @@ async def test_only_a_folder_of_manifests_is_listed(tmp_path: Path) -> None:
 async def test_names_that_look_like_something_else_in_a_url(tmp_path: Path, name: str) -> None:
     manifest = signed(name=name)
     address = written(tmp_path, manifest)
-    async with Origins.open(OriginSettings(origins=(f"file://{tmp_path}",))) as origins:
+    async with OriginRegistry.open(OriginSettings(origins=(f"file://{tmp_path}",))) as origins:
         assert await origins.manifest_at(address) == manifest
         assert await origins.manifest_at(address.replace("~", "%7E").rpartition("/")[0]) == manifest
 
@@ -130,15 +130,15 @@ async def test_a_place_that_was_crowded_out_leaves_nothing_open(
     (tmp_path / shard_key(ENTRY.content_id)).write_bytes(b"12345")
     monkeypatch.setattr(Held, "open", 0)
     monkeypatch.setattr(module, "open_store", lambda url, settings: Held(f"file://{tmp_path}"))
-    async with Origins.open(OriginSettings()) as origins:
+    async with OriginRegistry.open(OriginSettings()) as origins:
         names = ("first", "second", "third", "fourth")
-        first, second, *others = (origins.places(signed(f"s3://bucket/{name}"))[0] for name in names)
+        first, second, *others = (origins.locations(signed(f"s3://bucket/{name}"))[0] for name in names)
         stream = first.stream(ENTRY, 0, 5)
         assert await anext(stream) == b"1"
         assert [await place.range_unit_bytes() for place in (second, *others)] == [1, 1, 1]
         assert Held.open == 4
         for number in range(MAX_GUESTS):
-            origins.places(signed(f"s3://bucket/{number}"))
+            origins.locations(signed(f"s3://bucket/{number}"))
         await asyncio.gather(*(origins.find_manifests(None, "set") for _ in range(3)))
         assert Held.open == 1, "the one that is read from"
         assert b"".join([chunk async for chunk in stream]) == b"2345"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import botocore.exceptions as botocore
 import pytest
 
-from node.origin.s3.errors import S3Failures
+from node.origin.s3.errors import S3ErrorTranslator
 from protocol.errors import OriginError, OriginUnavailableError
 
-FAILURES = S3Failures("s3://bucket", "the environment")
+FAILURES = S3ErrorTranslator("s3://bucket", "the environment")
 
 
 @pytest.mark.parametrize(

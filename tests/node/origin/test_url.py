@@ -36,13 +36,13 @@ from protocol.errors import InvalidParamsError
 )
 def test_a_url_is_read(text: str, place: str, prefix: str) -> None:
     url = OriginUrl.parse(text)
-    assert (url.place, url.prefix) == (place, prefix)
+    assert (url.container, url.prefix) == (place, prefix)
     assert OriginUrl.parse(str(url)) == url
 
 
 def test_a_url_of_the_hub_has_a_kind_and_a_revision() -> None:
     url = OriginUrl.parse("hf://datasets/owner/name@refs%2Fpr%2F1/train")
-    assert (url.repo_type, url.place, url.revision, url.prefix) == ("dataset", "owner/name", "refs/pr/1", "train")
+    assert (url.repo_type, url.container, url.revision, url.prefix) == ("dataset", "owner/name", "refs/pr/1", "train")
     assert str(url) == "hf://datasets/owner/name@refs%2Fpr%2F1/train"
     assert OriginUrl.parse("hf://models/owner/name") == OriginUrl.parse("hf://owner/name")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import parquet
 
-from node.origin.publishing import Source, missing_at, publish
+from node.origin.publishing import SourceFile, missing_at, publish
 from protocol.content import hash_file
 from protocol.ids import ContentId, ShardId
 from protocol.manifest import Manifest, ShardEntry, sign_manifest
@@ -57,7 +57,7 @@ def publish_at(store: Store, name: str, paths: list[Path], origins: tuple[str, .
             )
         )
         stat = path.stat()
-        files[ContentId(hashed.content_id)] = Source(path, stat.st_size, stat.st_mtime_ns)
+        files[ContentId(hashed.content_id)] = SourceFile(path, stat.st_size, stat.st_mtime_ns)
         torrents[ContentId(hashed.content_id)] = b"d1:a" + hashed.piece_layer + b"e"
     manifest = Manifest(name=name, kind="dataset", shards=tuple(entries))
     signed = sign_manifest(manifest, SigningKey.generate(), origins)

@@ -14,7 +14,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from node.cli.demo.s3_server import S3Server
-from node.origin.publishing import Source, missing_at, publish
+from node.origin.publishing import SourceFile, missing_at, publish
 from protocol.content import hash_file
 from protocol.ids import ContentId, ShardId
 from protocol.manifest import Manifest, ShardEntry, sign_manifest
@@ -62,7 +62,7 @@ def publish_numbered(store: Store, paths: list[Path], name: str = NAME, *, claim
             )
         )
         stat = path.stat()
-        files[ContentId(hashed.content_id)] = Source(path, stat.st_size, stat.st_mtime_ns)
+        files[ContentId(hashed.content_id)] = SourceFile(path, stat.st_size, stat.st_mtime_ns)
         torrents[ContentId(hashed.content_id)] = b"d1:a" + hashed.piece_layer + b"e"
     manifest = Manifest(name=name, kind="dataset", shards=tuple(entries))
     signed = sign_manifest(manifest, SigningKey.generate(), ())

@@ -17,7 +17,7 @@ import aiohttp
 from node.cli.demo.s3_server import S3Server, running_s3
 from node.discovery import Discovery, DiscoverySettings
 from node.origin.layout import encode_manifest, manifest_key, shard_key, torrent_key
-from node.origin.registry import Origins
+from node.origin.registry import OriginRegistry
 from node.origin.settings import OriginSettings
 from node.shards.service import Shards
 from node.shards.settings import ShardsSettings
@@ -127,7 +127,7 @@ async def open_node(
             read_timeout_s=3.0,
             retry_total_s=0.8,  # below half of the shortest stall_timeout_s here
         )
-        origin = await stack.enter_async_context(Origins.open(given))
+        origin = await stack.enter_async_context(OriginRegistry.open(given))
         swarm = await stack.enter_async_context(Swarm.open(SwarmSettings(state_dir=folder / "swarm")))
         discovery = await stack.enter_async_context(
             Discovery.open(DiscoverySettings(cluster="test", advertise_host="127.0.0.1", bootstrap=dht), key)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from node.origin.core.errors import corrupt, failed
+from node.origin.core.errors import corrupt_error, origin_error
 from node.origin.interface import ObjectInfo, OnBytes
 from node.origin.local import FileStore
 from node.origin.settings import OriginSettings
@@ -34,7 +34,7 @@ QUICK = RetryPolicy(total_s=20.0, first_wait_s=0.01, longest_wait_s=0.05)
 
 
 def error(kind: type[OriginError] = OriginUnavailableError, **others: float) -> OriginError:
-    return failed(kind, "read", "nothing", "wait", origin="o3://b", key="k", **others)  # type: ignore[arg-type]
+    return origin_error(kind, "read", "nothing", "wait", origin="o3://b", key="k", **others)  # type: ignore[arg-type]
 
 
 def test_waits_grow_are_spread_and_end_with_the_time() -> None:
@@ -59,7 +59,7 @@ def test_what_will_not_pass_is_not_tried_again() -> None:
     for kind in (OriginDeniedError, OriginExistsError, OriginCorruptError, OriginError):
         assert RetryPolicy().wait_s(error(kind), 1, 0.0) is None
     assert RetryPolicy().wait_s(ValueError(), 1, 0.0) is None
-    broken = corrupt("read", "it broke off", origin="o3://b", key="k", broke_off=True)
+    broken = corrupt_error("read", "it broke off", origin="o3://b", key="k", broke_off=True)
     assert RetryPolicy().wait_s(broken, BROKEN_TRIES - 1, 0.0) is not None
     assert RetryPolicy().wait_s(broken, BROKEN_TRIES, 0.0) is None
 

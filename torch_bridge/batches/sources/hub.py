@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from node.origin.core.fork_guard import no_fork
-from node.origin.huggingface.files import HubFileSystem
+from node.origin.huggingface.file_system import HubFileSystem
 from node.origin.url import OriginUrl
 from torch_bridge.batches.plan import RemoteFile
 from torch_bridge.batches.sources.ranged_file import PIECE_BYTES, OnBytes, fetch_pieces

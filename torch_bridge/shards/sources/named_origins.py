@@ -14,7 +14,7 @@ from typing import Any
 from node.origin.core.credentials import Credentials
 from node.origin.core.policy import check_host, for_stranger, refusal
 from node.origin.layout import decode_manifest, encode_manifest, is_address, split_address
-from node.origin.registry import Origins
+from node.origin.registry import OriginRegistry
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl
 from protocol.errors import InvalidManifestError, OriginDeniedError, OriginError, ShoalError, UnknownNameError
@@ -113,9 +113,9 @@ class NamedOrigins:
     async def _read(self, settings: OriginSettings) -> SignedManifest:
         address = self.where if self.dataset is None else self.dataset
         if is_address(address):
-            async with Origins.open(settings, trusted=[address]) as origins:
+            async with OriginRegistry.open(settings, trusted=[address]) as origins:
                 return await origins.manifest_at(address)
-        async with Origins.open(settings) as origins:
+        async with OriginRegistry.open(settings) as origins:
             found = await origins.find_manifests(None, address)
         if not found:
             raise UnknownNameError(

@@ -14,7 +14,7 @@ CHUNK_BYTES = 32 * 1024
 
 
 @dataclass
-class FilePlace:
+class FileOrigin:
     """One place for any number of nodes; its rate is shared by all of its streams."""
 
     path: Path
@@ -95,13 +95,13 @@ def not_found(url: str = "o3://shards") -> OriginError:
     return OriginNotFoundError(f"{url} has no such object", {"origin": url, "key": "k", "status": 404, "tried": 1})
 
 
-class Places:
+class GivenOrigins:
     """`node.shards.interfaces.Origin` over given places."""
 
-    def __init__(self, *places: FilePlace) -> None:
+    def __init__(self, *places: FileOrigin) -> None:
         self._places = places
 
-    def places(self, signed: SignedManifest) -> Sequence[FilePlace]:
+    def locations(self, signed: SignedManifest) -> Sequence[FileOrigin]:
         return self._places
 
     async def find_manifests(self, kind: str | None, name: str) -> Sequence[SignedManifest]:

@@ -17,15 +17,15 @@ from typing import Any, Self
 
 from node.origin.core.fork_guard import no_fork
 from node.origin.s3.access import S3Access
-from node.origin.s3.errors import S3Failures
+from node.origin.s3.errors import S3ErrorTranslator
 
 THREADS = 4
 
 
-class S3Calls:
+class S3ApiClient:
     """A client of one bucket for as long as an upload takes: `async with`."""
 
-    def __init__(self, access: S3Access, failures: S3Failures) -> None:
+    def __init__(self, access: S3Access, failures: S3ErrorTranslator) -> None:
         self.origin = failures.origin
         self._access = access
         self._failures = failures

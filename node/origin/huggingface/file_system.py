@@ -9,8 +9,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from node.origin.core.errors import corrupt
-from node.origin.huggingface.store import translated
+from node.origin.core.errors import corrupt_error
+from node.origin.huggingface.errors import translated
 from node.origin.interface import ObjectInfo
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl
@@ -28,7 +28,7 @@ class HubFileSystem:
     def __init__(self, url: OriginUrl, settings: OriginSettings) -> None:
         from huggingface_hub import HfApi, HfFileSystem
 
-        self._where, self._url = url, str(url)
+        self._origin_url, self._url = url, str(url)
         # False: not the token of whoever is logged in on this machine, which nobody gave us.
         token: str | bool = settings.credentials.hf_token.reveal() if settings.credentials.hf_token else False
         endpoint = settings.hf_endpoint.rstrip("/")
@@ -41,11 +41,11 @@ class HubFileSystem:
         """What the branch of the URL means now."""
 
         def ask() -> str:
-            where = self._where
-            found = self._api.repo_info(where.place, revision=where.revision, repo_type=where.repo_type)
+            where = self._origin_url
+            found = self._api.repo_info(where.container, revision=where.revision, repo_type=where.repo_type)
             return found.sha or where.revision or "main"
 
-        return self._translated("look up the commit of", self._where.revision or "", ask)
+        return self._translated("look up the commit of", self._origin_url.revision or "", ask)
 
     def list(self, commit: str) -> list[ObjectInfo]:
         """All files. The ETag is the hash of the file: SHA-256 of large ones, git's of others."""
@@ -80,13 +80,13 @@ class HubFileSystem:
         data = self._translated("read", key, ask)
         if len(data) != end - start:
             found = f"{len(data)} bytes came"
-            raise corrupt(f"read bytes {start} to {end} of", found, origin=self._url, key=key)
+            raise corrupt_error(f"read bytes {start} to {end} of", found, origin=self._url, key=key)
         return data
 
     def _path(self, key: str, commit: str) -> str:
-        kind = "datasets/" if self._where.repo_type == "dataset" else ""
-        inside = self._where.full_key(key) if key else self._where.prefix
-        return f"{kind}{self._where.place}@{commit}/{inside}"
+        kind = "datasets/" if self._origin_url.repo_type == "dataset" else ""
+        inside = self._origin_url.full_key(key) if key else self._origin_url.prefix
+        return f"{kind}{self._origin_url.container}@{commit}/{inside}"
 
     def _translated(self, did: str, key: str, ask: Callable[[], T]) -> T:
         try:
