@@ -18,7 +18,6 @@ from pathlib import Path
 from node.background import Background
 from node.config import Settings, is_loopback
 from node.handlers.shards import MAX_BACKGROUND, ProgressReport
-from node.origin.settings import origin_settings
 from node.origin.core.policy import refusal
 from node.origin.factory import open_store
 from node.origin.interface import ObjectStore
