@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from node.transport.core.messages import InboxEnd, OutletEnd
 from node.transport.core.receiver import DTYPES, MAX_DIMENSIONS, Frame
-from node.transport.core.wire import Reason
+from node.transport.core.wire import MAX_CHANNEL_BYTES, Reason, channel_id
+from node.transport.driver import ExchangeDriver
 from protocol.errors import PeerLostError, ShoalError, TimedOutError, TransportError
-
-if TYPE_CHECKING:
-    from node.transport.endpoint import IrohEndpoint
 
 
 class _Signal:
-    """Wakes those who wait for a change of one channel."""
+    """Wakes those who wait for a change of one channel when it is called."""
 
     def __init__(self) -> None:
         self._waiters: set[asyncio.Future[None]] = set()
 
-    def set(self) -> None:
+    def __call__(self) -> None:
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -38,15 +36,15 @@ class _Signal:
             self._waiters.discard(waiter)
 
 
-class Inbox:
+class FrameInbox:
     """Where the frames of one channel arrive, in order, from the one sender that holds the key."""
 
-    def __init__(self, endpoint: IrohEndpoint, end: InboxEnd, channel: str) -> None:
-        self._endpoint = endpoint
+    def __init__(self, driver: ExchangeDriver, end: InboxEnd, channel: str) -> None:
+        self._driver = driver
         self._end = end
         self._channel = channel
         self._closed = False
-        self.changed = _Signal()
+        self._changed = driver.listeners[end] = _Signal()
 
     @property
     def lost(self) -> bool:
@@ -56,31 +54,31 @@ class Inbox:
     async def receive(self, timeout_s: float | None = None) -> Frame:
         """The next frame. What arrived before a loss or the end is still given out first.
 
-        Raises TimedOutError; PeerLostError when the sender is gone; TransportError when it ended the channel, when
-        it broke the rules, or when the inbox or its endpoint is closed.
+        Raises TimedOutError; PeerLostError if the sender is gone; TransportError if it ended the channel, if it broke
+        the rules, or if the inbox or its endpoint is closed.
         """
         if (frame := self._take()) is not None:
             return frame
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
-                    await self.changed.wait()
+                    await self._changed.wait()
                     if (frame := self._take()) is not None:
                         return frame
         except TimeoutError:
             raise TimedOutError(f"no frame came on channel {self._channel!r} within {timeout_s:g} s") from None
 
     def close(self) -> None:
-        """Take no more; the sender is told. What was not taken is dropped."""
+        """Take no more frames, and say so to the sender. Frames that were not received are dropped."""
         if not self._closed:
             self._closed = True
-            self._endpoint.close_inbox(self._end)
-            self.changed.set()
+            self._driver.close_inbox(self._end)
+            self._changed()
 
     def _take(self) -> Frame | None:
         if self._closed:
             raise TransportError(f"the inbox of channel {self._channel!r} is closed; open it again to receive")
-        if (frame := self._endpoint.take(self._end)) is not None:
+        if (frame := self._driver.take(self._end)) is not None:
             return frame
         receiver = self._end.receiver
         if receiver.error is not None:
@@ -91,15 +89,15 @@ class Inbox:
             if receiver.ended == Reason.CUT:
                 raise TransportError(f"the sender gave up channel {self._channel!r} in the middle of a tensor")
             raise TransportError(f"the sender ended channel {self._channel!r}, and every frame of it was received")
-        self._endpoint.check_open()
+        self._driver.check_open()
         return None
 
 
-class Outlet:
+class FrameOutlet:
     """Where the frames of one channel leave. Frames of concurrent `send` calls leave whole, in the order of calls."""
 
-    def __init__(self, endpoint: IrohEndpoint, end: OutletEnd, channel: str, ticket: str, timeout_s: float) -> None:
-        self._endpoint = endpoint
+    def __init__(self, driver: ExchangeDriver, end: OutletEnd, channel: str, ticket: str, timeout_s: float) -> None:
+        self._driver = driver
         self._end = end
         self._channel = channel
         self._timeout_s = timeout_s
@@ -107,7 +105,7 @@ class Outlet:
         self._waiting = 0
         self._closed = False
         self.ticket = ticket
-        self.changed = _Signal()
+        self._changed = driver.listeners[end] = _Signal()
 
     @property
     def lost(self) -> bool:
@@ -123,14 +121,14 @@ class Outlet:
         Raises TimedOutError, PeerLostError, TransportError. A time-out or a cancellation in the middle of a tensor
         ends the channel: the receiver cannot be left with a part of it.
         """
-        data, dtype = checked(sequence, tensor, self._endpoint.max_frame_bytes)
+        data, dtype = checked_tensor(sequence, tensor, self._driver.settings.max_frame_bytes)
         frame = sequence, list(tensor.shape), dtype, data
         sender = self._end.sender
         offered = False
         if self._waiting == 0 and sender.accepted:
             self._check()
             offered = True
-            self._endpoint.offer(self._end, *frame)
+            self._driver.offer(self._end, *frame)
             if not sender.blocked:
                 return
         wait_s = self._timeout_s if timeout_s is None else timeout_s
@@ -140,10 +138,10 @@ class Outlet:
                 if not offered:
                     self._check()
                     offered = True
-                    self._endpoint.offer(self._end, *frame)
+                    self._driver.offer(self._end, *frame)
                 while sender.blocked or not sender.accepted:
                     self._check()
-                    await self.changed.wait()
+                    await self._changed.wait()
                 self._check()
         except TimeoutError:
             why = "the receiver does not take what it has" if sender.accepted else "no inbox has answered yet"
@@ -151,7 +149,7 @@ class Outlet:
         finally:
             self._waiting -= 1
             if offered and sender.blocked and not sender.withdraw():
-                self._endpoint.close_outlet(self._end, Reason.CUT)
+                self._driver.close_outlet(self._end, Reason.CUT)
 
     async def flush(self, timeout_s: float | None = None) -> None:
         """Wait until the receiver's endpoint has acknowledged all that was sent. Raises as `send` does."""
@@ -160,29 +158,29 @@ class Outlet:
             async with asyncio.timeout(wait_s):
                 while not self._end.sender.idle:
                     self._check()
-                    await self.changed.wait()
+                    await self._changed.wait()
                 self._check()
         except TimeoutError:
             raise TimedOutError(f"channel {self._channel!r} was not acknowledged within {wait_s:g} s") from None
 
     def close(self) -> None:
-        """Say the end. What was sent is still delivered, if the peer lives, while the endpoint is open."""
+        """End the channel. What was sent is still delivered, if the peer lives, while the endpoint is open."""
         if not self._closed:
             self._closed = True
-            self._endpoint.close_outlet(self._end)
-            self.changed.set()
+            self._driver.close_outlet(self._end)
+            self._changed()
 
     def _check(self) -> None:
         if self._closed:
             raise TransportError(f"the outlet of channel {self._channel!r} is closed; open it again to send")
         if (error := self._end.sender.error) is not None:
             raise _about(error, self._channel)
-        self._endpoint.check_open()
+        self._driver.check_open()
         if self._end.sender.ending:
             raise TransportError(f"channel {self._channel!r} ended with a tensor that was cut off; open another one")
 
 
-def checked(sequence: int, tensor: npt.NDArray[Any], max_bytes: int) -> tuple[npt.NDArray[np.uint8], str]:
+def checked_tensor(sequence: int, tensor: npt.NDArray[Any], max_bytes: int) -> tuple[npt.NDArray[np.uint8], str]:
     """The flat bytes of a tensor and its dtype's name. Raises TransportError for one that cannot be sent."""
     dtype = next((name for name, known in DTYPES.items() if tensor.dtype == known), None)
     if dtype is None or tensor.ndim > MAX_DIMENSIONS:
@@ -195,6 +193,15 @@ def checked(sequence: int, tensor: npt.NDArray[Any], max_bytes: int) -> tuple[np
     if not -(1 << 63) <= sequence < 1 << 63:
         raise TransportError(f"sequence {sequence} does not fit 64 bits")
     return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8), dtype
+
+
+def checked_channel(channel: str, key: bytes) -> bytes:
+    """The id of a channel. Raises TransportError for a name or a key of a wrong length."""
+    if not 16 <= len(key) <= 64:
+        raise TransportError(f"a channel's key has 16 to 64 bytes, not {len(key)}")
+    if not 0 < len(channel.encode()) <= MAX_CHANNEL_BYTES:
+        raise TransportError(f"a channel's name has 1 to {MAX_CHANNEL_BYTES} bytes, not {len(channel.encode())}")
+    return channel_id(channel)
 
 
 def _about(error: ShoalError, channel: str) -> ShoalError:

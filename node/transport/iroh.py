@@ -9,7 +9,7 @@ What it must be protected from, all measured with 0.1.1a3:
   that peer from then on; the first one goes on to receive, and its ticket stays.
 - `shutdown` waits, holding the GIL, for a pending `wait_for_tensor`: a deadlock. So the wait is cancelled, and seen
   to have ended, first.
-- A thread of tensor_iroh that still lets go of a finished future when the interpreter ends aborts the process
+- A thread of tensor_iroh that still releases a finished future when the interpreter ends aborts the process
   (once in 5 to 20 exits). So a process that had an endpoint rests before it ends; a program that wants to be
   sure leaves by `os._exit`.
 - Sends that are started without waiting for each other may arrive in another order: the receiver sorts.
@@ -98,7 +98,9 @@ class _Socket:
                 while await self._node.receive_tensor() is not None:
                     pass
         except TimeoutError:
-            logger.warning("tensor_iroh did not let go of its queue; its endpoint stays until the process ends")
+            logger.warning(
+                "tensor_iroh did not release its queue within 1 s; its endpoint stays until the process ends"
+            )
             return
         except RuntimeError:
             pass
@@ -112,7 +114,7 @@ class _Socket:
         if self._closed or wait.cancelled():
             return
         if (error := wait.exception()) is not None:
-            logger.error("tensor_iroh gives no more messages: %s", error)
+            logger.error("tensor_iroh stopped delivering messages: %s", error)
             return
         name, data = wait.result()
         self._on_message(name, data.shape, data.dtype, data.as_numpy)
@@ -121,7 +123,7 @@ class _Socket:
 
 
 class _Route:
-    """The way to one peer: through which socket, and up, or dialing with messages that wait."""
+    """The connection to one peer: its socket, and whether it is up or dialing; messages wait while it dials."""
 
     def __init__(self, socket: _Socket) -> None:
         self.socket = socket
@@ -154,7 +156,7 @@ class IrohNode:
         self.ticket = ""
 
     async def start(self) -> None:
-        """Bind. Raises TransportError when the endpoint cannot be made."""
+        """Bind. Raises TransportError if the endpoint cannot be bound."""
         socket = _Socket(self._node_class(), self._on_message)
         self.ticket = await socket.start()
         self._sockets.append(socket)
@@ -184,7 +186,7 @@ class IrohNode:
             route.queue[name] = ticket, tensor
 
     async def close(self, wait_s: float) -> None:
-        """Let what is being sent leave, at most `wait_s`, then stop."""
+        """Wait at most `wait_s` for what is being sent, then stop."""
         self._closed = True
         for peer, route in tuple(self._routes.items()):
             self._drop(peer, route)
@@ -219,7 +221,7 @@ class IrohNode:
         future.add_done_callback(ended)
 
     def _drop(self, peer: bytes, route: _Route) -> None:
-        """Forget a route. What is being sent on it goes on, and its errors are of no interest any more."""
+        """Forget a route. What is being sent on it goes on; its errors are ignored."""
         if self._routes.get(peer) is route:
             del self._routes[peer]
         for future in route.sends:

@@ -54,7 +54,10 @@ class TransportSettings:
     """Inboxes, and outlets, that may be open at once."""
 
     max_serving: int = 8
-    """Pull requests that are served at once; the askers of others ask again."""
+    """Pull requests that are answered at once; requesters beyond it ask again."""
+
+    pull_again_s: float = 0.5
+    """A pull request that is not answered goes out again after this long."""
 
     max_registered: int = 256
     """Tensors that may be registered for pulling."""
@@ -73,5 +76,8 @@ class TransportSettings:
             raise ValueError(f"the window must be at least {FIRST_MESSAGES} messages and {FIRST_BYTES} bytes")
         if min(self.max_channels, self.max_serving, self.max_frame_bytes) < 1 or self.max_registered < 0:
             raise ValueError("bounds must be positive")
-        if min(self.open_timeout_s, self.first_answer_s, self.resend_after_s) <= 0 or self.close_timeout_s < 0:
+        if (
+            min(self.open_timeout_s, self.first_answer_s, self.resend_after_s, self.pull_again_s) <= 0
+            or self.close_timeout_s < 0
+        ):
             raise ValueError("times must be positive")

@@ -49,7 +49,7 @@ class _Reader:
 def peer_of(ticket: str) -> bytes:
     """The 32-byte public key that `ticket` addresses.
 
-    Raises TransportError if it is no ticket, names no address at all, or is cut.
+    Raises TransportError if it is not a ticket, names no address at all, or is cut.
     """
     problem = "it does not start with 'node'"
     if isinstance(ticket, str) and ticket.startswith("node") and len(ticket) <= MAX_TICKET_LENGTH:

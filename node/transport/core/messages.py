@@ -1,4 +1,4 @@
-"""The values that the exchange works with: peers, the two ends of channels, what leaves, what happened."""
+"""The values that the exchange works with: peers, the two ends of channels, outgoing messages, events."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import msgspec
 
 from node.transport.core.receiver import Receiver
 from node.transport.core.sender import Sender
-from node.transport.core.wire import Address, Pull
+from node.transport.core.wire import ChannelAddress, PullRequest
 
 NO_LINK = bytes(8)
 
@@ -32,7 +32,7 @@ class OutletEnd:
 
     sender: Sender
     peer: Peer
-    address: Address
+    address: ChannelAddress
     expected: bytes
     """The token that answers must carry."""
 
@@ -50,11 +50,11 @@ class InboxEnd:
     peer: Peer | None = None
 
     @property
-    def address(self) -> Address:
-        return Address(self.channel, self.link, self.token)
+    def address(self) -> ChannelAddress:
+        return ChannelAddress(self.channel, self.link, self.token)
 
 
-class Envelope(msgspec.Struct, frozen=True, gc=False):
+class OutgoingMessage(msgspec.Struct, frozen=True, gc=False):
     """A message that must leave: to whom, its name, and its body (None: no tensor)."""
 
     peer: bytes
@@ -69,16 +69,16 @@ class PeerLost(msgspec.Struct, frozen=True, gc=False):
     ticket: str
 
 
-class Changed(msgspec.Struct, frozen=True, gc=False):
+class ChannelChanged(msgspec.Struct, frozen=True, gc=False):
     """A channel may have something new: a frame, credit, an error, the end."""
 
     end: InboxEnd | OutletEnd
 
 
-class PullAsked(msgspec.Struct, frozen=True, gc=False):
+class PullRequested(msgspec.Struct, frozen=True, gc=False):
     """A peer wants a registered tensor."""
 
-    pull: Pull
+    pull: PullRequest
 
 
-Event = PeerLost | Changed | PullAsked
+Event = PeerLost | ChannelChanged | PullRequested

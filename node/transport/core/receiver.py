@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from node.transport.core.sender import Bytes
-from node.transport.core.wire import ANSWER, END, Data, Reason
+from node.transport.core.wire import ANSWER, END, Chunk, Reason
 from node.transport.settings import MAX_CHUNK_BYTES, TransportSettings
 from protocol.errors import PeerLostError, ShoalError
 
@@ -56,8 +56,8 @@ class _Assembly:
         return Frame(self.sequence, self.data.view(self.dtype).reshape(self.shape))
 
 
-class _Chunk(msgspec.Struct, frozen=True, gc=False):
-    data: Data
+class _ReceivedChunk(msgspec.Struct, frozen=True, gc=False):
+    data: Chunk
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     size: int
@@ -65,13 +65,13 @@ class _Chunk(msgspec.Struct, frozen=True, gc=False):
 
 
 class Receiver:
-    """State of one inbox. `open` until a sender is bound to it; one sender for its life."""
+    """State of one inbox. The first sender with the key is bound to it for good."""
 
     def __init__(self, settings: TransportSettings) -> None:
         self._settings = settings
         self._ready: deque[_Assembly] = deque()
         self._assembly: _Assembly | None = None
-        self._early: dict[int, _Chunk] = {}
+        self._early: dict[int, _ReceivedChunk] = {}
         self._bytes = 0
         self._released_messages = 0
         self._released_bytes = 0
@@ -92,10 +92,10 @@ class Receiver:
         self.bound = True
         self.heard_at = self.said_at = self.ack_at = now
 
-    def arrived(self, data: Data, shape: Sequence[int], dtype: str, read: Callable[[], Bytes], now: float) -> bool:
-        """Take a chunk; `read` gives its bytes. False for one that was here before.
+    def arrived(self, data: Chunk, shape: Sequence[int], dtype: str, read: Callable[[], Bytes], now: float) -> bool:
+        """Take a chunk; `read` gives its bytes. False for one that arrived before.
 
-        Raises MalformedFrameError when the sender breaks the rules; the channel is then of no use any more.
+        Raises MalformedFrameError when the sender breaks the rules; the channel must then end.
         """
         self.heard_at = now
         if data.flags & ANSWER:
@@ -165,11 +165,11 @@ class Receiver:
             return False
         return now >= min(self.ack_at, self.said_at + self._settings.heartbeat_s)
 
-    def forgive(self, pause_s: float) -> None:
-        """Our own process stood still for so long: the peer's silence in that time means nothing."""
+    def ignore_pause(self, pause_s: float) -> None:
+        """This process was paused for `pause_s`: the peer's silence in that time is not counted."""
         self.heard_at += pause_s
 
-    def _append(self, chunk: _Chunk) -> None:
+    def _append(self, chunk: _ReceivedChunk) -> None:
         data = chunk.data
         if data.flags & END:
             if self._assembly is not None and data.sequence != Reason.CUT:
@@ -216,9 +216,11 @@ class Receiver:
         self.ack_at = min(self.ack_at, now if urgent else now + settings.ack_delay_s)
 
 
-def _checked(data: Data, shape: Sequence[int], dtype: str, read: Callable[[], Bytes], max_bytes: int) -> _Chunk:
+def _checked(
+    data: Chunk, shape: Sequence[int], dtype: str, read: Callable[[], Bytes], max_bytes: int
+) -> _ReceivedChunk:
     if data.flags & END:
-        return _Chunk(data, (), DTYPES["int32"], 0, np.empty(0, np.uint8))
+        return _ReceivedChunk(data, (), DTYPES["int32"], 0, np.empty(0, np.uint8))
     known = DTYPES.get(dtype)
     if known is None or len(shape) > MAX_DIMENSIONS or (shape and min(shape) < 0):
         raise MalformedFrameError(f"a tensor of dtype {dtype[:20]!r} and {len(shape)} dimensions")
@@ -229,4 +231,4 @@ def _checked(data: Data, shape: Sequence[int], dtype: str, read: Callable[[], By
     payload = read()
     if len(payload) > min(MAX_CHUNK_BYTES, size):
         raise MalformedFrameError(f"a chunk of {len(payload)} bytes in a tensor of {size}")
-    return _Chunk(data, tuple(shape), known, size, payload)
+    return _ReceivedChunk(data, tuple(shape), known, size, payload)

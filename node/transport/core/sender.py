@@ -1,4 +1,4 @@
-"""The outlet's half of a channel, without I/O: what may leave, what must leave again, when the peer is lost.
+"""The outlet's half of a channel, without I/O: what may be sent, what must be resent, when the peer is lost.
 
 Credits: the receiver says up to which message and which byte, counted from the channel's start, the sender may
 go. What left is kept, sealed, until it is acknowledged; that is at most the window. Acknowledgements are cumulative.
@@ -67,7 +67,7 @@ class Sender:
         """Whether the inbox has answered."""
         self.ending = False
         self.error: ShoalError | None = None
-        """Why nothing can be sent any more, once that is so."""
+        """Why nothing can be sent any more."""
         self.heard_at = now
         self.said_at = now
 
@@ -98,7 +98,7 @@ class Sender:
         self._frame = _Frame(sequence, shape, dtype, data)
 
     def withdraw(self) -> bool:
-        """Take back the offered frame. False if part of it left: then the channel is of no use any more."""
+        """Take back the offered frame. False if part of it was sent: then the channel must end."""
         frame, self._frame = self._frame, None
         return frame is None or not frame.started
 
@@ -110,7 +110,7 @@ class Sender:
             self._keep(Message(self._next, int(reason), 0, END | ANSWER, None, 0))
 
     def fill(self, now: float) -> list[Message]:
-        """What may leave now, in order."""
+        """The messages that may be sent now, in order."""
         messages: list[Message] = []
         while (frame := self._frame) is not None and self._next < self._limit_messages:
             size = min(len(frame.data) - frame.offset, self._settings.chunk_bytes)
@@ -120,7 +120,7 @@ class Sender:
             body = self._seal(chunk, frame.shape, frame.dtype)
             message = Message(self._next, frame.sequence, frame.offset, 0, body, size)
             if not self._kept:
-                self._rest(now)
+                self._schedule_resend(now)
             self._keep(message)
             messages.append(message)
             frame.started = True
@@ -135,11 +135,11 @@ class Sender:
         return self._kept[-1] if self.ending and self._kept else None
 
     def abandon(self) -> None:
-        """The receiver wants nothing more: what was not acknowledged is of no use."""
+        """The receiver takes no more: drop what was not acknowledged."""
         self._kept.clear()
 
     def acknowledged(self, received: int, messages: int, size_bytes: int, now: float) -> list[Message]:
-        """The receiver's answer. Returns what must leave again because it fell before the inbox was open."""
+        """The receiver's answer. Returns the messages to resend because the inbox was not open when they arrived."""
         if received > self._next:
             return []
         self.heard_at = now
@@ -151,7 +151,7 @@ class Sender:
         self._limit_bytes = max(self._limit_bytes, size_bytes)
         first, self.accepted = not self.accepted, True
         if first or progress:
-            self._rest(now)
+            self._schedule_resend(now)
         return list(self._kept) if first and self._probes else []
 
     def due(self) -> float:
@@ -165,7 +165,7 @@ class Sender:
         return min(lost_at, again_at, self.said_at + self._settings.heartbeat_s)
 
     def tick(self, now: float) -> tuple[list[Message], bool]:
-        """What must leave again, and whether a heartbeat is due. Sets `error` when the time is up."""
+        """The messages to resend, and whether a heartbeat is due. Sets `error` if the peer is lost."""
         settings = self._settings
         if self.done:
             return [], False
@@ -179,17 +179,17 @@ class Sender:
             self.error = PeerLostError(f"the receiver said nothing for {now - self.heard_at:.1f} s; plan again")
             return [], False
         again: list[Message] = []
-        beat = now >= self.said_at + settings.heartbeat_s and self.accepted
+        heartbeat_due = now >= self.said_at + settings.heartbeat_s and self.accepted
         if now >= self._resend_at and (self._kept or not self.accepted):
-            beat |= not self._kept
+            heartbeat_due |= not self._kept
             again = [self._kept[i] for i in range(min(len(self._kept), _RESEND_AT_ONCE if self.accepted else 1))]
             self._probes += 1
             self._backoff_s = min(self._backoff_s * 2, max(settings.heartbeat_s, settings.resend_after_s))
             self._resend_at = now + self._backoff_s
-        return again, beat
+        return again, heartbeat_due
 
-    def forgive(self, pause_s: float) -> None:
-        """Our own process stood still for so long: the peer's silence in that time means nothing."""
+    def ignore_pause(self, pause_s: float) -> None:
+        """This process was paused for `pause_s`: the peer's silence in that time is not counted."""
         self.heard_at += pause_s
         self._opened_at += pause_s
         self._resend_at += pause_s
@@ -199,7 +199,7 @@ class Sender:
         self._next += 1
         self._bytes += message.size_bytes
 
-    def _rest(self, now: float) -> None:
+    def _schedule_resend(self, now: float) -> None:
         wait_s = self._settings.resend_after_s if self.accepted else self._settings.first_answer_s
         self._backoff_s = wait_s
         self._resend_at = now + wait_s

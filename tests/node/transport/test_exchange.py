@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from node.transport.core.exchange import Exchange
-from node.transport.core.messages import Changed, PeerLost
-from node.transport.core.wire import Address, Beat, Data, Open, encode, token_of
+from node.transport.core.messages import ChannelChanged, PeerLost
+from node.transport.core.wire import ChannelAddress, Chunk, Heartbeat, Hello, encode, token_of
 from node.transport.settings import FIRST_BYTES, TransportSettings
 from protocol.errors import BusyError, PeerLostError, TransportError
 from tests.support.pipeline.tickets import ticket_of
@@ -301,18 +301,18 @@ def test_an_inbox_that_never_opens_is_a_clear_error_in_time():
     world.run(0.2)
     assert isinstance(outlet.sender.error, TransportError)
     assert "no inbox answered" in str(outlet.sender.error)
-    assert Changed(outlet) in world.events[1]
+    assert ChannelChanged(outlet) in world.events[1]
 
 
 def test_frames_without_the_key_are_dropped_counted_and_their_bytes_not_read():
     world = World()
     outlet, inbox = world.pair()
     for key in (bytes(32), KEY[:-1] + b"x"):
-        address = Address(CHANNEL, outlet.address.link, token_of(key, CHANNEL, from_outlet=True))
-        name = encode([Data(address, 0, 0, 0, 0), Open(address, ticket_of(1))])
+        address = ChannelAddress(CHANNEL, outlet.address.link, token_of(key, CHANNEL, from_outlet=True))
+        name = encode([Chunk(address, 0, 0, 0, 0), Hello(address, ticket_of(1))])
         world.ends[2].receive(name, [1], "int32", lambda: pytest.fail("read"), world.now)
     # The other direction's token proves nothing either.
-    name = encode([Data(Address(CHANNEL, outlet.address.link, inbox.token), 0, 0, 0, 0)])
+    name = encode([Chunk(ChannelAddress(CHANNEL, outlet.address.link, inbox.token), 0, 0, 0, 0)])
     world.ends[2].receive(name, [1], "int32", lambda: pytest.fail("read"), world.now)
     assert world.ends[2].table.counters.dropped_unauthentic == 3
     assert world.ends[2].take(inbox, world.now) is None
@@ -327,8 +327,8 @@ def test_a_stranger_cannot_keep_a_dead_sender_alive():
     world.cut = {1, 2}
     for _ in range(10):
         world.run(0.3)
-        fake = Address(CHANNEL, outlet.address.link, bytes(16))
-        world.ends[2].receive(encode([Beat(fake)]), [0], "uint8", lambda: EMPTY[0], world.now)
+        fake = ChannelAddress(CHANNEL, outlet.address.link, bytes(16))
+        world.ends[2].receive(encode([Heartbeat(fake)]), [0], "uint8", lambda: EMPTY[0], world.now)
     assert isinstance(inbox.receiver.error, PeerLostError)
 
 
@@ -347,8 +347,8 @@ def test_a_late_frame_without_the_key_is_a_stranger():
     world = World()
     outlet, inbox = world.pair()
     world.ends[2].close_inbox(inbox, world.now)
-    fake = Address(CHANNEL, outlet.address.link, bytes(16))
-    world.ends[2].receive(encode([Data(fake, 0, 0, 0, 0)]), [0], "int32", lambda: EMPTY[0], world.now)
+    fake = ChannelAddress(CHANNEL, outlet.address.link, bytes(16))
+    world.ends[2].receive(encode([Chunk(fake, 0, 0, 0, 0)]), [0], "int32", lambda: EMPTY[0], world.now)
     assert world.ends[2].table.counters.dropped_late == 0
     assert world.ends[2].table.counters.dropped_unknown == 1
 
@@ -356,7 +356,7 @@ def test_a_late_frame_without_the_key_is_a_stranger():
 def test_a_message_that_comes_again_is_dropped_and_takes_no_credit():
     world = World()
     outlet, inbox = world.pair()
-    name = encode([Data(outlet.address, 0, 0, 0, 0)])
+    name = encode([Chunk(outlet.address, 0, 0, 0, 0)])
     for _ in range(20):
         world.ends[2].receive(name, [1 << 16], "int32", lambda: np.zeros(1 << 18, np.uint8), world.now)
     assert world.ends[2].table.counters.dropped_duplicate == 19
@@ -369,7 +369,7 @@ def test_a_sender_beyond_its_credit_in_bytes_loses_the_channel():
     outlet, inbox = world.pair()
     for number in range(2):
         assert inbox.receiver.error is None
-        name = encode([Data(outlet.address, number, 0, 0, 0)])
+        name = encode([Chunk(outlet.address, number, 0, 0, 0)])
         world.ends[2].receive(name, [1 << 18], "int32", lambda: np.zeros(1 << 20, np.uint8), world.now)
     assert "with credit for" in str(inbox.receiver.error)
 
@@ -431,7 +431,7 @@ def test_a_second_sender_is_refused():
 def test_a_key_holder_who_breaks_the_rules_loses_the_channel(shape, dtype, size, number, offset):
     world = World()
     outlet, inbox = world.pair()
-    name = encode([Data(outlet.address, number, 0, offset, 0)])
+    name = encode([Chunk(outlet.address, number, 0, offset, 0)])
     world.ends[2].receive(name, shape, dtype, lambda: np.zeros(size, np.uint8), world.now)
     world.run(0.1)
     assert isinstance(inbox.receiver.error, TransportError)

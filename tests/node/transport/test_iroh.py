@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 
+import msgspec
 import numpy as np
 import pytest
 import pytest_asyncio
 
 from node.transport import IrohEndpoint, TransportSettings
-from node.transport.core.wire import Address, Data, channel_id, encode, token_of
-from protocol.errors import TimedOutError, TransportError
+from node.transport.core.wire import ChannelAddress, Chunk, channel_id, encode, pull_request, token_of
+from protocol.errors import BusyError, TimedOutError, TransportError
 from tests.support.pipeline.tickets import ticket_of
 from tests.support.waiting import eventually
 
@@ -68,18 +69,61 @@ async def test_send_and_receive():
 async def test_pull_by_request_and_a_tensor_that_does_not_exist(warm):
     a, b = warm
     weights = np.arange(1_000_000, dtype=np.float32).reshape(1000, 1000)
-    a.register("weights", weights)
+    offer = a.pulls.offer("session", KEY)
+    offer.register("weights", weights)
     expected = weights.copy()
     weights[:] = 0
-    assert np.array_equal(await b.pull(a.ticket, "weights", 10), expected)
-    pulled = await asyncio.gather(*(b.pull(a.ticket, "weights", 20) for _ in range(3)))
+    assert np.array_equal(await b.pulls.pull(a.ticket, "session", KEY, "weights", 10), expected)
+    pulled = await asyncio.gather(*(b.pulls.pull(a.ticket, "session", KEY, "weights", 20) for _ in range(3)))
     assert all(np.array_equal(tensor, expected) for tensor in pulled)
     with pytest.raises(TransportError, match="no tensor registered"):
-        await b.pull(a.ticket, "nothing", 10)
-    a.unregister("weights")
+        await b.pulls.pull(a.ticket, "session", KEY, "nothing", 10)
+    offer.unregister("weights")
     with pytest.raises(TransportError, match="no tensor registered"):
-        await b.pull(a.ticket, "weights", 10)
-    await eventually(lambda: a.stats().outlets == b.stats().inboxes == 0)
+        await b.pulls.pull(a.ticket, "session", KEY, "weights", 10)
+    offer.close()
+    await eventually(lambda: (a.stats().outlets, b.stats().inboxes, a.stats().registered) == (0, 0, 0))
+
+
+async def test_a_pull_without_the_channels_key_gets_nothing_and_is_counted(warm):
+    a, b = warm
+    offer = a.pulls.offer("secret", KEY)
+    offer.register("cache", np.ones(4, np.float32))
+    before = a.stats().counters
+    for channel, key in (("secret", KEY[:-1] + b"x"), ("another", KEY)):
+        with pytest.raises(TimedOutError, match="did not answer"):
+            await b.pulls.pull(a.ticket, channel, key, "cache", 0.3)
+    counters = a.stats().counters
+    assert counters.dropped_unauthentic > before.dropped_unauthentic
+    assert counters.dropped_unknown > before.dropped_unknown
+    assert counters.messages_sent == before.messages_sent
+    assert a.stats().outlets == 0
+    # Nor does a request whose proof is another request's: here the answer would go to another channel.
+    proven = pull_request(KEY, bytes(8), channel_id("secret"), b.ticket, "cache")
+    forged = msgspec.structs.replace(proven, channel=bytes([1]) * 8)
+    unauthentic = a.stats().counters.dropped_unauthentic
+    b._driver.exchange.ask(a.ticket, forged)
+    b._driver.pump()
+    await eventually(lambda: a.stats().counters.dropped_unauthentic == unauthentic + 1)
+    assert (await b.pulls.pull(a.ticket, "secret", KEY, "cache", 10)).tolist() == [1, 1, 1, 1]
+    offer.close()
+    with pytest.raises(TransportError, match="offer of tensors is closed"):
+        offer.register("cache", np.ones(4, np.float32))
+
+
+async def test_offers_are_bounded():
+    async with endpoints(1, max_registered=1, max_channels=1) as (a,):
+        offer = a.pulls.offer("c", KEY)
+        offer.register("x", np.zeros(1, np.int32))
+        offer.register("x", np.ones(1, np.int32))
+        with pytest.raises(BusyError):
+            offer.register("y", np.zeros(1, np.int32))
+        with pytest.raises(BusyError):
+            a.pulls.offer("d", KEY)
+        with pytest.raises(TransportError, match="offered already"):
+            a.pulls.offer("c", KEY)
+        with pytest.raises(TransportError, match="a tensor's name"):
+            offer.register("", np.zeros(1, np.int32))
 
 
 async def test_concurrent_sends_from_the_first_contact_on():
@@ -212,7 +256,7 @@ async def test_timeouts_leave_the_channel_usable(warm):
     await outlet.send(sent, np.zeros(4, np.int32), 5)
     assert [frame.sequence for frame in [*frames, await inbox.receive(5)]] == list(range(sent + 1))
     with pytest.raises(TimedOutError, match="did not answer"):
-        await a.pull(ticket_of(9), "weights", 0.5)
+        await a.pulls.pull(ticket_of(9), "session", KEY, "weights", 0.5)
 
 
 async def test_a_tensor_that_is_cut_off_ends_the_channel_and_nothing_else(warm):
@@ -243,7 +287,7 @@ async def test_a_bad_ticket(warm):
         with pytest.raises(TransportError, match="not an iroh node ticket"):
             a.open_outlet(bad, "bad", KEY)
         with pytest.raises(TransportError, match="not an iroh node ticket"):
-            await a.pull(bad, "weights")
+            await a.pulls.pull(bad, "session", KEY, "weights")
     with pytest.raises(TransportError, match="own"):
         a.open_outlet(a.ticket, "bad", KEY)
 
@@ -265,6 +309,7 @@ async def test_use_after_shutdown():
             inbox = b.open_inbox("c", KEY)
             back = a.open_inbox("back", KEY)
             outlet = a.open_outlet(b.ticket, "c", KEY)
+            offer = a.pulls.offer("c", KEY)
             await outlet.send(0, np.zeros(1, np.int32))
             receiving = asyncio.ensure_future(back.receive())
             await asyncio.sleep(0)
@@ -273,14 +318,15 @@ async def test_use_after_shutdown():
             outlet.flush(),
             back.receive(1),
             receiving,
-            a.pull(b.ticket, "w"),
+            a.pulls.pull(b.ticket, "session", KEY, "w"),
         ):
             with pytest.raises(TransportError, match="closed"):
                 await use
         for call in (
             lambda: a.open_inbox("x", KEY),
             lambda: a.open_outlet(b.ticket, "x", KEY),
-            lambda: a.register("x", np.zeros(1, np.int32)),
+            lambda: a.pulls.offer("x", KEY),
+            lambda: offer.register("x", np.zeros(1, np.int32)),
         ):
             with pytest.raises(TransportError, match="closed"):
                 call()
@@ -302,11 +348,11 @@ async def test_a_connection_is_reused_and_channels_come_and_go():
             with pytest.raises(TransportError, match="ended"):
                 await inbox.receive(5)
             inbox.close()
-        assert await a._node._sockets[0]._node.pool_size() == 1
+        assert await a._driver.node._sockets[0]._node.pool_size() == 1
         for one in (a, b):
             await eventually(lambda one=one: (one.stats().outlets, one.stats().inboxes, one.stats().peers) == (0, 0, 0))
-        assert not a._handles
-        assert not b._handles
+        assert not a._driver.listeners
+        assert not b._driver.listeners
 
 
 async def test_frames_without_the_key_and_late_frames_are_counted_and_hold_nothing(warm):
@@ -336,9 +382,11 @@ async def test_a_hostile_flood_is_read_away(warm):
     await outlet.send(0, np.zeros(1, np.int32))
     before = b.stats().counters
     channel = channel_id("a_hostile_flood_is_r")
-    name = encode([Data(Address(channel, bytes(8), token_of(bytes(32), channel, from_outlet=True)), 0, 0, 0, 0)])
-    body = a._node.seal(np.zeros(256 << 10, np.uint8), [64 << 10], "float32")
-    route = next(iter(a._node._routes.values()))
+    name = encode(
+        [Chunk(ChannelAddress(channel, bytes(8), token_of(bytes(32), channel, from_outlet=True)), 0, 0, 0, 0)]
+    )
+    body = a._driver.node.seal(np.zeros(256 << 10, np.uint8), [64 << 10], "float32")
+    route = next(iter(a._driver.node._routes.values()))
     for junk in (name, "junk", "\1" * 5000, "x" * 100_000):
         for _ in range(50):
             await route.socket.send(b.ticket, junk, body)
@@ -362,8 +410,8 @@ async def test_a_broken_connection_is_made_again():
         inbox = b.open_inbox("c", KEY)
         outlet = a.open_outlet(b.ticket, "c", KEY)
         await outlet.send(0, np.zeros(1, np.int32))
-        socket = next(iter(a._node._routes.values())).socket
-        large = a._node.seal(np.zeros(32 << 20, np.uint8), [1], "float32")
+        socket = next(iter(a._driver.node._routes.values())).socket
+        large = a._driver.node.seal(np.zeros(32 << 20, np.uint8), [1], "float32")
 
         async def cancel_until_it_breaks():
             for _ in range(20):
@@ -371,7 +419,7 @@ async def test_a_broken_connection_is_made_again():
                 await asyncio.sleep(0.05)
                 half_way.cancel()
                 await asyncio.sleep(0.2)
-                await socket.send(b.ticket, "small", a._node.seal(np.zeros(4, np.uint8), [1], "float32"))
+                await socket.send(b.ticket, "small", a._driver.node.seal(np.zeros(4, np.uint8), [1], "float32"))
 
         with pytest.raises(RuntimeError):
             await cancel_until_it_breaks()
@@ -380,7 +428,7 @@ async def test_a_broken_connection_is_made_again():
             await outlet.send(number, np.zeros(1, np.int32), 10)
         assert [frame.sequence for frame in await take(inbox, 6)] == list(range(6))
         assert a.ticket == ticket
-        assert len(a._node._sockets) == 2
+        assert len(a._driver.node._sockets) == 2
 
 
 CLEAN = """

@@ -25,6 +25,7 @@ async def main():
     async with IrohEndpoint.open() as endpoint:
         inbox = endpoint.open_inbox("there", bytes(range(32)))
         outlet = endpoint.open_outlet(sys.argv[2], "back", bytes(range(32)))
+        offer = endpoint.pulls.offer("there", bytes(range(32)))
         os.write(int(sys.argv[1]), endpoint.ticket.encode())
         try:
             while True:
@@ -120,4 +121,4 @@ async def test_a_lost_peer_that_comes_back_can_be_reached_again():
             await send_until_it_fails(outlet)
         child.send_signal(signal.SIGCONT)
         with pytest.raises(TransportError, match="no tensor registered"):
-            await endpoint.pull(outlet.ticket, "nothing", 10)
+            await endpoint.pulls.pull(outlet.ticket, "there", KEY, "nothing", 10)

@@ -6,15 +6,17 @@ from hypothesis import strategies as st
 
 from node.transport.core.wire import (
     Ack,
-    Address,
-    Beat,
-    Data,
-    Gone,
+    ChannelAddress,
+    Chunk,
+    Heartbeat,
+    Hello,
     MalformedHeaderError,
-    Open,
-    Pull,
+    PullRequest,
+    Reset,
+    answer_key,
     decode,
     encode,
+    pull_request,
     token_of,
 )
 from node.transport.ticket import peer_of
@@ -22,15 +24,15 @@ from protocol.errors import TransportError
 from tests.support.pipeline.tickets import ticket_of
 
 u64 = st.integers(0, 2**64 - 1)
-addresses = st.builds(Address, *(st.binary(min_size=size, max_size=size) for size in (8, 8, 16)))
-datas = st.builds(Data, addresses, u64, st.integers(-(2**63), 2**63 - 1), u64, st.integers(0, 255))
+addresses = st.builds(ChannelAddress, *(st.binary(min_size=size, max_size=size) for size in (8, 8, 16)))
+datas = st.builds(Chunk, addresses, u64, st.integers(-(2**63), 2**63 - 1), u64, st.integers(0, 255))
 texts = st.text(max_size=80)
 others = st.one_of(
     st.builds(Ack, addresses, u64, u64, u64),
-    st.builds(Beat, addresses),
-    st.builds(Open, addresses, texts),
-    st.builds(Gone, addresses, st.integers(0, 255)),
-    st.builds(Pull, st.binary(min_size=8, max_size=8), st.binary(min_size=32, max_size=32), texts, texts),
+    st.builds(Heartbeat, addresses),
+    st.builds(Hello, addresses, texts),
+    st.builds(Reset, addresses, st.integers(0, 255)),
+    st.builds(PullRequest, *(st.binary(min_size=size, max_size=size) for size in (8, 8, 24)), texts, texts),
 )
 messages = st.builds(
     lambda first, rest: first + rest, st.lists(datas, max_size=1), st.lists(others, max_size=6)
@@ -65,7 +67,7 @@ def test_a_huge_header_is_refused():
 
 
 def test_a_chunk_that_is_not_first_is_refused():
-    data = Data(Address(bytes(8), bytes(8), bytes(16)), 0, 0, 0, 0)
+    data = Chunk(ChannelAddress(bytes(8), bytes(8), bytes(16)), 0, 0, 0, 0)
     with pytest.raises(MalformedHeaderError):
         decode(encode([data, data]))
 
@@ -78,6 +80,18 @@ def test_tokens_differ_by_key_channel_and_direction():
         for out in (True, False)
     }
     assert len(tokens) == 8
+
+
+def test_the_proof_of_a_pull_differs_by_key_and_by_every_field():
+    fields = [
+        (key * 16, channel * 8, offer * 8, ticket, name)
+        for key in (b"a", b"b")
+        for channel in (b"x", b"y")
+        for offer in (b"o", b"p")
+        for ticket, name in (("t", "ab"), ("ta", "b"))
+    ]
+    assert len({pull_request(*each).proof for each in fields}) == len(fields)
+    assert len({answer_key(key * 16, channel * 8) for key in (b"a", b"b") for channel in (b"x", b"y")}) == 4
 
 
 def test_a_ticket_names_its_key():
