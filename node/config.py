@@ -1,14 +1,17 @@
-"""Settings of a node: flags over `SHOAL_*` environment over a TOML file over defaults.
+"""Settings of a node: each is declared once, with its default, unit, help and flag.
 
-The command line gives only the flags that were typed; pydantic-settings finds the rest. A Settings that exists is
-valid: what contradicts is refused where it is built.
+Precedence, highest first: flag, environment variable (SHOAL_ and the setting's name), TOML file, default. The command
+line (node/cli/options.py) is made from the declarations here, and hands over only the flags that were typed;
+pydantic-settings finds the rest. A Settings that exists is valid: contradictions are refused at construction.
 """
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -27,7 +30,7 @@ from node.machine import usable_cores
 
 CONFIG_FILENAME = "config.toml"
 KEY_FILENAME = "node.key"
-"""In `data_dir`: the node's identity."""
+"""The node's identity, in `data_dir`."""
 ENV_PREFIX = "SHOAL_"
 
 
@@ -93,64 +96,155 @@ Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 PortOrFree = Annotated[int, Field(ge=0, le=65535)]
 
 
+@dataclass(frozen=True)
+class Flag:
+    """How a setting is typed on the command line."""
+
+    names: str
+    """`--rpc-port`, or `--share-cores/--own-cores`."""
+    metavar: str | None
+    help: str
+    """What it is, with its unit and default."""
+
+
+def _setting(
+    default: Any,
+    text: str,
+    *,
+    flag: str | None = None,
+    metavar: str | None = None,
+    default_text: str = "",
+    **constraints: Any,
+) -> Any:
+    """Declare one setting: a callable default is called; `flag` if it is not the setting's name.
+
+    `default_text` stands in the help for a default that is found out, or that another setting gives.
+    """
+    fallback = {"default_factory": default} if callable(default) else {"default": default}
+    extra: dict[str, Any] = {"flag": flag, "metavar": metavar, "default_text": default_text}
+    return Field(**fallback, description=text, json_schema_extra=extra, **constraints)
+
+
 class Settings(BaseSettings):
     """All settings of `serve`. Ports of 0 mean a free one; limits of 0 mean none."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
 
-    config: Path | None = None
-    """The TOML file that was given; without one, the user's, if there is one."""
-    data_dir: Folder = Field(default_factory=lambda: Path(platformdirs.user_data_dir("shoal", appauthor=False)))
-    """Key, index of hashes, resume data, and the lock."""
-    shards_dir: Folder = Path()
-    """Where shards lie and fetched ones land; DATA_DIR/shards unless given."""
-    cluster: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")] = "default"
-    assign: Annotated[tuple[Assignment, ...], NoDecode, BeforeValidator(_assignments)] = ()
-    listen: str = "127.0.0.1"
-    """Address that RPC, DHT, BitTorrent and HTTP bind to. tensor_iroh cannot be bound."""
-    insecure_listen: bool = False
-    """Allows `listen` beyond loopback although nothing authenticates a peer yet."""
-    advertise: str | None = None
-    """Host that other nodes reach this one at; `listen` unless given."""
-    rpc_port: PortOrFree = 7400
-    dht_port: PortOrFree = 7401
-    bt_port: PortOrFree = 7402
-    http_port: PortOrFree = 7480
-    bootstrap: Annotated[tuple[Address, ...], NoDecode, BeforeValidator(_addresses)] = ()
-    origins: Texts = ()
-    """URLs of where shards come from when no peer has them, the one to ask first in front."""
-    manifests: Texts = ()
-    """URLs of manifests that this node holds from its start on."""
-    o3_endpoint: str | None = None
-    """Of Akave's S3 gateway; the community's unless given."""
-    o3_region: str | None = None
-    o3_backend: Annotated[str, Field(pattern=r"^(auto|gateway|native)$")] = "auto"
-    """How o3:// is reached: the S3 gateway, or the SDK where it is installed and has a key."""
-    s3_endpoint: str | None = None
-    """Of s3:// origins; Amazon's unless given."""
-    akave_node: str | None = None
-    """HOST:PORT of an Akave node, for the SDK."""
-    akave_ipc: str | None = None
-    """HOST:PORT of its IPC endpoint."""
-    origin_key_file: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
-    """Holds the key that objects are encrypted with at the origins."""
-    publish_from: Annotated[tuple[Folder, ...], NoDecode, BeforeValidator(_texts)] = ()
-    """Folders that PUBLISH may take files from, and no others; without one, on loopback, any but hidden ones."""
-    threads: Annotated[int, Field(ge=1, le=1024)] = Field(default_factory=usable_cores)
-    """Of an engine process."""
-    gpu_layers: Annotated[int, Field(ge=0, le=100_000)] = 0
-    ctx_size: Annotated[int, Field(ge=64, le=1 << 24)] = 2048
-    """Tokens of prompt and answer that one session may have."""
-    max_sessions: Annotated[int, Field(ge=1, le=256)] = 4
-    """Sessions at once of one engine process; each sets its share of KV cache aside."""
-    share_cores: bool = True
-    """Whether other processes compute on this machine's cores; without them, spinning threads are faster."""
-    upload_limit: ByteSize = ByteSize(0)
-    """Bytes/s of BitTorrent in total."""
-    download_limit: ByteSize = ByteSize(0)
-    min_free_disk: ByteSize = ByteSize(1 << 30)
-    """Bytes that a download leaves free on the disk of `shards_dir`."""
-    log_level: Annotated[str, Field(pattern=r"^(debug|info|warning|error)$")] = "info"
+    config: Path | None = _setting(
+        None,
+        "TOML file of these settings; see below.",
+        metavar="FILE",
+        default_text="~/.config/shoal/config.toml, if there is one",
+    )
+    data_dir: Folder = _setting(
+        lambda: Path(platformdirs.user_data_dir("shoal", appauthor=False)),
+        "Key, hash cache, resume data and lock of the node.",
+        metavar="DIR",
+        default_text="the user's data folder",
+    )
+    shards_dir: Folder = _setting(
+        Path(), "Shards to seed; fetched ones are stored here too.", metavar="DIR", default_text="DATA_DIR/shards"
+    )
+    cluster: str = _setting(
+        "default",
+        "Nodes of other clusters are not seen.",
+        metavar="NAME",
+        min_length=1,
+        max_length=64,
+        pattern=r"^[A-Za-z0-9._-]+$",
+    )
+    assign: Annotated[tuple[Assignment, ...], NoDecode, BeforeValidator(_assignments)] = _setting(
+        (), "Shards to load at start; repeatable.", metavar="MODEL:ID[,ID...]"
+    )
+    listen: str = _setting("127.0.0.1", "Address of RPC, DHT, BitTorrent and HTTP.", metavar="ADDRESS")
+    insecure_listen: bool = _setting(False, "Allow --listen beyond loopback, without authentication.")
+    advertise: str | None = _setting(
+        None, "Host that other nodes reach this one at.", metavar="HOST", default_text="what --listen says"
+    )
+    rpc_port: PortOrFree = _setting(7400, "TCP port of RPC; 0 picks a free one.", metavar="PORT")
+    dht_port: PortOrFree = _setting(7401, "UDP port of the DHT; 0 picks a free one.", metavar="PORT")
+    bt_port: PortOrFree = _setting(7402, "TCP port of BitTorrent; 0 picks a free one.", metavar="PORT")
+    http_port: PortOrFree = _setting(7480, "TCP port of /healthz and /metrics; 0 picks a free one.", metavar="PORT")
+    bootstrap: Annotated[tuple[Address, ...], NoDecode, BeforeValidator(_addresses)] = _setting(
+        (), "A node of the DHT to join at; repeatable.", metavar="HOST:DHT_PORT"
+    )
+    origins: Texts = _setting(
+        (),
+        "Where shards come from if no peer has them, first to ask in front; repeatable.",
+        flag="--origin",
+        metavar="URL",
+    )
+    manifests: Texts = _setting(
+        (), "Of a model or data set known from the start; repeatable.", flag="--manifest", metavar="URL"
+    )
+    o3_endpoint: str | None = _setting(
+        None, "Akave's S3 gateway.", metavar="URL", default_text="the community's gateway"
+    )
+    o3_region: str | None = _setting(None, "Region of the gateway.", metavar="NAME", default_text="akave-network")
+    o3_backend: str = _setting(
+        "auto",
+        "How o3:// is reached: by the S3 gateway, natively by the akavesdk, or by what has credentials.",
+        metavar="auto|gateway|native",
+        pattern=r"^(auto|gateway|native)$",
+    )
+    s3_endpoint: str | None = _setting(None, "Server of s3:// origins.", metavar="URL", default_text="Amazon's")
+    akave_node: str | None = _setting(None, "Akave node for the akavesdk.", metavar="HOST:PORT")
+    akave_ipc: str | None = _setting(
+        None, "IPC endpoint for the akavesdk.", metavar="HOST:PORT", default_text="the node's"
+    )
+    origin_key_file: Folder | None = _setting(
+        None, "Holds the key that objects are encrypted with at origins.", metavar="FILE"
+    )
+    publish_from: Annotated[tuple[Folder, ...], NoDecode, BeforeValidator(_texts)] = _setting(
+        (), "PUBLISH takes files only from this folder; repeatable.", metavar="DIR"
+    )
+    threads: int = _setting(
+        usable_cores,
+        "Threads of an engine process.",
+        metavar="N",
+        default_text="the cores that it may use",
+        ge=1,
+        le=1024,
+    )
+    gpu_layers: int = _setting(0, "Layers on a GPU, if the engine has one.", metavar="N", ge=0, le=100_000)
+    ctx_size: int = _setting(2048, "Tokens of prompt and answer in one session.", metavar="TOKENS", ge=64, le=1 << 24)
+    max_sessions: int = _setting(
+        4, "Sessions of one engine process at once; each reserves its KV cache.", metavar="N", ge=1, le=256
+    )
+    share_cores: bool = _setting(
+        True,
+        "Whether other processes compute on these cores; if not, threads spin and are faster.",
+        flag="--share-cores/--own-cores",
+        default_text="they do",
+    )
+    upload_limit: ByteSize = _setting(
+        ByteSize(0), "Of BitTorrent in total; 0: no limit. 8MB, 512KiB.", metavar="BYTES/S"
+    )
+    download_limit: ByteSize = _setting(
+        ByteSize(0), "Of BitTorrent in total; 0: no limit. 8MB, 512KiB.", metavar="BYTES/S"
+    )
+    min_free_disk: ByteSize = _setting(
+        ByteSize(1 << 30), "Space that downloads leave free on the disk of SHARDS_DIR.", metavar="BYTES"
+    )
+    log_level: str = _setting(
+        "info",
+        "The least severe level that is logged.",
+        metavar="debug|info|warning|error",
+        pattern=r"^(debug|info|warning|error)$",
+    )
+
+    @classmethod
+    def flag(cls, name: str) -> Flag:
+        """How a setting is typed, by its name."""
+        field = cls.model_fields[name]
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict)
+        default = str(extra["default_text"]) or _shown(field.default)
+        return Flag(
+            names=str(extra["flag"] or f"--{name.replace('_', '-')}"),
+            metavar=str(extra["metavar"]) if extra["metavar"] else None,
+            help=f"{field.description} Default: {default}." if default else str(field.description),
+        )
 
     @model_validator(mode="before")
     @classmethod
@@ -193,6 +287,15 @@ class Settings(BaseSettings):
         return init_settings, env_settings, file
 
 
+def _shown(default: object) -> str:
+    """A default for a person; nothing for an empty one."""
+    if isinstance(default, ByteSize):
+        return default.human_readable(separator="").replace(".0", "") if default else "0"
+    if isinstance(default, bool):  # an option that is there or not
+        return ""
+    return str(default) if isinstance(default, int | str) else ""
+
+
 def load_settings(**flags: Any) -> Settings:
     """Settings from the flags that were given (None: not given) and the sources below them.
 
@@ -207,7 +310,7 @@ def load_settings(**flags: Any) -> Settings:
 
 
 def unknown_variables() -> list[str]:
-    """`SHOAL_*` variables of the environment that are no setting: most likely misspelt."""
+    """`SHOAL_*` variables of the environment that name no setting: most likely misspelt."""
     known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
     return sorted(name for name in os.environ if name.upper().startswith(ENV_PREFIX) and name.upper() not in known)
 
@@ -217,7 +320,8 @@ def _complaints(err: ValidationError) -> Iterator[str]:
         name = ".".join(map(str, one["loc"]))
         message = one["msg"].removeprefix("Value error, ")
         if one["type"] == "extra_forbidden":
-            yield f"{name}: there is no such setting"
+            near = difflib.get_close_matches(name, Settings.model_fields, 1)
+            yield f"{name}: there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
         elif name:
             yield f"{name} = {str(one['input'])[:100]}: {message}"
         else:

@@ -49,7 +49,7 @@ MANIFEST_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True)
-class Ready:
+class NodePorts:
     """Where a node listens."""
 
     node_id: NodeId
@@ -59,7 +59,7 @@ class Ready:
     http_port: int
 
 
-async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callable[[Ready], None]) -> None:
+async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callable[[NodePorts], None]) -> None:
     """Run a node until `stop` is set. Raises OSError where a port is taken, and what a part fails with.
 
     The parts end in the reverse order: first no new requests, then the engines, then what tells others about us.
@@ -150,7 +150,7 @@ async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callabl
                     name=f"assignment {assignment.model}:{shard_id}",
                 )
         if not stop.is_set():
-            on_ready(Ready(key.node_id, rpc_port, discovery.port, swarm.port, http.port))
+            on_ready(NodePorts(key.node_id, rpc_port, discovery.port, swarm.port, http.port))
         await stop.wait()
 
 

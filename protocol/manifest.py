@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -226,6 +227,20 @@ def safe_filename(name: str) -> str:
     ):
         raise InvalidManifestError(f"{name!r} is not a plain file name")
     return name
+
+
+def is_letter_or_digit(character: str) -> bool:
+    """Whether it is one in any script, vowel signs and accents of their own among them."""
+    return unicodedata.category(character)[0] in "LMN"
+
+
+def readable_name(text: str, other: str) -> str:
+    """The text as a name that can be typed and be a folder: letters and digits of every script, `.`, `_` and `-`.
+
+    Each run of anything else becomes `other`; at most 100 bytes, cut between characters.
+    """
+    kept = "".join(one if one in "._-" or is_letter_or_digit(one) else " " for one in text)
+    return re.sub(" +", other, kept.strip(" .-")).encode()[:100].decode(errors="ignore").rstrip(" .-")
 
 
 def split_name(name: str) -> tuple[str, str]:

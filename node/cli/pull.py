@@ -19,9 +19,9 @@ from protocol.errors import UnreachableError
 from protocol.manifest import Manifest, ShardEntry
 
 EXAMPLES = examples(
-    "python -m node pull smol",
-    "python -m node pull o3://bucket/shoal/manifests/smol/ --node 127.0.0.1:7500",
-    "python -m node pull fineweb-edu --json | jq .folder",
+    "shoal pull smol",
+    "shoal pull o3://bucket/shoal/manifests/smol/ --node 127.0.0.1:7500",
+    "shoal pull fineweb-edu --json | jq .folder",
 )
 DEFAULT_NODE = "127.0.0.1:7400"
 AT_ONCE = 8
@@ -44,7 +44,7 @@ def pull(
     try:
         manifest, results = asyncio.run(_pull(address_of(node), name))
     except UnreachableError as error:
-        fail(f"{error.message}; a daemon starts by: python -m node")
+        fail(f"{error.message}; a daemon starts by: shoal")
     except KeyboardInterrupt:
         fail("interrupted; what came is kept, and the same command goes on from there", code=130)
     folder = Path(results[0].path).parent

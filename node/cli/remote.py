@@ -15,6 +15,7 @@ from rich.progress import TaskID
 from rich.table import Table
 
 from node.cli.console import add_row, bytes_progress, err, examples, fail, human_bytes, out, print_json
+from node.cli.options import Json
 from node.config import Address
 from protocol.commands.nodes import NodesResult, StatusResult
 from protocol.commands.tasks import InferenceResult
@@ -25,19 +26,16 @@ ANSWER_S = 30.0
 """For what a node answers from what it knows."""
 R = TypeVar("R")
 Target = Annotated[str, typer.Argument(metavar="HOST:PORT", help="RPC address of a node.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the answer as one line of JSON.")]
 
 CALL_EXAMPLES = examples(
-    "python -m node call 127.0.0.1:7400 LIST_FILES",
-    """python -m node call 127.0.0.1:7400 LOAD_SHARD '{"model": "smol", "shard_id": 1}'""",
+    "shoal call 127.0.0.1:7400 LIST_FILES",
+    """shoal call 127.0.0.1:7400 LOAD_SHARD '{"model": "smol", "shard_id": 1}'""",
 )
-NODES_EXAMPLES = examples("python -m node nodes 127.0.0.1:7400")
-STATUS_EXAMPLES = examples(
-    "python -m node status 127.0.0.1:7400", "python -m node status 127.0.0.1:7400 --json | jq .stages"
-)
+NODES_EXAMPLES = examples("shoal nodes 127.0.0.1:7400")
+STATUS_EXAMPLES = examples("shoal status 127.0.0.1:7400", "shoal status 127.0.0.1:7400 --json | jq .stages")
 GENERATE_EXAMPLES = examples(
-    'python -m node generate 127.0.0.1:7400 --model smol --prompt "Why is the sky blue?"',
-    "python -m node generate 127.0.0.1:7400 --prompt - --max-tokens 500 < question.txt",
+    'shoal generate 127.0.0.1:7400 --model smol --prompt "Why is the sky blue?"',
+    "shoal generate 127.0.0.1:7400 --prompt - --max-tokens 500 < question.txt",
 )
 
 

@@ -11,18 +11,16 @@ import platform
 import signal
 import sys
 import threading
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from node.cli.console import examples, fail
-from node.config import Settings, is_loopback, load_settings, unknown_variables
+from node.cli.options import with_settings
+from node.config import Settings, is_loopback, unknown_variables
 from node.files import DataDirInUseError, data_dir_lock
 from protocol.errors import ShoalError, UnsupportedPlatformError
 
 if TYPE_CHECKING:
-    from node.node import Ready
+    from node.node import NodePorts
 
 log = logging.getLogger("node")
 
@@ -43,91 +41,28 @@ A TOML file:
 """
 EPILOG = (
     examples(
-        "python -m node --data-dir ~/shoal --shards-dir ~/models",
-        "python -m node --listen 10.0.0.6 --insecure-listen --bootstrap 10.0.0.5:7401",
-        "python -m node --config shoal.toml --assign smol:1,2",
-        "python -m node --origin o3://bucket/shoal --manifest o3://bucket/shoal/manifests/smol/",
-        'SHOAL_BOOTSTRAP="10.0.0.5:7401 10.0.0.7:7401" SHOAL_UPLOAD_LIMIT=8MB python -m node',
+        "shoal --data-dir ~/shoal --shards-dir ~/models",
+        "shoal --listen 10.0.0.6 --insecure-listen --bootstrap 10.0.0.5:7401",
+        "shoal --config shoal.toml --assign smol:1,2",
+        "shoal --origin o3://bucket/shoal --manifest o3://bucket/shoal/manifests/smol/",
+        'SHOAL_BOOTSTRAP="10.0.0.5:7401 10.0.0.7:7401" SHOAL_UPLOAD_LIMIT=8MB shoal',
     )
     + _TOML_EXAMPLE
 )
 
-_Limit = Annotated[str | None, typer.Option(metavar="BYTES/S", help="In total, on loopback too; 0: none. 8MB, 512KiB.")]
 
-
-def serve(
-    *,
-    config: Annotated[Path | None, typer.Option(help="TOML file of these settings; see above.")] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Key, hashes, resume data. Default: the user's data folder.")
-    ] = None,
-    shards_dir: Annotated[
-        Path | None, typer.Option(help="Shards to seed; fetched ones land here. Default: DATA_DIR/shards.")
-    ] = None,
-    cluster: Annotated[str | None, typer.Option(help="Nodes of other clusters are not seen. Default: default.")] = None,
-    assign: Annotated[
-        list[str] | None, typer.Option(metavar="MODEL:ID[,ID...]", help="Shards to load at start; repeatable.")
-    ] = None,
-    listen: Annotated[str | None, typer.Option(help="Address to bind to. Default: 127.0.0.1.")] = None,
-    insecure_listen: Annotated[
-        bool | None, typer.Option("--insecure-listen", help="Allow --listen beyond loopback, without authentication.")
-    ] = None,
-    advertise: Annotated[str | None, typer.Option(metavar="HOST", help="Where other nodes reach this one.")] = None,
-    rpc_port: Annotated[int | None, typer.Option(help="Default 7400; 0 picks a free one.")] = None,
-    dht_port: Annotated[int | None, typer.Option(help="Default 7401 (UDP).")] = None,
-    bt_port: Annotated[int | None, typer.Option(help="Default 7402.")] = None,
-    http_port: Annotated[int | None, typer.Option(help="Default 7480: /healthz and /metrics.")] = None,
-    bootstrap: Annotated[
-        list[str] | None, typer.Option(metavar="HOST:DHT_PORT", help="A node of the DHT to join at; repeatable.")
-    ] = None,
-    origins: Annotated[
-        list[str] | None, typer.Option("--origin", metavar="URL", help="Where shards come from if no peer has them.")
-    ] = None,
-    manifests: Annotated[
-        list[str] | None,
-        typer.Option("--manifest", metavar="URL", help="Of a model or data set known from the start."),
-    ] = None,
-    o3_endpoint: Annotated[str | None, typer.Option(metavar="URL", help="Of Akave's gateway.")] = None,
-    o3_region: Annotated[str | None, typer.Option(help="Default: akave-network.")] = None,
-    o3_backend: Annotated[str | None, typer.Option(help="auto, gateway or native.")] = None,
-    s3_endpoint: Annotated[str | None, typer.Option(metavar="URL", help="Of s3:// origins. Default: Amazon's.")] = None,
-    akave_node: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="For the Akave SDK.")] = None,
-    akave_ipc: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="For the Akave SDK.")] = None,
-    origin_key_file: Annotated[
-        Path | None, typer.Option(help="Holds the key that objects are encrypted with at the origins.")
-    ] = None,
-    publish_from: Annotated[
-        list[str] | None, typer.Option(metavar="DIR", help="PUBLISH takes files from here alone; repeatable.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="Of an engine process. Default: the cores it may use.")] = None,
-    gpu_layers: Annotated[int | None, typer.Option(help="Layers put on a GPU, if the engine has one.")] = None,
-    ctx_size: Annotated[int | None, typer.Option(help="Tokens a session may have. Default 2048.")] = None,
-    max_sessions: Annotated[int | None, typer.Option(help="Sessions at once of one model. Default 4.")] = None,
-    share_cores: Annotated[
-        bool | None,
-        typer.Option("--share-cores/--own-cores", help="Whether others compute on these cores. Default: they do."),
-    ] = None,
-    upload_limit: _Limit = None,
-    download_limit: _Limit = None,
-    min_free_disk: Annotated[
-        str | None, typer.Option(metavar="BYTES", help="Downloads leave it. Default 1GiB.")
-    ] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
-) -> None:
+def run_daemon(settings: Settings) -> None:
     """Run the daemon: seed the shards here, answer RPC, run stages.
 
     One line of JSON on stdout says when it is ready, and on which ports; the log goes to stderr. SIGTERM or Ctrl-C
     ends it. Credentials of origins come from the environment alone: AKAVE_O3_ACCESS_KEY, AKAVE_O3_SECRET_KEY,
     AKAVE_PRIVATE_KEY, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, HF_TOKEN, or files named by those with _FILE.
 
-    Flags stand over environment variables, those over the TOML file, that over the defaults. The variable of
-    --rpc-port is SHOAL_RPC_PORT, and so on; lists are separated by spaces. The file is --config, SHOAL_CONFIG or
-    ~/.config/shoal/config.toml; its keys are the flags' names with underscores.
+    Precedence, highest first: flag, environment variable, TOML file, default. The variable of --rpc-port is
+    SHOAL_RPC_PORT, and so on; lists are separated by spaces. The file is --config, SHOAL_CONFIG or
+    ~/.config/shoal/config.toml; its keys are the flags' names with underscores (of --origin and --manifest: origins,
+    manifests).
     """
-    flags = dict(locals())
-    for repeatable in ("assign", "bootstrap", "origins", "manifests", "publish_from"):
-        flags[repeatable] = flags[repeatable] or None
-    settings = load_settings(**flags)
     check_platform()
     _log_to_stderr(settings.log_level.upper())
     faulthandler.enable()  # a native library that crashes leaves in the log what every thread was in
@@ -145,6 +80,9 @@ def serve(
     except BaseExceptionGroup as group:
         log.critical("the node stopped because a part of it failed", exc_info=group)
         sys.exit(1)
+
+
+serve = with_settings(run_daemon)
 
 
 def _log_to_stderr(level: str) -> None:
@@ -197,7 +135,7 @@ async def _until_signal(settings: Settings) -> None:
     log.info("stopped")
 
 
-def _announce_ready(ready: Ready, settings: Settings) -> None:
+def _announce_ready(ready: NodePorts, settings: Settings) -> None:
     log.info(
         "node %s of cluster %s is ready: rpc %s:%d, shards in %s",
         ready.node_id[:16],

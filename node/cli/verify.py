@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
 
 from node.cli.console import add_row, bytes_progress, err, examples, fail, out, print_json
+from node.cli.options import ConfigFile, O3Endpoint, OriginKeyFile, S3Endpoint
 from node.cli.pull import DEFAULT_NODE, Node, address_of, selector
 from node.config import Address, Settings, load_settings
 from node.origin.layout import is_address, layer_bytes, layer_in_torrent
@@ -34,9 +34,9 @@ from protocol.errors import (
 from protocol.manifest import Manifest, ShardEntry, SignedManifest
 
 EXAMPLES = examples(
-    "python -m node verify smol",
-    "python -m node verify smol --origin",
-    "python -m node verify fineweb-edu --at o3://bucket/shoal --json | jq '.copies[] | select(.state != \"good\")'",
+    "shoal verify smol",
+    "shoal verify smol --origin",
+    "shoal verify fineweb-edu --at o3://bucket/shoal --json | jq '.copies[] | select(.state != \"good\")'",
 )
 ANSWER_S = 30.0
 VERIFY_S = 3600.0
@@ -69,10 +69,10 @@ def verify(
     node: Node = DEFAULT_NODE,
     origin: Annotated[bool, typer.Option("--origin", help="Also at every origin that is configured or named.")] = False,
     at: Annotated[list[str] | None, typer.Option(metavar="URL", help="Also at this origin; repeatable.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file of the settings.", envvar="SHOAL_CONFIG")] = None,
-    o3_endpoint: Annotated[str | None, typer.Option(metavar="URL", help="Of Akave's gateway.")] = None,
-    s3_endpoint: Annotated[str | None, typer.Option(metavar="URL", help="Of s3:// origins. Default: Amazon's.")] = None,
-    origin_key_file: Annotated[Path | None, typer.Option(help="The key that objects are encrypted with.")] = None,
+    config: ConfigFile = None,
+    o3_endpoint: O3Endpoint = None,
+    s3_endpoint: S3Endpoint = None,
+    origin_key_file: OriginKeyFile = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print every copy as one line of JSON.")] = False,
 ) -> None:
     """Compare every copy with the manifest.
@@ -129,7 +129,7 @@ async def _verify(
             copies += await _at_nodes(signed.manifest, nodes.nodes, address)
         except UnreachableError as error:
             if not (at or named_too):
-                fail(f"{error.message}; a daemon starts by: python -m node; with --at URL an origin alone is verified")
+                fail(f"{error.message}; a daemon starts by: shoal; with --at URL an origin alone is verified")
             err.print(f"no node at {address.host}:{address.port}: only origins are verified", markup=False)
             signed = await _manifest(None, origins, name)
         if at or named_too:

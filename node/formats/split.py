@@ -8,7 +8,6 @@ file with the same version get the same content ids, and so share one swarm.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from node.formats.slices import SHARD_INDEX, plan_slice
 from node.formats.target import Target
 from protocol.content import hash_file
 from protocol.errors import IllegalCutError, InvalidParamsError, InvalidShardError
-from protocol.manifest import MANIFEST_FILENAME, Manifest, ModelInfo, ShardEntry, check_manifest
+from protocol.manifest import MANIFEST_FILENAME, Manifest, ModelInfo, ShardEntry, check_manifest, readable_name
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in total); every shard byte counts twice, as it is written and as it is hashed."""
@@ -70,9 +69,9 @@ def split_gguf(
 
 
 def default_name(gguf: GgufFile) -> str:
-    """A model's name for commands and file names: letters, digits, dots, dashes."""
-    chosen = gguf.text("general.name") or gguf.path.stem
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", chosen).strip("-.")[:100] or "model"
+    """A model's name for commands and folders: letters and digits of every script, dots, dashes and underscores."""
+    texts = (gguf.text("general.name") or "", gguf.path.stem)
+    return next((name for text in texts if (name := readable_name(text, "-"))), "model")
 
 
 def model_info(gguf: GgufFile, model: Cuttable) -> ModelInfo:

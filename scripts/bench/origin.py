@@ -4,7 +4,7 @@
     python scripts/bench/origin.py --rounds 1 --nodes 1 2 --size-mib 16
 
 The origin is SeaweedFS behind tests/support/origins/proxy.py, in a process of its own, which sends at most --rate
-bytes/s over all connections and counts the payload that leaves. The nodes are daemons, `python -m node serve`, new ones
+bytes/s over all connections and counts the payload that leaves. The nodes are daemons, `shoal serve`, new ones
 for every measurement; they hold the manifest, know one node of the DHT that has no files, and are told to fetch the
 shard at the same moment. A plain download is a GET of a presigned URL through the same proxy, written to disk. Rounds
 are interleaved and medians printed, as a markdown table. All processes share this machine's cores: ratios mean more

@@ -92,7 +92,7 @@ def test_every_raw_example_is_valid(script: ModuleType, page: str) -> None:
 
 
 def test_every_command_line_example_is_valid(script: ModuleType, page: str) -> None:
-    found = re.findall(r"^    python -m node call \S+ ([A-Z_]+)(?: '(.*?)')?$", page, re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^    shoal call \S+ ([A-Z_]+)(?: '(.*?)')?$", page, re.DOTALL | re.MULTILINE)
     assert len(found) >= len(script.commands()) - 3
     for method, parameters in found:
         _decode(script, method, json.loads(parameters or "{}"))

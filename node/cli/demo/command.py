@@ -39,7 +39,7 @@ SEEDING_TIMEOUT_S = 60.0
 LOAD_TIMEOUT_S = 120.0
 TASK_TIMEOUT_S = 240.0
 
-EXAMPLES = examples("python -m node demo", 'python -m node demo --prompt "Tell me about whales." --max-tokens 200')
+EXAMPLES = examples("shoal demo", 'shoal demo --prompt "Tell me about whales." --max-tokens 200')
 
 
 def demo(
@@ -166,7 +166,7 @@ async def _files_when_seeding(client: Client) -> ListFilesResult:
         raise TimedOutError(f"alpha did not seed its shards within {SEEDING_TIMEOUT_S:.0f} s") from None
 
 
-async def _load(nodes: list[RunningNode], clients: list[Client]) -> list[view.Load]:
+async def _load(nodes: list[RunningNode], clients: list[Client]) -> list[view.DemoLoad]:
     try:
         with bytes_progress(out) as progress:
             async with asyncio.TaskGroup() as group:
@@ -179,7 +179,7 @@ async def _load(nodes: list[RunningNode], clients: list[Client]) -> list[view.Lo
     return [task.result() for task in tasks]
 
 
-async def _load_one(node: RunningNode, client: Client, shard_id: int, progress: RichProgress) -> view.Load:
+async def _load_one(node: RunningNode, client: Client, shard_id: int, progress: RichProgress) -> view.DemoLoad:
     bar = progress.add_task(f"  {node.name:<6} shard {shard_id} finding", total=None)
     seen: dict[str, float] = {}
 
@@ -203,7 +203,7 @@ async def _load_one(node: RunningNode, client: Client, shard_id: int, progress: 
     label = f"  {node.name:<6} shard {shard_id} loaded, from {result.source}"
     progress.update(bar, description=label, completed=result.bytes, total=result.bytes)
     begun, ended = seen.get("downloading"), seen.get("verifying", seen.get("loading"))
-    return view.Load(result, ended - begun if begun and ended else 0.0)
+    return view.DemoLoad(result, ended - begun if begun and ended else 0.0)
 
 
 async def _execute(client: Client, prompt: str, max_tokens: int) -> InferenceResult:

@@ -46,7 +46,7 @@ class RunningNode:
 async def running_node(
     name: str, home: Path, arguments: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> AsyncIterator[RunningNode]:
-    """Start `python -m node serve` on free loopback ports with `home` as its data directory; end it at the exit.
+    """Start `shoal serve` on free loopback ports with `home` as its data directory; end it at the exit.
 
     `environment` stands over this process's own. Raises NodeStartError with the last lines of its log; to an error of
     the block, of a node that ended by itself meanwhile, they are added as a note.

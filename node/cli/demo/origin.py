@@ -34,7 +34,7 @@ def origin_environment(s3: S3Server) -> Mapping[str, str]:
 
 
 async def publish(folder: Path, home: Path, environment: Mapping[str, str]) -> None:
-    """`python -m node publish FOLDER --origin URL --only-origin`. Raises NodeStartError with what it said."""
+    """`shoal publish FOLDER --origin URL --only-origin`. Raises NodeStartError with what it said."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",

@@ -15,7 +15,7 @@ from protocol.commands.tasks import InferenceResult
 
 
 @dataclass(frozen=True)
-class Load:
+class DemoLoad:
     """One LOAD_SHARD of the demo."""
 
     result: ShardResult
@@ -41,7 +41,7 @@ def show_files(found: ListFilesResult) -> None:
     out.print(table)
 
 
-def show_source(load: Load) -> None:
+def show_source(load: DemoLoad) -> None:
     """Where one shard came from."""
     shard = load.result
     moved = sum(shard.bytes_by_source.values())
@@ -51,7 +51,7 @@ def show_source(load: Load) -> None:
 
 def show_summary(
     nodes: Sequence[RunningNode],
-    loads: Sequence[Load],
+    loads: Sequence[DemoLoad],
     result: InferenceResult,
     reference_tokens_per_s: float,
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from protocol.manifest import (
     Manifest,
     ShardEntry,
     SignedManifest,
+    is_letter_or_digit,
     manifest_from_wire,
     safe_filename,
     sign_manifest,
@@ -122,6 +122,7 @@ def folder_names(name: str, digest: ManifestDigest) -> tuple[str, str]:
 
     The name comes from a peer: what could lead out of the folder, or hide it, is replaced.
     """
-    safe = re.sub(r"[^\w.+ -]", "_", name.replace("/", "--"))
+    plain = name.replace("/", "--")
+    safe = "".join(one if one in "._+ -" or is_letter_or_digit(one) else "_" for one in plain)
     safe = safe.strip(" .").encode()[:100].decode(errors="ignore") or "unnamed"
     return safe_filename(f"{safe}@{digest[:12]}"), safe_filename(f"{safe}@{digest}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from protocol.signing import SigningKey
 from tests.support.cli_node import NODE, PIECES, FakeNode, fake_node
 from tests.support.gguf.tiny_gguf import write_tiny_gguf
 
-COMMANDS = ("serve", "split", "publish", "pull", "verify", "call", "nodes", "status", "generate", "demo")
+COMMANDS = ("serve", "split", "publish", "pull", "verify", "call", "nodes", "status", "generate", "check-o3", "demo")
 
 
 class Said(NamedTuple):
@@ -79,9 +81,13 @@ def test_help_of_each_command_has_examples_that_can_be_typed(shoal: Shoal, comma
     said = shoal(command, "--help")
     assert said.code == 0
     _, _, below = said.out.partition("Examples:\n")
-    assert f"    python -m node {'' if command == 'serve' else command}" in below
+    assert f"    shoal {'' if command == 'serve' else command}" in below
     options = said.out[said.out.index("Options:") :].partition("Examples:")[0]
     assert max(map(len, options.splitlines())) <= 80
+
+
+def test_the_version_is_told(shoal: Shoal) -> None:
+    assert shoal("--version") == (0, f"shoal {importlib.metadata.version('shoal')}\n", "")
 
 
 def test_help_of_serve_names_environment_and_file(shoal: Shoal) -> None:
@@ -140,6 +146,18 @@ def test_split_writes_shards_and_shows_them(shoal: Shoal, tmp_path: Path) -> Non
     assert again.code == 0
     assert f"tiny@{found['digest']}" in said.out
     assert [entry["end_layer"] for entry in found["manifest"]["shards"]] == [2, 4]
+
+
+def test_names_of_every_script_are_kept_and_the_last_line_can_be_pasted(shoal: Shoal, tmp_path: Path) -> None:
+    names = {"通义千问": "通义千问", "نموذج عربي": "نموذج-عربي"}
+    for name, kept in names.items():
+        model = write_tiny_gguf(tmp_path / "tiny.gguf", {"general.name": name})
+        said = shoal("split", model, "--out", tmp_path / kept, "--shards", 2)
+        assert said.code == 0
+        line = said.out.splitlines()[-1]
+        assert shlex.split(line)[:5] == ["shoal", "generate", "127.0.0.1:7400", "--model", kept]
+        assert shoal("publish", tmp_path / kept, "--data-dir", tmp_path / "data").code == 0
+    assert {folder.name for folder in (tmp_path / "data" / "shards").iterdir()} == set(names.values())
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from protocol.errors import (
 )
 from protocol.manifest import MANIFEST_FILENAME, Manifest, check_manifest
 from tests.support.gguf.random_models import LAYERS, VOCAB, WIDTH, write_random_model
+from tests.support.gguf.tiny_gguf import write_tiny_gguf
 
 SMOLLM2_BYTES = 98_362_432
 
@@ -517,3 +518,20 @@ def test_damaged_models_are_refused_or_cut(tmp_path: Path, data: st.DataObject) 
         return
     for entry in manifest.shards:
         assert slice_info(read_gguf(out / entry.filename)) is not None
+
+
+@pytest.mark.parametrize(
+    ("general_name", "name"),
+    [
+        ("通义千问 2.5", "通义千问-2.5"),
+        ("نموذج اللغة", "نموذج-اللغة"),
+        ("हिन्दी", "हिन्दी"),
+        ("Llama 3 / 8B!", "Llama-3-8B"),
+        ("模型" * 60, "模型" * 16 + "模"),
+        ("🐟🐟", "tiny"),
+    ],
+)
+def test_a_default_name_keeps_the_letters_of_its_script(tmp_path: Path, general_name: str, name: str) -> None:
+    model = write_tiny_gguf(tmp_path / "tiny.gguf", {"general.name": general_name})
+    assert default_name(read_gguf(model)) == name
+    assert split_gguf(model, tmp_path / "out", shards=1).name == name

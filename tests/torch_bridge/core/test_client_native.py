@@ -12,7 +12,6 @@ import pytest
 import torch_bridge
 from node.origin.akave.cid import CHUNK_BYTES
 from protocol.errors import InvalidParamsError, OriginDeniedError, OriginError
-from scripts.check_o3 import Check
 from tests.support.origins.akave_parts import BUCKET, NODE, PRIVATE_KEY, settings, standin_network
 from torch_bridge import O3Client, RetryPolicy
 
@@ -46,17 +45,6 @@ def test_the_native_backend_reads_bytes_and_hands_out_the_sdks_own_object(networ
     assert ipc is not client.ipc(), "closed with the client"
     client.close()
     assert NODE in network.nodes
-
-
-def test_a_connection_is_checked_natively_too(network: Any) -> None:
-    client = O3Client(backend="native", settings=settings(), retry=RetryPolicy(total_s=2.0))
-    with client:
-        check = Check(client, None, lambda _: None)
-        check.run(keep_bucket=False)
-        assert check.ok, check.steps
-        assert "is left" in check.steps[-1].found
-        assert check.bucket in client.list_buckets()
-        assert client.bucket(check.bucket).list() == []
 
 
 def test_without_the_sdk_or_without_a_key_there_is_no_ipc() -> None:
