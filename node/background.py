@@ -111,6 +111,40 @@ class Background:
         return bool(tasks)
 
 
+class BoundedGroup:
+    """Tasks that are cancelled when the context ends, and whose end is then awaited for a bounded time only.
+
+    For tasks that run others' code, which may not end when it is cancelled. One that fails is logged, and the others
+    go on.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, patience_s: float) -> AsyncIterator[BoundedGroup]:
+        """At the exit, a task that still runs `patience_s` seconds after it was cancelled is left behind and logged."""
+        group = cls()
+        try:
+            yield group
+        finally:
+            tasks = tuple(group._tasks)
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                _, stuck = await asyncio.wait(tasks, timeout=patience_s)
+                for task in stuck:
+                    log.warning("%s does not end when cancelled", task.get_name())
+
+    def start(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        """Run it beside everything else."""
+        task = asyncio.create_task(_logged(work, name), name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
 async def _logged(work: Coroutine[Any, Any, None], name: str) -> None:
     try:
         await work

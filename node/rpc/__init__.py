@@ -1,13 +1,12 @@
-"""The MessagePack-RPC server: the door through which every command comes.
+"""The MessagePack-RPC server, through which every command comes.
 
 settings    how much a peer may ask of it
-call        a command's declaration, and a request in progress as its handler sees it
+requests    the requests in progress of all connections: by id, with the memory that they hold
 connection  one peer: reads requests, runs them side by side, answers as they finish
-server      listens, and knows every request of the node by its id
+server      listens, accepts connections, and ends them in order
 """
 
-from node.rpc.call import Call, Command, Handler
-from node.rpc.connection import Connection
+from node.rpc.connection import Call, Command, Connection, Handler
 from node.rpc.server import RpcServer
 from node.rpc.settings import RpcSettings
 

@@ -9,6 +9,7 @@ import msgpack
 import msgspec
 import pytest
 
+from node.clock import Clock
 from node.rpc import Call, Command, RpcServer, RpcSettings
 from protocol.client import Client
 from protocol.commands.common import ChatMessage, Params, Result
@@ -26,6 +27,7 @@ from protocol.errors import (
 )
 from protocol.ids import NodeId
 from protocol.msgpackrpc import CLIENT_LIMITS, Limits
+from tests.support.clocks import MovedClock
 from tests.support.waiting import eventually
 
 NODE = NodeId("ab" * 32)
@@ -98,7 +100,7 @@ class Peer:
 class Node:
     """A server with commands that show what it does."""
 
-    def __init__(self, settings: RpcSettings) -> None:
+    def __init__(self, settings: RpcSettings, clock: Clock | None = None) -> None:
         self.ended: list[str] = []
         self.started = asyncio.Event()
         self.closed_connections = 0
@@ -112,7 +114,7 @@ class Node:
             "STUBBORN": Command(WaitParams, self.stubborn),
             "CANCEL": Command(CancelParams, self.cancel),
         }
-        self.server = RpcServer(commands, NODE, settings)
+        self.server = RpcServer(commands, NODE, settings, clock=clock)
         self.port = 0
 
     async def wait(self, params: WaitParams, call: Call) -> WaitResult:
@@ -171,12 +173,12 @@ class Node:
 
 
 @contextlib.asynccontextmanager
-async def serving(**settings: Any) -> AsyncIterator[Node]:
-    node = Node(replace(RpcSettings(linger_s=0.5), **settings))
+async def serving(clock: Clock | None = None, **settings: Any) -> AsyncIterator[Node]:
+    node = Node(replace(RpcSettings(linger_s=0.5), **settings), clock)
     async with node.server.serve() as server:
         node.port = server.port
         yield node
-    assert (node.server.held_bytes, node.server.incoming_bytes) == (0, 0)
+    assert (node.server.requests.held_bytes, node.server.requests.incoming_bytes) == (0, 0)
     assert node.server.connections == 0
 
 
@@ -188,7 +190,7 @@ async def node() -> AsyncIterator[Node]:
 
 async def test_answers_come_as_they_finish(node: Node) -> None:
     async with node.peer() as peer:
-        waits = [("slow", 0.6), ("middle", 0.3), ("fast", 0.0)]
+        waits = [("slow", 0.2), ("middle", 0.1), ("fast", 0.0)]
         peer.send(*([0, msgid, "WAIT", [{"label": label, "seconds": s}]] for msgid, (label, s) in enumerate(waits)))
         messages = [await peer.receive() for _ in range(6)]
     assert [m[2][0]["label"] for m in messages if m[0] == 2] == ["slow", "middle", "fast"]
@@ -359,13 +361,13 @@ async def test_requests_end_with_their_connection(node: Node) -> None:
         peer.send([0, 1, "WAIT", [{"label": "a", "seconds": 30}]], [0, 2, "WAIT", [{"label": "b", "seconds": 30}]])
         await peer.receive()
     await eventually(lambda: sorted(node.ended) == ["a", "b"])
-    await eventually(lambda: node.server.connections == 0 and node.server.held_bytes == 0)
+    await eventually(lambda: node.server.connections == 0 and node.server.requests.held_bytes == 0)
 
 
 async def test_too_many_requests_on_a_connection_are_busy_but_cancel_goes_through() -> None:
     async with serving(max_in_flight=3) as node, node.client() as client, node.client() as other:
         waits = [asyncio.create_task(client.call("WAIT", {"seconds": 30}, request_id=f"r{n}")) for n in range(3)]
-        await eventually(lambda: node.server.held_bytes and len(node.server._running) == 3)
+        await eventually(lambda: node.server.requests.held_bytes and len(node.server.requests) == 3)
         with pytest.raises(BusyError) as caught:
             await client.call("FILL")
         assert caught.value.retryable
@@ -434,34 +436,43 @@ async def test_a_peer_that_reads_slowly_gets_every_notification(node: Node) -> N
 
 
 async def test_a_peer_that_reads_no_answers_loses_its_connection() -> None:
-    async with serving(stall_s=0.5) as node, node.client() as other, node.peer() as peer:
+    clock = MovedClock()
+    async with serving(clock) as node, node.client() as other, node.peer() as peer:
         peer.pause_reading()
         peer.send(*([0, msgid, "FILL", [{"size": 2_000_000}]] for msgid in range(200)))
-        await eventually(lambda: len(node.server._running) > 50)
-        [connection] = [c for c in node.server._connections.values() if c._requests]
+        await eventually(lambda: len(node.server.requests) > 50)
+        [connection] = [c for c in node.server._connections.values() if c._calls]
         # One answer is packed at a time: the others wait as the values they are.
         assert connection._writer.transport.get_write_buffer_size() < 4_100_000
         assert await other.call("FILL") == {"data": b""}
-        await eventually(lambda: node.server.connections == 1)
+        assert node.server.connections == 2
+        # The first time-out finds that bytes have left since the answer was written.
+        await clock.move_until(lambda: node.server.connections == 1, 2.1 * RpcSettings().stall_s)
 
 
 async def test_a_large_answer_over_a_slow_reader_is_not_a_stall() -> None:
-    async with serving(stall_s=1.0) as node, node.peer() as peer:
+    clock = MovedClock()
+    async with serving(clock) as node, node.peer() as peer:
         peer.send([0, 1, "FILL", [{"size": 20_000_000}]])
         received = 0
         while received < 20_000_000:
             data = await peer._reader.read(400_000)
             assert data
             received += len(data)
-            await asyncio.sleep(0.03)
+            await clock.move(RpcSettings().stall_s / 20)
+        assert clock.now() > 1000 + 2 * RpcSettings().stall_s
 
 
 async def test_a_message_that_does_not_go_on_ends_its_connection() -> None:
-    async with serving(stall_s=0.3) as node, node.peer() as idle, node.peer() as peer:
+    clock = MovedClock()
+    async with serving(clock, linger_s=0.01) as node, node.peer() as idle, node.peer() as peer:
         peer.send_bytes(b"\x94\x00\x07\xa4WA")
+        await eventually(lambda: node.server.requests.incoming_bytes)
+        await clock.move(RpcSettings().stall_s)
         _, msgid, error, _ = await peer.receive()
         assert (msgid, error["code"]) == (7, "malformed_message")
         assert await peer.receive() is None
+        await clock.move(10 * RpcSettings().stall_s)
         assert await idle.ask(0, 1, "FILL", [{}]) == [1, 1, None, {"data": b""}]  # silence between messages is fine
 
 
@@ -471,13 +482,13 @@ async def test_what_all_connections_hold_together_is_bounded() -> None:
         peers = [await stack.enter_async_context(node.peer()) for _ in range(3)]
         for peer in peers[:2]:
             peer.send_bytes(b"\x94\x00\x07\xa4WAIT\x91\xc6\x00\x0a\x00\x00" + bytes(600_000))
-        await eventually(lambda: node.server.incoming_bytes > 1_200_000)
+        await eventually(lambda: node.server.requests.incoming_bytes > 1_200_000)
         peers[2].send_bytes(b"\x94\x00\x07\xa4WAIT\x91\xc6\x00\x0a\x00\x00" + bytes(600_000))
         _, msgid, error, _ = await peers[2].receive()
         assert (msgid, error["code"], error["retryable"]) == (7, "busy", True)
         for peer in peers:
             peer.close()
-        await eventually(lambda: node.server.incoming_bytes == 0)
+        await eventually(lambda: node.server.requests.incoming_bytes == 0)
 
 
 async def test_requests_in_progress_count_as_held() -> None:
@@ -489,7 +500,7 @@ async def test_requests_in_progress_count_as_held() -> None:
         with pytest.raises(BusyError, match="hold"):
             await client.call("WAIT", params)
         waiting.cancel()
-        await eventually(lambda: node.server.held_bytes < 10_000)
+        await eventually(lambda: node.server.requests.held_bytes < 10_000)
         assert await client.call("WAIT", {"label": "y" * 700_000}) == {"label": "y" * 700_000}
 
 
@@ -523,15 +534,15 @@ async def test_shutdown_answers_what_is_in_progress() -> None:
 
 
 async def test_shutdown_does_not_wait_for_a_handler_that_will_not_end(caplog: pytest.LogCaptureFixture) -> None:
-    node = Node(RpcSettings())
+    node = Node(RpcSettings(shutdown_s=0.1))
     async with contextlib.AsyncExitStack() as stack:
         async with node.server.serve() as server:
             node.port = server.port
             client = await stack.enter_async_context(node.client())
-            waiting = asyncio.create_task(client.call("STUBBORN", {"seconds": 5}))
+            waiting = asyncio.create_task(client.call("STUBBORN", {"seconds": 1}))
             await node.started.wait()
             before = asyncio.get_running_loop().time()
-        assert asyncio.get_running_loop().time() - before < 4.9
+        assert asyncio.get_running_loop().time() - before < 0.9
         assert "does not end when cancelled" in caplog.text
         await asyncio.wait([waiting])
         with contextlib.suppress(UnreachableError):
