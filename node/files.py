@@ -94,15 +94,21 @@ def _fsync(path: Path, flags: int) -> None:
 class FileLock:
     """A lock between processes, held on a file that stays (flock(2)). The kernel releases it however a process ends.
 
-    A forked child does not hold its parent's lock. `pid`, if `write_pid` is set, tells others who holds it.
+    A forked child does not hold its parent's lock. `write_pid` writes the process id into the file, for `holder`.
+    Without `create`, a file that does not exist is FileNotFoundError.
     """
 
-    def __init__(self, path: Path, *, shared: bool = False, write_pid: bool = False, mode: int = 0o644) -> None:
+    def __init__(
+        self, path: Path, *, shared: bool = False, create: bool = True, write_pid: bool = False, mode: int = 0o644
+    ) -> None:
         self._path = path
         self._operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        self._flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
         self._write_pid = write_pid
         self._mode = mode
         self._fd: int | None = None
+        self._waiting_fd: int | None = None
+        """Open for a lock that another process may still hold."""
         _all_locks.add(self)
 
     @property
@@ -110,13 +116,26 @@ class FileLock:
         """Whether this object holds the lock."""
         return self._fd is not None
 
+    @property
+    def fd(self) -> int:
+        """The descriptor of the file, which this object keeps: for what the lock guards, if that is in the file.
+
+        Raises RuntimeError if the lock is not held.
+        """
+        if self._fd is None:
+            raise RuntimeError(f"the lock on {self._path} is not held")
+        return self._fd
+
     def try_acquire(self) -> bool:
         """Whether the lock is held now; does not wait. Raises OSError if the file cannot be opened."""
+        return self._acquire(fcntl.LOCK_NB)
+
+    def _acquire(self, wait: int) -> bool:
         if self._fd is not None:
             raise RuntimeError(f"the lock on {self._path} is held already")
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, self._mode)
+        self._waiting_fd = fd = os.open(self._path, self._flags, self._mode)
         try:
-            fcntl.flock(fd, self._operation | fcntl.LOCK_NB)
+            fcntl.flock(fd, self._operation | wait)
             if self._write_pid:
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
@@ -126,15 +145,20 @@ class FileLock:
         except BaseException:
             os.close(fd)
             raise
+        finally:
+            self._waiting_fd = None
         self._fd = fd
         return True
 
     def acquire(self, stop: threading.Event | None = None, timeout_s: float | None = None) -> None:
-        """Wait for the lock.
+        """Wait for the lock: as the kernel wakes this thread, or looking every POLL_S if `stop` or a time is given.
 
         Raises CancelledRequestError if `stop` is set meanwhile, TimeoutError after `timeout_s` seconds, OSError if the
         file cannot be opened.
         """
+        if stop is None and timeout_s is None:
+            self._acquire(0)
+            return
         give_up_at = None if timeout_s is None else time.monotonic() + timeout_s
         while not self.try_acquire():
             if stop is not None and stop.is_set():
@@ -158,9 +182,10 @@ class FileLock:
 
     def drop_in_child(self) -> None:
         """In a forked child: close the copy of the descriptor, which does not end the parent's lock."""
-        fd, self._fd = self._fd, None
-        if fd is not None:
-            os.close(fd)
+        for fd in (self._fd, self._waiting_fd):
+            if fd is not None:
+                os.close(fd)
+        self._fd = self._waiting_fd = None
 
     @contextmanager
     def held(self, stop: threading.Event | None = None, timeout_s: float | None = None) -> Iterator[None]:

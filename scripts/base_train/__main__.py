@@ -28,6 +28,7 @@ import platformdirs
 import torch
 import torch.distributed as dist
 
+from node.files import atomic_file
 from protocol.errors import ShoalError
 from scripts.base_train import tokenizer as byte_tokenizer
 from scripts.base_train.data import Data, opened
@@ -120,8 +121,8 @@ class Run:
                 "optimiser": self.optimiser.state_dict(),
                 "places": places,
             }
-            torch.save(state, path.with_suffix(".new"))
-            path.with_suffix(".new").replace(path)
+            with atomic_file(path, "contents") as file:
+                torch.save(state, file)
         return path
 
     def load(self, path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pyarrow import ArrowException, parquet
 
+from node.files import replace_file
 from protocol.errors import InvalidShardError
 from protocol.manifest import ShardEntry
 from scripts.base_train import corpus as text_corpus
@@ -65,7 +66,7 @@ def made_corpus(settings: Settings) -> tuple[str, str | None, Path]:
         paths = text_corpus.write_shards(new / "parquet", shards=shards, shard_bytes=shard_bytes)
         text_corpus.publish_to(f"file://{(new / 'origin').resolve()}", paths)
         try:
-            new.rename(made)
+            replace_file(new, made)
         except OSError:  # another run made it meanwhile
             shutil.rmtree(new)
     if not settings.streaming_mode:

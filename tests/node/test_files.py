@@ -123,3 +123,35 @@ def test_a_forked_child_does_not_hold_its_parents_lock(tmp_path: Path) -> None:
     assert not FileLock(tmp_path / "lock").try_acquire()
     lock.release()
     assert FileLock(tmp_path / "lock").try_acquire()
+
+
+def test_what_a_lock_guards_may_be_in_its_file(tmp_path: Path) -> None:
+    lock = FileLock(tmp_path / "lock")
+    with pytest.raises(RuntimeError, match="not held"):
+        _ = lock.fd
+    with lock.held():
+        os.pwrite(lock.fd, b"7", 0)
+    assert (tmp_path / "lock").read_bytes() == b"7"
+    with pytest.raises(FileNotFoundError):
+        FileLock(tmp_path / "other", create=False).try_acquire()
+    assert os.listdir(tmp_path) == ["lock"]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_who_waits_without_a_limit_is_woken_and_its_forked_child_does_not_wait(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    first, second = FileLock(path), FileLock(path)
+    assert first.try_acquire()
+    waiting = threading.Thread(target=second.acquire)
+    waiting.start()
+    while second._waiting_fd is None:  # it is about to wait, or waits
+        pass
+    child = os.fork()
+    if not child:
+        os._exit(second._waiting_fd is not None or first.is_held)
+    assert os.waitpid(child, 0)[1] == 0
+    assert not second.is_held
+    first.release()
+    waiting.join(10)
+    assert second.is_held
+    second.release()

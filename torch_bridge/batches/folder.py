@@ -13,20 +13,18 @@ c001/files/IDENTITY/NAME     whole files, and NAME.part that are not
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
-import os
 import re
 import shutil
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 
+from node.files import Durability, FileLock, atomic_write
 from protocol.errors import BusyError, InsufficientDiskError, InvalidParamsError, ShoalError
 from torch_bridge.batches.plan import Consumer, RemoteFile
 
@@ -57,15 +55,10 @@ def writing(what: object) -> Iterator[None]:
         ) from error
 
 
-def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
-    """Whole or not at all; what is not durable outlives the process and not the machine."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.new")
-    with writing(path), beside.open("wb") as out:
-        out.write(msgspec.json.encode(value))
-        if durable:
-            out.flush()
-            os.fsync(out.fileno())
-    beside.replace(path)
+def write_json(path: Path, value: Any, durability: Durability = "contents") -> None:
+    """Replace a file by one that holds `value`. Raises as `writing` does."""
+    with writing(path):
+        atomic_write(path, msgspec.json.encode(value), durability)
 
 
 def read_json(path: Path) -> Any:
@@ -78,36 +71,31 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def locked(path: Path, wait_s: float | None = None) -> Iterator[None]:
-    """Hold a lock that a crash lets go of. BusyError where another holds it for so long (LOCK_WAIT_S)."""
+    """Hold a lock, which ends with its process. Raises BusyError if another one holds it for `wait_s` (LOCK_WAIT_S)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        _take(file, path, LOCK_WAIT_S if wait_s is None else wait_s)
-        process = os.getpid()
-        try:
-            yield
-        finally:
-            # A forked child has the same lock: it ends with its owner, whoever has forked since.
-            if os.getpid() == process:
-                fcntl.flock(file, fcntl.LOCK_UN)
+    lock = FileLock(path)
+    _acquire(lock, path, LOCK_WAIT_S if wait_s is None else wait_s)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _take(file: IO[bytes], path: Path, wait_s: float) -> None:
-    began, is_told = time.monotonic(), False
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            waited_s = time.monotonic() - began
-            if waited_s >= wait_s:
-                raise BusyError(
-                    f"{path.parent} is in use by another run, which holds {path.name}: give each run a cache_dir of "
-                    "its own, or end the other one"
-                ) from None
-            if waited_s > _TELL_AFTER_S and not is_told:
-                is_told = True
-                _log.warning("waiting for %s, which another process holds: one that ends, or another run", path)
-        time.sleep(0.02)
+def _acquire(lock: FileLock, path: Path, wait_s: float) -> None:
+    silent_s = min(wait_s, _TELL_AFTER_S)
+    try:
+        lock.acquire(timeout_s=silent_s)
+        return
+    except TimeoutError:
+        if wait_s > silent_s:
+            _log.warning("waiting for %s, which another process holds: one that ends, or another run", path)
+    try:
+        lock.acquire(timeout_s=wait_s - silent_s)
+    except TimeoutError:
+        raise BusyError(
+            f"{path.parent} is in use by another run, which holds {path.name}: give each run a cache_dir of its own, "
+            "or end the other one"
+        ) from None
 
 
 class ConsumerFolder:
@@ -128,17 +116,14 @@ class ConsumerFolder:
         InvalidParamsError where it belongs to another data set.
         """
         self.notes.mkdir(parents=True, exist_ok=True)
-        with self.common_lock():
-            self._divide()
-            taken = locked(self.home / "lock")
-            taken.__enter__()
-        try:
+        with ExitStack() as stack:
+            with self.common_lock():
+                self._divide()
+                stack.enter_context(locked(self.home / "lock"))
             self.files.mkdir(exist_ok=True)
             yield
-        finally:
-            taken.__exit__(None, None, None)
 
-    def common_lock(self) -> Any:
+    def common_lock(self) -> AbstractContextManager[None]:
         """The lock of the whole folder; who lists a large origin or reads through an archive holds it for long."""
         return locked(self.root / "lock", wait_s=LISTING_WAIT_S)
 
@@ -166,8 +151,7 @@ class ConsumerFolder:
             # Each consumer begins its own journal anew with its own part, which is another now.
             journals = sorted(epoch.glob("c*.jsonl"))
             lines = b"\n".join(path.read_bytes() for path in [*epoch.glob("before.jsonl"), *journals])
-            (epoch / "before.new").write_bytes(lines)
-            (epoch / "before.new").replace(epoch / "before.jsonl")
+            atomic_write(epoch / "before.jsonl", lines)
             for path in journals:
                 path.unlink()
         write_json(layout, {"consumers": self.consumer.local_count, "first_epoch": first, "used_for": self._used_for})

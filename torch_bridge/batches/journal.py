@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from node.files import atomic_write
 from protocol.errors import InvalidParamsError
 from torch_bridge.batches.folder import ConsumerFolder, read_json, write_json, writing
 from torch_bridge.batches.plan import RemoteFile
@@ -77,10 +78,8 @@ class ConsumerJournal:
         """Start an epoch's journal of this consumer with what is done of its part; forget epochs that all are past."""
         path = self._journal(epoch)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.new")
         with writing(path):
-            beside.write_bytes(b"".join(_line(file, count) for file, count in done.items()))
-            beside.replace(path)
+            atomic_write(path, b"".join(_line(file, count) for file, count in done.items()))
         with self._folder.common_lock():
             needed = min(lowest_epoch(self._folder.root), epoch)
             for old in (self._folder.root / "epochs").iterdir():
@@ -95,7 +94,7 @@ class ConsumerJournal:
 
     def at(self, position: ConsumerPosition) -> None:
         """Where the consumer is now."""
-        write_json(self._path, {**msgspec.structs.asdict(position), "spent": asdict(position.spent)}, durable=False)
+        write_json(self._path, {**msgspec.structs.asdict(position), "spent": asdict(position.spent)}, "process")
 
     def _epoch(self, epoch: int) -> Path:
         return self._folder.root / "epochs" / f"{epoch:08d}"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from node.files import atomic_write
 from protocol.errors import InvalidParamsError
 from torch_bridge.batches.plan import RemoteFile
 from torch_bridge.batches.sources.interface import FileSource
@@ -40,9 +41,7 @@ class MetadataOf:
         if self.at_source is not None and self._table is None:
             kept = notes / f"metadata-{hashlib.sha256(self.at_source.encode()).hexdigest()[:24]}"
             if not kept.exists():
-                beside = kept.with_name(kept.name + ".new")
-                beside.write_bytes(source.read(self.at_source))
-                beside.replace(kept)
+                atomic_write(kept, source.read(self.at_source))
             self._table = read_table(self.at_source, kept.read_bytes(), self._column)
         if self._table is not None and not self._indexed:
             for name, value in sorted(self._table.items(), key=lambda item: item[0].count("/")):

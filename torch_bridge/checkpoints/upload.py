@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from node.files import FileLock
 from node.origin.interface import ObjectStore
 from node.origin.layout import shard_key
 from node.origin.publishing import AT_ONCE, publish
@@ -29,7 +30,6 @@ from protocol.signing import SigningKey
 from torch_bridge.checkpoints.commit import Commit, commit_folder, encode_commit, parse_commit_key
 from torch_bridge.checkpoints.parts import PART_BYTES, Part, in_order, laid_out, pack
 from torch_bridge.checkpoints.state import FlatState, flatten
-from torch_bridge.core.file_locks import FileLock
 from torch_bridge.core.loop_thread import loop_thread
 from torch_bridge.core.store import Store
 
@@ -232,14 +232,14 @@ def own_folder(parent: Path) -> Iterator[Path]:
         _clear_left_behind(parent)
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
         lock = FileLock(folder / _LOCK)
-        lock.take()
+        lock.try_acquire()
     try:
         parts = folder / _PARTS
         parts.mkdir()
         yield parts
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        lock.leave()
+        lock.release()
 
 
 def _clear_left_behind(parent: Path) -> None:
@@ -247,12 +247,12 @@ def _clear_left_behind(parent: Path) -> None:
     for folder in parent.glob(f"{_PREFIX}*"):
         lock = FileLock(folder / _LOCK)
         try:
-            if not (folder / _LOCK).exists() or not lock.take():
+            if not (folder / _LOCK).exists() or not lock.try_acquire():
                 continue
         except OSError:
             continue  # another user's
         shutil.rmtree(folder, ignore_errors=True)
-        lock.leave()
+        lock.release()
 
 
 _one_at_a_time = threading.Lock()

@@ -1,13 +1,12 @@
 """Chunks on disk under a hard limit, shared by every process of a machine that uses the folder.
 
-Locks are flocks, which end with their process. One, on `lock`, guards what the folder holds and the sum in that file.
-The other is on the file that a chunk is being written to, NAME.part, made at full length: who holds it fetches that
-chunk, the others wait for it; one that nobody holds was left by a crash and goes. A chunk appears by rename, whole.
+One lock, on the file `lock`, guards what the folder holds, and the sum of it in that file. Another one is on the file
+that a chunk is being written to, NAME.part, made at full length: its holder fetches that chunk, the others wait for
+it; a part that no process holds was left by a crash and is deleted. A chunk gets its name when it is whole.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import threading
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from node.files import FileLock, replace_file
 from torch_bridge.objects.chunk_file import HEADER_BYTES, OpenChunk, open_chunk, write_chunk
 
 OPEN_CHUNKS = 256
@@ -26,17 +26,16 @@ OPEN_CHUNKS = 256
 TOUCH_S = 5.0
 """A chunk's time of use is written at most this often by one process."""
 _log = logging.getLogger(__name__)
-_claims: set[int] = set()
-"""Descriptors of chunks that this process is writing."""
 
 
 @dataclass
 class ChunkClaim:
-    """The right to fetch a chunk, and room for it; `fd` is None where there is no room, or no folder to write to."""
+    """The right to fetch a chunk, and room for it on the disk."""
 
     name: str
     length: int
-    fd: int | None
+    part: FileLock | None
+    """Held on the file that the chunk is written to; None if there is no room, or no folder to write to."""
 
 
 class ChunkCache:
@@ -50,7 +49,7 @@ class ChunkCache:
     def _begin(self) -> None:
         self._mine = threading.local()
         self._checked: set[str] = set()
-        self._limit: int | None = None
+        self._limit: FileLock | None = None
         self._warned = False
 
     def sweep(self) -> None:
@@ -108,54 +107,46 @@ class ChunkCache:
             for name, length in wanted.items():
                 if (self.folder / name).exists():
                     continue
-                if (left := self._part(name)) is not None:
-                    free = _free(left)
-                    os.close(left)
-                    if not free:
-                        continue
-                    self._remove(lock, f"{name}.part", cost_of(HEADER_BYTES + length))
                 cost = cost_of(HEADER_BYTES + length)
+                with suppress(FileNotFoundError):
+                    if _is_held(self._part(name)):
+                        continue
+                    self._remove(lock, f"{name}.part", cost)
                 if not self._reserve(lock, cost):
                     claims.append(ChunkClaim(name, length, None))
                     continue
-                fd = os.open(self.folder / f"{name}.part", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-                _claims.add(fd)
-                claims.append(ChunkClaim(name, length, fd))
-                fcntl.flock(fd, fcntl.LOCK_EX)
-                os.ftruncate(fd, HEADER_BYTES + length)
+                part = FileLock(self._part(name))
+                part.acquire()
+                claims.append(ChunkClaim(name, length, part))
+                os.ftruncate(part.fd, HEADER_BYTES + length)
             return claims
         # No folder to write to: everything that has no claim yet is read without one.
         known = {claim.name for claim in claims}
         return claims + [ChunkClaim(name, length, None) for name, length in wanted.items() if name not in known]
 
     def publish(self, claim: ChunkClaim, data: bytes) -> None:
-        """Keep a fetched chunk. Where the disk does not take it, it is not kept, and one warning says so."""
-        if claim.fd is None:
+        """Keep a fetched chunk. If the disk does not take it, it is not kept, and one warning says so."""
+        if claim.part is None:
             return
         with self._guarded():
-            write_chunk(claim.fd, data)
+            write_chunk(claim.part.fd, data)
             with self._locked():
-                os.rename(self.folder / f"{claim.name}.part", self.folder / claim.name)
-                self._release(claim)
+                replace_file(self._part(claim.name), self.folder / claim.name)
+                _release(claim)
         self.abandon(claim)
 
     def abandon(self, claim: ChunkClaim) -> None:
-        """Give a claim back; nothing happens where that was done."""
-        if claim.fd is None:
+        """Give a claim back; does nothing if that was done already."""
+        if claim.part is None:
             return
         with suppress(OSError), self._locked() as lock:
             self._remove(lock, f"{claim.name}.part", cost_of(HEADER_BYTES + claim.length))
-        self._release(claim)
+        _release(claim)
 
     def wait(self, name: str) -> None:
-        """Until nobody is fetching the chunk."""
-        with suppress(OSError):
-            if (fd := self._part(name)) is not None:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_SH)
-                    fcntl.flock(fd, fcntl.LOCK_UN)
-                finally:
-                    os.close(fd)
+        """Return when no process is fetching the chunk."""
+        with suppress(OSError), FileLock(self._part(name), shared=True, create=False).held():
+            pass
 
     # Under the lock.
 
@@ -170,7 +161,7 @@ class ChunkCache:
         return True
 
     def _make_room(self, lock: int, need: int) -> bool:
-        """Evict, and count what there is anew."""
+        """Evict, and count again what the folder holds."""
         kept, pinned = [], 0
         for entry in os.scandir(self.folder):
             if "-" not in entry.name or entry.name.startswith("limit-"):
@@ -179,12 +170,10 @@ class ChunkCache:
             if not entry.name.endswith(".part"):
                 kept.append(CachedChunk(stat.st_mtime_ns, cost_of(stat.st_size), entry.name))
                 continue
-            fd = os.open(entry.path, os.O_RDWR | os.O_CLOEXEC)
-            if _free(fd):
-                os.unlink(entry.path)
-            else:
+            if _is_held(Path(entry.path)):
                 pinned += cost_of(stat.st_size)
-            os.close(fd)
+            else:
+                os.unlink(entry.path)
         going = evicted(kept, pinned, need, self._smallest_limit())
         for one in going or []:
             os.unlink(self.folder / one.name)
@@ -204,28 +193,23 @@ class ChunkCache:
         for entry in os.scandir(self.folder):
             if not entry.name.startswith("limit-"):
                 continue
-            fd = os.open(entry.path, os.O_RDWR | os.O_CLOEXEC)
-            if int(entry.name[6:]) == self.limit_bytes or not _free(fd):
+            if int(entry.name[6:]) == self.limit_bytes or _is_held(Path(entry.path)):
                 limits.append(int(entry.name[6:]))
             else:
                 os.unlink(entry.path)
-            os.close(fd)
         return min(limits)
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
+        """Hold the folder's lock. Gives the descriptor of its file, which holds the sum."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if self._limit is None:
-                limit = self.folder / f"limit-{self.limit_bytes}"
-                self._limit = os.open(limit, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                fcntl.flock(self._limit, fcntl.LOCK_SH)
-            yield lock
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # by hand: a child that was forked meanwhile has the descriptor, too
-            os.close(lock)
+        lock = FileLock(self.folder / "lock")
+        with lock.held():
+            if self._limit is None or not self._limit.is_held:  # a forked child does not hold its parent's
+                limit = FileLock(self.folder / f"limit-{self.limit_bytes}", shared=True)
+                limit.acquire()
+                self._limit = limit
+            yield lock.fd
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -244,23 +228,14 @@ class ChunkCache:
             os.unlink(self.folder / name)
             self._make_room(lock, 0)
 
-    def _part(self, name: str) -> int | None:
-        with suppress(FileNotFoundError):
-            return os.open(self.folder / f"{name}.part", os.O_RDWR | os.O_CLOEXEC)
-        return None
-
-    def _release(self, claim: ChunkClaim) -> None:
-        if claim.fd is not None:
-            fcntl.flock(claim.fd, fcntl.LOCK_UN)
-            _claims.discard(claim.fd)
-            os.close(claim.fd)
-            claim.fd = None
+    def _part(self, name: str) -> Path:
+        return self.folder / f"{name}.part"
 
     def close(self) -> None:
         """Close this thread's files and take the limit back; the next use opens them again."""
         self._mine = threading.local()
         if self._limit is not None:
-            os.close(self._limit)
+            self._limit.release()
             self._limit = None
 
     def __del__(self) -> None:
@@ -279,23 +254,19 @@ def _parts(name: str) -> tuple[str, int]:
     return stem, int(index)
 
 
-def _free(fd: int) -> bool:
-    """Whether no process holds a lock on it; this one holds it then, until the descriptor is closed."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _is_held(path: Path) -> bool:
+    """Whether a process holds the lock on a file. Raises FileNotFoundError."""
+    lock = FileLock(path, create=False)
+    if not lock.try_acquire():
+        return True
+    lock.release()
+    return False
 
 
-def _after_fork() -> None:
-    # What the parent is writing stays the parent's: held here, too, it would seem alive after its death.
-    for fd in _claims:
-        os.close(fd)
-    _claims.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork)
+def _release(claim: ChunkClaim) -> None:
+    if claim.part is not None:
+        claim.part.release()
+        claim.part = None
 
 
 BLOCK_BYTES = 4096

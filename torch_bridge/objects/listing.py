@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
-import os
 import time
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import msgspec
 
+from node.files import FileLock, atomic_write
 from protocol.errors import OriginNotFoundError, OriginUnavailableError
 from torch_bridge.core.store import Store
 
@@ -57,9 +56,7 @@ def read_listing(store: Store, folder: Path, ttl_s: float) -> Listing:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metadata.json"
-    lock = os.open(folder / "metadata.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / "metadata.lock").held():
         kept = _read(path, store.url)
         if kept is not None and 0 <= time.time() - kept.listed_at_s < ttl_s:
             return kept
@@ -76,9 +73,6 @@ def read_listing(store: Store, folder: Path, ttl_s: float) -> Listing:
             _log.info("%s has changed: %d objects before, %d now", store.url, len(kept.objects), len(objects))
         _write(path, listing)
         return listing
-    finally:
-        fcntl.flock(lock, fcntl.LOCK_UN)
-        os.close(lock)
 
 
 def _validator(objects: tuple[ListedObject, ...]) -> str:
@@ -97,9 +91,7 @@ def _read(path: Path, url: str) -> Listing | None:
 
 
 def _write(path: Path, listing: Listing) -> None:
-    temporary = path.with_suffix(".new")
     try:
-        temporary.write_bytes(msgspec.json.encode(listing))
-        temporary.replace(path)
+        atomic_write(path, msgspec.json.encode(listing))
     except OSError as error:
         _log.warning("%s cannot be written (%s): the next start lists the origin again", path, error)

@@ -161,7 +161,7 @@ class RangeReader:
         """Fetch into the cache what nobody else does. Who needs a chunk that does not come is told when reading it."""
         try:
             claims = self.cache.claim({name: chunk.length for name, chunk in chunks.items()})
-            kept = [claim for claim in claims if claim.fd is not None]
+            kept = [claim for claim in claims if claim.part is not None]
             self._fetch(kept, chunks, lambda _name, _data: None, self._ahead_counted)
         except (ShoalError, OSError) as error:
             log.debug("reading ahead ended: %s", error)

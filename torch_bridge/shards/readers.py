@@ -6,7 +6,6 @@ the whole ledger is held while somebody decides, deletes, or says that it needs 
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,9 +15,9 @@ from urllib.parse import quote
 
 import msgspec
 
+from node.files import FileLock, atomic_write
 from protocol.errors import ShardInUseError
 from torch_bridge.core.closing import wait_for_others
-from torch_bridge.core.file_locks import FileLock, locked
 
 LEAVING_S = 30.0
 """So long one of the same name may take to end: a DataLoader starts new workers before the old ones are gone, and one
@@ -86,7 +85,7 @@ class ReaderLedger:
                     if not stale.name.startswith(kept):
                         stale.unlink(missing_ok=True)
                 self._mine.with_name("began").touch()
-            if not self._lock.take():
+            if not self._lock.try_acquire():
                 raise ShardInUseError(
                     f"another process reads as {reader!r} of run {run!r} in {folder}: give each its own "
                     "reader= (rank and worker), and each run its own (run=)"
@@ -95,7 +94,7 @@ class ReaderLedger:
                 try:
                     self.write(state)
                 except OSError:
-                    self._lock.leave()
+                    self._lock.release()
                     raise
 
     @classmethod
@@ -114,7 +113,7 @@ class ReaderLedger:
             if self._inside:
                 yield
                 return
-            with locked(self._root / "ledger.lock"):
+            with FileLock(self._root / "ledger.lock").held():
                 self._inside += 1
                 try:
                     yield
@@ -126,13 +125,7 @@ class ReaderLedger:
         if state == self._said:
             return
         with self.alone():
-            new = self._mine.with_name(self._mine.name + ".new")
-            try:
-                new.write_bytes(msgspec.json.encode(state))
-                os.replace(new, self._mine.with_name(self._mine.name + ".json"))
-            except OSError:
-                new.unlink(missing_ok=True)
-                raise
+            atomic_write(self._mine.with_name(self._mine.name + ".json"), msgspec.json.encode(state))
             self._said = state
 
     def delete(self, candidates: Sequence[str], discard: Callable[[str], bool]) -> list[str]:
@@ -142,7 +135,7 @@ class ReaderLedger:
 
     def close(self) -> None:
         """This reader is gone; it stays counted as one that had registered."""
-        self._lock.leave()
+        self._lock.release()
 
     def _finished(self, epoch: int) -> Iterator[str]:
         """Readers that were through with this epoch before another had begun: they count as registered."""
@@ -174,9 +167,9 @@ class ReaderLedger:
 
 def _is_held(path: Path) -> bool:
     lock = FileLock(path)
-    if not lock.take():
+    if not lock.try_acquire():
         return True
-    lock.leave()
+    lock.release()
     return False
 
 

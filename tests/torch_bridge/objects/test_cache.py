@@ -75,8 +75,8 @@ def test_a_writer_killed_in_the_middle_leaves_no_chunk_no_lock_and_no_bytes(tmp_
 
     def die() -> None:
         claims = cache.claim({"a-0": CHUNK, "a-1": CHUNK})
-        assert claims[0].fd is not None
-        os.pwrite(claims[0].fd, b"half", 0)
+        assert claims[0].part is not None
+        os.pwrite(claims[0].part.fd, b"half", 0)
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(AssertionError, match="died"):

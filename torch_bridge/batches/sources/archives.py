@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+from node.files import replace_file
 from protocol.errors import InvalidShardError, OriginNotFoundError
 from torch_bridge.batches.folder import read_json, write_json
 from torch_bridge.batches.plan import RemoteFile
@@ -115,8 +116,7 @@ class ArchiveFiles:
                     copy(member, out, file, stop, on_bytes)
             else:
                 self._next_to(key, int(mark), file, out, stop, on_bytes)
-        part.replace(target)
-        return target
+        return replace_file(part, target)
 
     def release(self, file: RemoteFile) -> None:
         """See FileSource."""

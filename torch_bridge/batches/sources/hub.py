@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from node.files import replace_file
 from node.origin.core.fork_guard import no_fork
 from node.origin.huggingface.file_system import HubFileSystem
 from node.origin.url import OriginUrl
@@ -57,7 +58,7 @@ class HubFiles:
             return await self._called(lambda hub: hub.read(file.key, commit, start, end))
 
         part = fetch_pieces(f"{self.name}: {file.key!r}", file.size, target, read, stop, on_bytes)
-        return part.replace(target)
+        return replace_file(part, target)
 
     def release(self, file: RemoteFile) -> None:
         """See FileSource."""

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from node.files import replace_file
 from protocol.errors import OriginCorruptError
 from torch_bridge.batches.plan import RemoteFile
 from torch_bridge.batches.sources.ranged_file import OnBytes, fetch_pieces
@@ -54,8 +55,7 @@ class OriginFiles:
                 "the files of a running epoch as they are",
                 {"origin": self.name, "key": file.key, "changed": True},
             )
-        part.replace(target)
-        return target
+        return replace_file(part, target)
 
     def release(self, file: RemoteFile) -> None:
         """See FileSource."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from node.files import atomic_write
 from node.origin.core.credentials import Credentials
 from node.origin.core.policy import check_host, for_stranger, refusal
 from node.origin.layout import decode_manifest, encode_manifest, is_address, split_address
@@ -133,13 +133,10 @@ class NamedOrigins:
             return None
 
     def _keep(self, signed: SignedManifest) -> None:
-        new = self._kept_at.with_name(f"{self._kept_at.name}.{os.getpid()}.new")
         try:
             self._kept_at.parent.mkdir(parents=True, exist_ok=True)
-            new.write_bytes(encode_manifest(signed, 0))
-            os.replace(new, self._kept_at)
+            atomic_write(self._kept_at, encode_manifest(signed, 0))
         except OSError as err:
-            new.unlink(missing_ok=True)
             log.warning("the manifest of %s is not kept for a start without its origin: %s", self.where, err)
 
     def __getstate__(self) -> dict[str, Any]:

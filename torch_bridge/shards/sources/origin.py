@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -14,12 +13,12 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from node.files import FileLock, atomic_write, replace_file
 from node.origin.layout import shard_key
 from protocol.content import hash_file
 from protocol.errors import InvalidShardError, OriginCorruptError, OriginError, OriginNotFoundError
 from protocol.manifest import Manifest, ShardEntry, safe_filename
 from torch_bridge.core.client import O3Client
-from torch_bridge.core.file_locks import locked
 from torch_bridge.core.store import Store
 from torch_bridge.shards.disk_space import release, reserve
 from torch_bridge.shards.shard_file import as_published, check_parquet
@@ -83,7 +82,7 @@ class OriginSource:
         began = time.monotonic()
         path = self._path(entry)
         self._state.mkdir(parents=True, exist_ok=True)
-        with locked(self._lock(entry), stop):
+        with FileLock(self._lock(entry)).held(stop):
             if self._is_here(entry, path):
                 return FetchedFile(path, "local", time.monotonic() - began)
             part = path.with_name(f"{path.name}.part")
@@ -92,13 +91,13 @@ class OriginSource:
             except BaseException:
                 release(part)
                 raise
-            os.replace(part, path)
+            replace_file(part, path)
             self._remember(entry, path)
             return FetchedFile(path, "origin", time.monotonic() - began, {"origin": moved})
 
     def distrust(self, entry: ShardEntry, why: str) -> bool:
         path = self._path(entry)
-        with locked(self._lock(entry)):
+        with FileLock(self._lock(entry)).held():
             self._stamp(entry).unlink(missing_ok=True)
             try:
                 if hash_file(path).content_id == entry.content_id:
@@ -116,7 +115,7 @@ class OriginSource:
         return [entry for entry in entries if self._path(entry).exists()]
 
     def discard(self, entry: ShardEntry) -> bool:
-        with locked(self._lock(entry)):
+        with FileLock(self._lock(entry)).held():
             self._path(entry).unlink(missing_ok=True)
             self._stamp(entry).unlink(missing_ok=True)
         return True
@@ -163,12 +162,9 @@ class OriginSource:
     def _remember(self, entry: ShardEntry, path: Path) -> None:
         seen = path.stat()
         checked = _Checked(entry.content_id, seen.st_size, seen.st_mtime_ns, seen.st_ino, _boot())
-        new = self._stamp(entry).with_suffix(".new")
         try:
-            new.write_bytes(msgspec.json.encode(checked))
-            os.replace(new, self._stamp(entry))
+            atomic_write(self._stamp(entry), msgspec.json.encode(checked))
         except OSError as err:  # the disk is full: the file is right, and is hashed once more at the next start
-            new.unlink(missing_ok=True)
             log.info("what was checked of %s is not noted: %s", path, err)
 
     def _set_aside(self, path: Path, name: str) -> None:
@@ -177,7 +173,7 @@ class OriginSource:
             aside = self._folder / f"{name}.bad-{number}"
             if not aside.exists():
                 with contextlib.suppress(FileNotFoundError):
-                    os.replace(path, aside)
+                    replace_file(path, aside)
                 return
         path.unlink(missing_ok=True)
 
