@@ -35,15 +35,15 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev
-	$(BIN)/python scripts/bench/transport.py
-	$(BIN)/python scripts/bench/pipeline.py
-	$(BIN)/python scripts/bench/swarm.py
-	$(BIN)/python scripts/bench/origin.py
-	$(BIN)/python scripts/bench/object_stores.py
-	$(BIN)/python scripts/bench/ranks.py
-	$(BIN)/python scripts/bench/disk_bound.py
-	$(BIN)/python scripts/bench/checkpoint.py
-	$(BIN)/python scripts/bench/dataset.py
+	$(BIN)/python -m scripts.bench.transport
+	$(BIN)/python -m scripts.bench.pipeline
+	$(BIN)/python -m scripts.bench.swarm
+	$(BIN)/python -m scripts.bench.origin
+	$(BIN)/python -m scripts.bench.object_stores
+	$(BIN)/python -m scripts.bench.ranks
+	$(BIN)/python -m scripts.bench.disk_bound
+	$(BIN)/python -m scripts.bench.checkpoint
+	$(BIN)/python -m scripts.bench.dataset
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,6 +1,6 @@
 """How long a training loop stands still for a checkpoint: O3CheckpointManager, waited for and not, and torch.save.
 
-    python scripts/bench/checkpoint.py --mib 256 --repeats 5 --s3
+    python -m scripts.bench.checkpoint --mib 256 --repeats 5 --s3
 
 A model and its AdamW state, all of it changed before each save. torch.save and the manager write to folders on one
 disk, alternately; the manager brings what it writes to the disk, so torch.save is timed with an fsync, too. "ready" is
@@ -12,22 +12,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402
-
-from node.cli.demo.s3_server import running_s3  # noqa: E402
-from torch_bridge import O3CheckpointManager, O3Client  # noqa: E402
+from node.cli.demo.s3_server import running_s3
+from node.files import fsync_file
+from torch_bridge import O3CheckpointManager, O3Client
 
 LAYER = 1024
 """Rows and columns of a layer: 4 MiB, and 8 MiB more in the optimizer."""
@@ -68,8 +64,7 @@ def measure(mib: int, repeats: int, folder: Path, url: str, client: O3Client | N
 
     def save_by_torch_to_the_disk(number: int) -> None:
         save_by_torch(number)
-        with (folder / f"{number % 2}.pt").open("rb+") as file:
-            os.fsync(file.fileno())
+        fsync_file(folder / f"{number % 2}.pt")
 
     def load_by_torch(number: int) -> None:
         state = torch.load(folder / f"{number % 2}.pt", weights_only=True)

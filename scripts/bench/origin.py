@@ -1,7 +1,7 @@
 """What N cold nodes cost an origin that alone has the shard, beside N plain downloads from it, in one run.
 
-    python scripts/bench/origin.py                                  # 128 MiB, N = 1, 2, 4, 8, 8,000,000 bytes/s
-    python scripts/bench/origin.py --rounds 1 --nodes 1 2 --size-mib 16
+    python -m scripts.bench.origin                                  # 128 MiB, N = 1, 2, 4, 8, 8,000,000 bytes/s
+    python -m scripts.bench.origin --rounds 1 --nodes 1 2 --size-mib 16
 
 The origin is SeaweedFS behind tests/support/origins/proxy.py, in a process of its own, which sends at most --rate
 bytes/s over all connections and counts the payload that leaves. The nodes are daemons, `shoal serve`, new ones
@@ -33,17 +33,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+import aiohttp
 
-import aiohttp  # noqa: E402
+from node.cli.demo.nodes import running_node
+from node.cli.demo.s3_server import S3Server, running_s3
+from protocol.client import Client
+from protocol.errors import ShoalError
+from tests.support.origins.presigned import presigned_url
 
-from node.cli.demo.nodes import running_node  # noqa: E402
-from node.cli.demo.s3_server import S3Server, running_s3  # noqa: E402
-from protocol.client import Client  # noqa: E402
-from protocol.errors import ShoalError  # noqa: E402
-from tests.support.origins.presigned import presigned_url  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 MIB = 1024 * 1024
 NAME = "bench"
 EGRESS_GOAL, TIME_GOAL = 1.1, 1.3

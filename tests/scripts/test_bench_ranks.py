@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scripts.bench.ranks_report import Outcome, Samples, table, tally, verdict
+from scripts.bench.ranks.report import Outcome, Samples, table, tally, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,7 +44,8 @@ def test_two_ranks_with_a_node_each_take_the_data_once(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     command = [
         sys.executable,
-        "scripts/bench/ranks.py",
+        "-m",
+        "scripts.bench.ranks",
         "--quick",
         "--rows",
         "node each",

@@ -1,4 +1,4 @@
-"""What `bench_ranks.py` finds, counted and told: without I/O."""
+"""What scripts.bench.ranks finds, counted and told: without I/O."""
 
 from __future__ import annotations
 

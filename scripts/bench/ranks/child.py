@@ -1,6 +1,6 @@
-"""One training process of `bench_ranks.py`: reads an epoch in lock-step with the others, and writes what it saw.
+"""One training process of scripts.bench.ranks: reads an epoch in lock-step with the others, and writes what it saw.
 
-python -m scripts.bench.ranks_child JSON
+python -m scripts.bench.ranks.child JSON
 
 It says "ready" when all of them are, begins at a line on stdin, and says what it found as a line of JSON.
 """

@@ -1,4 +1,4 @@
-"""Other libraries' readers for `bench_dataset.py`, each in the format that its own documentation recommends.
+"""Other libraries' readers for scripts.bench.dataset, each in the format that its own documentation recommends.
 
 None is a dependency of Shoal: what can be imported is measured. Each takes what it needs from the environment that
 `environment` gives, and is imported only in the process that measures it.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from scripts.bench.dataset_ours import SAMPLE_BYTES, Batches, Job, in_torch, tensor_of
+from scripts.bench.dataset.ours import SAMPLE_BYTES, Batches, Job, in_torch, tensor_of
 
 REGION = "us-east-1"
 CHUNK_BYTES = 16 << 20

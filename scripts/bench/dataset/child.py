@@ -1,6 +1,6 @@
-"""One measurement of `bench_dataset.py`, in a process of its own: reads a Job as JSON, prints what it found as JSON.
+"""One measurement of scripts.bench.dataset, in a process of its own: reads a Job as JSON, prints what it found as JSON.
 
-python -m scripts.bench.dataset_child read|write|probe JSON
+python -m scripts.bench.dataset.child read|write|probe JSON
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 import torch  # counted for nobody: each of them needs it
 import torch.utils.data
 
-from scripts.bench.dataset_ours import OURS, SAMPLE_BYTES, Job, upload
-from scripts.bench.dataset_peers import PEERS, WRITERS
+from scripts.bench.dataset.ours import OURS, SAMPLE_BYTES, Job, upload
+from scripts.bench.dataset.peers import PEERS, WRITERS
 
 CONTENDERS = OURS | PEERS
 

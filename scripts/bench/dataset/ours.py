@@ -1,4 +1,4 @@
-"""The data that `bench_dataset.py` reads, at an origin in the layouts of each reader of ours, and those readers."""
+"""The data that scripts.bench.dataset reads, at an origin in the layouts of each reader of ours, and those readers."""
 
 from __future__ import annotations
 

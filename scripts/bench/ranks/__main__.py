@@ -1,8 +1,8 @@
 """N training processes with a node each, cold: what leaves the origin, what nodes pass on, and every sample once.
 
-    python scripts/bench/ranks.py                                # 128 MiB, N = 1, 2, 4, no limit
-    python scripts/bench/ranks.py --rate 16000000 --json out.json
-    python scripts/bench/ranks.py --quick
+    python -m scripts.bench.ranks                                # 128 MiB, N = 1, 2, 4, no limit
+    python -m scripts.bench.ranks --rate 16000000 --json out.json
+    python -m scripts.bench.ranks --quick
 
 The origin is SeaweedFS behind tests/support/origins/proxy.py, which counts the payload that leaves it, manifests and
 torrents among it, and sends at most --rate bytes/s. Every rank reads one epoch of StreamingShardDataset in lock-step
@@ -34,22 +34,20 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+import aiohttp
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
 
-import aiohttp  # noqa: E402
-import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
-from pyarrow import parquet  # noqa: E402
+from node.cli.demo.nodes import RunningNode, running_node
+from node.cli.demo.s3_server import S3Server, running_s3
+from protocol.client import Client
+from scripts.bench.disk_bound import DiskUse
+from scripts.bench.origin import NAME, running_proxy, settle
+from scripts.bench.ranks.child import Part
+from scripts.bench.ranks.report import Outcome, table, tally, verdict
 
-from node.cli.demo.nodes import RunningNode, running_node  # noqa: E402
-from node.cli.demo.s3_server import S3Server, running_s3  # noqa: E402
-from protocol.client import Client  # noqa: E402
-from scripts.bench.disk_bound import DiskUse  # noqa: E402
-from scripts.bench.origin import NAME, running_proxy, settle  # noqa: E402
-from scripts.bench.ranks_child import Part  # noqa: E402
-from scripts.bench.ranks_report import Outcome, table, tally, verdict  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[3]
 MIB = 1 << 20
 ROW_BYTES = 4096
 LIMIT_S = 600.0
@@ -192,7 +190,7 @@ async def _watched(uses: list[DiskUse]) -> AsyncIterator[list[DiskUse]]:
 async def _rank(part: Part, environment: dict[str, str]) -> AsyncIterator[asyncio.subprocess.Process]:
     """A training process, ended at the exit."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "scripts.bench.ranks_child", json.dumps(asdict(part))),
+        *(sys.executable, "-m", "scripts.bench.ranks.child", json.dumps(asdict(part))),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         cwd=ROOT,

@@ -1,6 +1,6 @@
 """O3Dataset and StreamingShardDataset beside local files and other libraries' readers, over one local S3 server.
 
-    python scripts/bench/dataset.py [--quick] [--rounds 5] [--workers 0] [--json OUT] [--peers-path DIR]
+    python -m scripts.bench.dataset [--quick] [--rounds 5] [--workers 0] [--json OUT] [--peers-path DIR]
 
 Random 64 KiB samples in 8 shards, read in order in batches of 32, as uint8 tensors, through a DataLoader. Each
 measurement is a process of its own: what it imports beyond torch is timed by itself; "first batch" and samples/s count
@@ -25,13 +25,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+from node.cli.demo.s3_server import running_s3
+from scripts.bench.dataset.ours import LOCAL, OURS, SAMPLE_BYTES, Job, publish_parquet, upload, write_local
+from scripts.bench.dataset.peers import CACHELESS, PEERS, WRITERS, environment
 
-from node.cli.demo.s3_server import running_s3  # noqa: E402
-from scripts.bench.dataset_ours import LOCAL, OURS, SAMPLE_BYTES, Job, publish_parquet, upload, write_local  # noqa: E402
-from scripts.bench.dataset_peers import CACHELESS, PEERS, WRITERS, environment  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[3]
 WARM_EPOCHS = 4
 TIMEOUT_S = 120
 Figures = dict[str, dict[str, list[dict[str, float]]]]
@@ -41,7 +39,7 @@ Figures = dict[str, dict[str, list[dict[str, float]]]]
 def _child(what: str, job: Job) -> dict[str, float]:
     """Raises RuntimeError with the last lines that the process said."""
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.bench.dataset_child", what, json.dumps(asdict(job))],
+        [sys.executable, "-m", "scripts.bench.dataset.child", what, json.dumps(asdict(job))],
         cwd=ROOT,
         env=os.environ | environment(job),
         capture_output=True,
