@@ -116,7 +116,7 @@ class _Ahead:
         self._filling: asyncio.Task[None] | None = None
 
     async def begin(self) -> None:
-        self._filling = asyncio.create_task(self._fill())
+        self._filling = asyncio.create_task(self._fill())  # noqa: TID251 - `end` cancels it and waits
 
     async def next(self) -> list[Any]:
         """All items that are there, one at least; none at the end. Raises what the iterator raised, behind them."""

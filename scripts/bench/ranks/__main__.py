@@ -39,6 +39,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
+from node.background import FirstErrorGroup
 from node.cli.demo.nodes import RunningNode, running_node
 from node.cli.demo.s3_server import S3Server, running_s3
 from protocol.client import Client
@@ -178,12 +179,12 @@ async def _watched(uses: list[DiskUse]) -> AsyncIterator[list[DiskUse]]:
                 await asyncio.to_thread(use.sample)
             await asyncio.sleep(DISK_S)
 
-    task = asyncio.create_task(watch())
-    try:
-        yield uses
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
+    async with FirstErrorGroup() as tasks:
+        watching = tasks.create_task(watch())
+        try:
+            yield uses
+        finally:
+            watching.cancel()
 
 
 @asynccontextmanager
