@@ -102,6 +102,7 @@ class Background:
         task = self._group.create_task(_logged(work, name), name=name)
         self._running[task] = request_id
         task.add_done_callback(self._running.pop)
+        task.add_done_callback(lambda _: work.close())  # if it was cancelled before it began
 
     def cancel(self, request_id: str) -> bool:
         """End what goes on for a request. False where there is nothing."""

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from node.background import Background
+from node.pipeline.stage.ipc import SessionId
 from node.pipeline.stage.stages import Stages
-from node.pipeline.worker.session import SessionId
 from node.rpc import Call
 from protocol.commands.common import Empty
 from protocol.commands.sessions import (
@@ -46,7 +46,7 @@ class SessionHandlers:
             call.connection.notify(method, event)
 
         result = await self.stages.open_session(params, tell)
-        session_id = (params.session, params.attempt, params.stage)
+        session_id = SessionId.of(params)
         closing = CloseSessionParams(session=params.session, attempt=params.attempt, stage=params.stage)
 
         def driver_is_gone() -> None:
@@ -65,6 +65,6 @@ class SessionHandlers:
 
     async def close(self, params: CloseSessionParams) -> Empty:
         """CLOSE_SESSION."""
-        self._forget.pop((params.session, params.attempt, params.stage), lambda: None)()
+        self._forget.pop(SessionId.of(params), lambda: None)()
         await self.stages.close_session(params)
         return Empty()

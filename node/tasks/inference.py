@@ -6,7 +6,8 @@ import time
 from contextlib import aclosing
 from typing import Any
 
-from node.pipeline.driver.generation import Generation, GenerationRequest
+from node.pipeline.driver.attempt import GenerationRequest
+from node.pipeline.driver.generation import Generation
 from node.pipeline.driver.text_stream import TextStream
 from node.rpc import Call
 from node.tasks.placement import Placement

@@ -17,7 +17,10 @@ import numpy as np
 import pytest
 
 from node.formats.split import split_gguf
-from node.pipeline.engine.engine import PREFILL_CHUNK, Engine, EngineSettings, Slot, Vocabulary
+from node.pipeline.engine.batch import Slot
+from node.pipeline.engine.engine import Engine
+from node.pipeline.engine.settings import PREFILL_CHUNK, EngineSettings
+from node.pipeline.engine.vocabulary import Vocabulary
 
 SETTINGS = EngineSettings(threads=1, ctx_size=512, max_sessions=2)
 BIT_STEPS = 16

@@ -38,7 +38,9 @@ def write_slices(model: Path, boundaries: tuple[int, ...], rule: ArchitectureRul
 
 
 def logits(paths: Sequence[Path]) -> list[np.ndarray]:
-    from node.pipeline.engine.engine import Engine, EngineSettings, Slot
+    from node.pipeline.engine.batch import Slot
+    from node.pipeline.engine.engine import Engine
+    from node.pipeline.engine.settings import EngineSettings
 
     with Engine(EngineSettings(threads=1, ctx_size=256, max_sessions=1)) as engine:
         for index, path in enumerate(paths):

@@ -16,8 +16,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from node.pipeline.engine.batch import Slot
 from node.pipeline.engine.chat import render_chat
-from node.pipeline.engine.engine import PREFILL_CHUNK, Engine, EngineSettings, Slot
+from node.pipeline.engine.engine import Engine
+from node.pipeline.engine.settings import PREFILL_CHUNK, EngineSettings
 from protocol.commands.common import ChatMessage
 from protocol.commands.tasks import Sampling
 

@@ -1,4 +1,4 @@
-"""Runs the layers of loaded shards with llama.cpp. Synchronous, for one thread; a stage process has one."""
+"""Runs the layers of loaded shards with llama.cpp. Synchronous, for one thread; an engine process has one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from node.pipeline.engine.batch import Slot, TokenBatch
 from node.pipeline.engine.llama import library
-from node.pipeline.engine.memory import check_memory, estimate_memory
+from node.pipeline.engine.loaded_shard import LoadedShard
+from node.pipeline.engine.memory import check_memory
 from node.pipeline.engine.sampling import Sampler
-from node.pipeline.engine.settings import PREFILL_CHUNK, EngineSettings
-from node.pipeline.engine.shard import LoadedShard, ShardInfo
+from node.pipeline.engine.settings import EngineSettings
+from node.pipeline.engine.shard import LlamaShard
 from node.pipeline.engine.vocabulary import Vocabulary
-from node.pipeline.worker.interfaces import SlotValues
 from protocol.commands.tasks import Sampling
 from protocol.errors import (
     BusyError,
@@ -29,30 +29,27 @@ from protocol.errors import (
     ShardNotLoadedError,
 )
 
-__all__ = ["PREFILL_CHUNK", "Engine", "EngineSettings", "ShardInfo", "Slot", "Vocabulary", "estimate_memory"]
-
-
 _TOKEN = np.dtype(np.int32)
 _STATE = np.dtype(np.float32)
 
 
 class Engine:
-    """Loaded shards of one model, and the sequences (sessions) whose KV caches they keep.
+    """Loaded shards of one model, and the KV caches of its sequences: one sequence for each session.
 
-    A call that raises leaves the engine usable; the sequences it named must be closed, since some shards may have
-    taken the tokens and others not. A file that makes llama.cpp abort ends the process.
+    A call that raises leaves the engine usable; the caller closes the sequences that it named, since some shards may
+    have cached the tokens and others not. A file that makes llama.cpp abort ends the process.
     """
 
     def __init__(self, settings: EngineSettings) -> None:
-        """Raises UnsupportedPlatformError where the library cannot be used."""
+        """Raises UnsupportedPlatformError if the library cannot be used, EngineError if the CPUs cannot be pinned."""
         self.settings = settings
         if settings.threads_pinned_cpus is not None:
             try:
                 os.sched_setaffinity(0, settings.threads_pinned_cpus)
             except (OSError, AttributeError) as err:
-                raise EngineError(f"cannot stay on the CPUs {settings.threads_pinned_cpus}: {err}") from None
+                raise EngineError(f"cannot pin this process to CPUs {settings.threads_pinned_cpus}: {err}") from None
         library()
-        self._shards: dict[int, LoadedShard] = {}
+        self._shards: dict[int, LlamaShard] = {}
         self._vocabularies: dict[int, Vocabulary] = {}
         self._sampler = Sampler()
         self._free = list(range(settings.max_sessions))
@@ -70,10 +67,10 @@ class Engine:
             self.unload(shard_id)
         self._sampler.close()
 
-    def load(self, shard_id: int, path: Path) -> ShardInfo:
+    def load(self, shard_id: int, path: Path) -> LoadedShard:
         """Load a GGUF: a slice with `shoal.*` metadata, or a whole model, which is first and last shard in one.
 
-        Takes as long as reading the file. Raises InvalidShardError where it is not what it must be,
+        Takes as long as reading the file. Raises InvalidShardError for a file that llama.cpp cannot load,
         InsufficientMemoryError, EngineError.
         """
         if shard_id in self._shards:
@@ -82,7 +79,7 @@ class Engine:
             memory_bytes = check_memory(path, self.settings)
         except OSError as err:
             raise InvalidShardError(f"cannot read {path.name}: {err}") from None
-        shard = LoadedShard(path, self.settings, memory_bytes)
+        shard = LlamaShard(path, self.settings, memory_bytes)
         others = [other.info.n_embd for other in self._shards.values()]
         if others and others[0] != shard.info.n_embd:
             shard.close()
@@ -99,18 +96,18 @@ class Engine:
         del self._shards[shard_id]
         shard.close()
 
-    def loaded(self) -> dict[int, ShardInfo]:
+    def loaded(self) -> dict[int, LoadedShard]:
         return {shard_id: shard.info for shard_id, shard in self._shards.items()}
 
     def vocabulary(self, shard_id: int) -> Vocabulary:
-        """The tokenizer in a first or last shard; EngineError for one in the middle."""
+        """The tokenizer in a first or last shard. Raises EngineError for a shard in the middle, which has none."""
         found = self._vocabularies.get(shard_id)
         if found is None:
             found = self._vocabularies[shard_id] = Vocabulary(self._shard(shard_id).model)
         return found
 
     def open_sequence(self) -> int:
-        """A number for a session, the lowest free one: neighbours are decoded in one batch. BusyError if none is."""
+        """The lowest free sequence id: neighbours are decoded in one batch. Raises BusyError if none is free."""
         if not self._free:
             raise BusyError(f"all {self.settings.max_sessions} sessions of this stage are in use; try again later")
         sequence = heapq.heappop(self._free)
@@ -118,7 +115,7 @@ class Engine:
         return sequence
 
     def close_sequence(self, sequence: int) -> None:
-        """Free its KV cache in all loaded shards. Closing one that is not open does nothing."""
+        """Free its KV cache in all loaded shards. Closing a sequence that is not open does nothing."""
         if sequence not in self._open:
             return
         self._open.remove(sequence)
@@ -126,37 +123,43 @@ class Engine:
             shard.forget(sequence)
         heapq.heappush(self._free, sequence)
 
-    def forward(self, shard_ids: Sequence[int], slots: Sequence[SlotValues]) -> list[NDArray[np.float32]]:
-        """Run every slot's values through the shards, one after the other.
+    def forward(self, shard_ids: Sequence[int], slots: Sequence[Slot]) -> list[NDArray[np.float32]]:
+        """Decode every slot's tokens with the shards, one shard after the other.
 
-        Returns for each slot, in order: float32 [n, n_embd] after the last of `shard_ids`, or where that is the
-        model's last, float32 [n_vocab] for the slot's last value (empty, where the slot wants none). At most
-        `settings.batch_capacity` values a slot. Slots of as many values whose sequences are neighbours are
-        decoded together, as far as the capacity goes.
+        Returns for each slot, in order: float32 [n, n_embd] after the last of `shard_ids`; if that is the model's last
+        shard, float32 [n_vocab] for the slot's last token (empty if the slot asks for no logits). A slot has at most
+        `settings.batch_capacity` tokens. Slots with equally many tokens whose sequences are neighbours are decoded in
+        one batch, up to that capacity.
 
-        The bits depend on the shape of the batch: a session that must be reproduced is given alone.
+        The bits depend on the shape of the batch: a session that must be reproduced is decoded alone. Raises
+        InvalidParamsError, ContextOverflowError, ShardNotLoadedError, EngineError.
         """
         shards = [self._shard(shard_id) for shard_id in shard_ids]
         if not shards or not slots:
-            raise InvalidParamsError("forward needs at least one shard and one slot")
+            raise InvalidParamsError(
+                f"forward needs at least one shard and one slot, it was given {len(shards)} and {len(slots)}"
+            )
         for before, after in itertools.pairwise(shards):
             if before.info.end_layer != after.info.start_layer:
-                raise InvalidParamsError(f"layers do not join between {before.name} and {after.name}")
+                raise InvalidParamsError(
+                    f"{before.name} ends at layer {before.info.end_layer}, {after.name} starts at layer "
+                    f"{after.info.start_layer}: a stage runs neighbouring shards"
+                )
         for slot in slots:
             self._check(slot, shards[0])
         if len(slots) == 1:
             return self._decode(shards, slots)
         found: dict[int, NDArray[np.float32]] = {}
-        order = sorted(range(len(slots)), key=lambda place: slots[place].sequence)
-        for run in self._runs(order, slots):
-            found.update(zip(run, self._decode(shards, [slots[place] for place in run]), strict=True))
-        return [found[place] for place in range(len(slots))]
+        order = sorted(range(len(slots)), key=lambda index: slots[index].sequence)
+        for run in self._batches(order, slots):
+            found.update(zip(run, self._decode(shards, [slots[index] for index in run]), strict=True))
+        return [found[index] for index in range(len(slots))]
 
     def sample(self, logits: NDArray[np.float32], sampling: Sampling, position: int) -> int:
         """Draw the token for `position` of a session from `logits` [n_vocab]; see node.pipeline.engine.sampling."""
         return self._sampler.sample(logits, sampling, position)
 
-    def _decode(self, shards: list[LoadedShard], slots: Sequence[SlotValues]) -> list[NDArray[np.float32]]:
+    def _decode(self, shards: list[LlamaShard], slots: Sequence[Slot]) -> list[NDArray[np.float32]]:
         first, last = shards[0], shards[-1]
         tokens = self._tokens
         tokens.begin()
@@ -184,27 +187,27 @@ class Engine:
                 out.append(last.logits(end - 1) if slot.logits_for_last else np.empty(0, np.float32))
         return out
 
-    def _runs(self, order: list[int], slots: Sequence[SlotValues]) -> list[list[int]]:
-        """Slots that llama.cpp computes in one graph: neighbouring sequences with as many values each."""
-        runs: list[list[int]] = []
+    def _batches(self, order: list[int], slots: Sequence[Slot]) -> list[list[int]]:
+        """Indices of slots that llama.cpp decodes in one graph: neighbouring sequences with equally many tokens."""
+        batches: list[list[int]] = []
         total = 0
-        for place in order:
-            slot = slots[place]
+        for index in order:
+            slot = slots[index]
             n = len(slot.values)
-            if runs:
-                before = slots[runs[-1][-1]]
+            if batches:
+                before = slots[batches[-1][-1]]
                 if slot.sequence == before.sequence:
-                    raise InvalidParamsError(f"sequence {slot.sequence} is twice in one batch")
+                    raise InvalidParamsError(f"sequence {slot.sequence} is given twice in one forward")
                 joins = slot.sequence == before.sequence + 1 and n == len(before.values)
                 if joins and total + n <= self._tokens.capacity:
-                    runs[-1].append(place)
+                    batches[-1].append(index)
                     total += n
                     continue
-            runs.append([place])
+            batches.append([index])
             total = n
-        return runs
+        return batches
 
-    def _check(self, slot: SlotValues, first: LoadedShard) -> None:
+    def _check(self, slot: Slot, first: LlamaShard) -> None:
         values = slot.values
         n = len(values)
         dtype, shape = (_TOKEN, (n,)) if first.info.is_first else (_STATE, (n, first.info.n_embd))
@@ -220,7 +223,7 @@ class Engine:
                 f"position {slot.position + n - 1} is beyond the context of {self.settings.ctx_size} tokens"
             )
 
-    def _shard(self, shard_id: int) -> LoadedShard:
+    def _shard(self, shard_id: int) -> LlamaShard:
         try:
             return self._shards[shard_id]
         except KeyError:

@@ -111,7 +111,7 @@ class ContextParams(ctypes.Structure):
     ]
 
 
-class Batch(ctypes.Structure):
+class LlamaBatch(ctypes.Structure):
     """`struct llama_batch`; the arrays are ours, so the fields are plain addresses."""
 
     _fields_ = [
@@ -167,7 +167,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "llama_vocab_is_eog": (c_bool, c_void_p, c_int32),
     "llama_tokenize": (c_int32, c_void_p, c_char_p, c_int32, c_void_p, c_int32, c_bool, c_bool),
     "llama_token_to_piece": (c_int32, c_void_p, c_int32, c_char_p, c_int32, c_int32, c_bool),
-    "llama_decode": (c_int32, c_void_p, Batch),
+    "llama_decode": (c_int32, c_void_p, LlamaBatch),
     "llama_get_logits_ith": (c_void_p, c_void_p, c_int32),
     "llama_n_ctx_seq": (c_uint32, c_void_p),
     "llama_get_memory": (c_void_p, c_void_p),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,35 +11,15 @@ from numpy.typing import NDArray
 
 from node.pipeline.engine.batch import TokenBatch
 from node.pipeline.engine.hidden_tap import HiddenTap
-from node.pipeline.engine.llama import DECODE_NO_SLOT, DECODE_OK, Batch, library
+from node.pipeline.engine.llama import DECODE_NO_SLOT, DECODE_OK, LlamaBatch, library
+from node.pipeline.engine.loaded_shard import LoadedShard
 from node.pipeline.engine.log import take_troubles
 from node.pipeline.engine.settings import EngineSettings
 from protocol.errors import ContextOverflowError, EngineError, InvalidShardError, ShoalError
 
 
-@dataclass(frozen=True)
-class ShardInfo:
-    """What a loaded shard is."""
-
-    n_layers: int
-    """In this shard."""
-    n_embd: int
-    n_vocab: int
-    """Rows of the embedding; of a dummy one in a slice from the middle."""
-    is_first: bool
-    """Takes tokens; the others take hidden states."""
-    is_last: bool
-    """Gives logits; the others give hidden states."""
-    memory_bytes: int
-    """Estimated (node.pipeline.engine.memory)."""
-    start_layer: int
-    """In the whole model's numbering."""
-    end_layer: int
-    """One past the last."""
-
-
-class LoadedShard:
-    """Owns the library's model and context. `close` it; nothing may use it afterwards."""
+class LlamaShard:
+    """A shard's model and context in llama.cpp. `close` it; nothing may use it afterwards."""
 
     def __init__(self, path: Path, settings: EngineSettings, memory_bytes: int) -> None:
         self.name = path.name
@@ -57,7 +36,7 @@ class LoadedShard:
             self.incoming: NDArray[np.float32] = np.zeros((settings.batch_capacity, self.info.n_embd), np.float32)
             """[batch_capacity, n_embd]: hidden states that came from outside, to be decoded next."""
             self.incoming_address: int = self.incoming.ctypes.data
-            self._batch = Batch()
+            self._batch = LlamaBatch()
             # After a decode the caches are full of weights: every object that is not touched saves microseconds.
             self._get_logits = library().llama_get_logits_ith
             self._llama_decode = library().llama_decode
@@ -91,10 +70,10 @@ class LoadedShard:
         batch.pos, batch.n_seq_id, batch.seq_id = tokens.pos_address, tokens.n_seq_id_address, tokens.seq_id_address
         tap = self.tap
         if tap is None:
-            batch.logits = tokens.wanted_address
+            batch.logits = tokens.outputs_address
             self._decode(batch)
             return
-        batch.logits = tokens.every_address  # a row that is no output is dropped in the last layer
+        batch.logits = tokens.all_address  # a row that is no output is dropped in the last layer
         tap.expect(tokens.n, tokens.n_sequences)
         self._decode(batch)
         if not tap.taken():
@@ -120,7 +99,7 @@ class LoadedShard:
         memory = library().llama_get_memory(self._context)
         library().llama_memory_seq_rm(memory, sequence, position, -1)
 
-    def _decode(self, batch: Batch) -> None:
+    def _decode(self, batch: LlamaBatch) -> None:
         result = self._llama_decode(self._context, batch)
         if result == DECODE_OK:
             return
@@ -156,7 +135,7 @@ class LoadedShard:
         self._model = model
         return int(model)
 
-    def _describe(self, memory_bytes: int) -> ShardInfo:
+    def _describe(self, memory_bytes: int) -> LoadedShard:
         lib, model = library(), self.model
         n_layers, n_embd = lib.llama_model_n_layer(model), lib.llama_model_n_embd(model)
         if (
@@ -176,15 +155,14 @@ class LoadedShard:
             raise InvalidShardError(
                 f"{self.name} says that it holds layers [{start}, {end}) of {total}, but has {n_layers} layers"
             )
-        return ShardInfo(
-            n_layers=n_layers,
+        return LoadedShard(
+            start_layer=start,
+            end_layer=end,
             n_embd=n_embd,
             n_vocab=lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model)),
             is_first=start == 0,
             is_last=end == total,
             memory_bytes=memory_bytes,
-            start_layer=start,
-            end_layer=end,
         )
 
     def _metadata_int(self, key: str) -> int | None:

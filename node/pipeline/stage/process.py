@@ -1,7 +1,7 @@
-"""One engine process, seen from the daemon: started, given orders, watched, ended.
+"""One engine process as the daemon sees it: started, sent requests, watched, stopped.
 
-Its death, by a crash or a kill, is an event. It dies with the daemon: the pipe ends, and on Linux the kernel kills
-it (PR_SET_PDEATHSIG). What it prints goes where the daemon's log goes.
+Its death, by a crash or a kill, is an event. It ends with the daemon: the pipe closes, and on Linux the kernel kills
+it (PR_SET_PDEATHSIG). Its output goes to the daemon's stderr.
 """
 
 from __future__ import annotations
@@ -22,95 +22,103 @@ from typing import TypeVar
 import msgspec
 
 import node
+from node.pipeline.engine.loaded_shard import LoadedShard
 from node.pipeline.engine.settings import EngineSettings
 from node.pipeline.stage.ipc import (
-    Answer,
-    Broken,
-    Condition,
-    Drawn,
-    FromProcess,
-    Loaded,
-    Order,
+    EngineMessage,
+    EngineReady,
+    EngineRequest,
+    EngineResult,
+    EngineStatus,
+    ErrorReply,
+    FailureEvent,
+    NumberedRequest,
     Pipe,
-    Ready,
-    Refused,
-    Request,
-    Stop,
-    Tokens,
+    PromptTokens,
+    StopRequest,
+    SuccessReply,
+    TokenEvent,
 )
 from protocol.errors import EngineError, error_from_wire
 
 LOG_FD = 2
-_LAST_WORDS_S = 0.5
-"""For a process that fails to write why."""
-R = TypeVar("R", Loaded, Tokens, Condition, None)
+R = TypeVar("R", LoadedShard, PromptTokens, EngineStatus, None)
 
 
 @dataclass(frozen=True)
 class StageSettings:
-    """How engine processes are started and ended."""
+    """How engine processes are started, asked and stopped."""
 
     engine: EngineSettings = field(default_factory=EngineSettings)
     share_cores: bool = True
     """Whether other processes compute on the same cores: OpenMP's threads then sleep while they wait. Spinning is
-    faster for a process that has its cores alone, and ruins everyone where it has not (a quarter of the speed)."""
+    faster for a process that has its cores alone; processes that share cores fall to a quarter of their speed."""
     start_timeout_s: float = 60.0
     stop_timeout_s: float = 2.0
-    """Of a clean end; then it is killed."""
+    """For a clean end; after it the process is killed."""
+    exit_timeout_s: float = 0.5
+    """After a process closed its pipe: for it to log its error and end; after it the process is killed."""
+    status_timeout_s: float = 2.0
+    """A process that does not answer by then is left out of STATUS."""
 
 
 class StageProcess:
-    """Made by `start`. Callbacks run on the loop; `on_died` comes once, also after `stop`."""
+    """Made by `start`. Callbacks run on the loop; `on_died` is called once, also after `stop`."""
 
-    def __init__(self, on_event: Callable[[Drawn | Broken], None], on_died: Callable[[str], None]) -> None:
-        self._on_event, self._on_died = on_event, on_died
+    def __init__(
+        self,
+        settings: StageSettings,
+        on_event: Callable[[TokenEvent | FailureEvent], None],
+        on_died: Callable[[str], None],
+    ) -> None:
+        self._settings, self._on_event, self._on_died = settings, on_event, on_died
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[Loaded | Tokens | Condition | None]] = {}
+        self._waiting: dict[int, asyncio.Future[EngineResult]] = {}
         self._ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._lost = asyncio.Event()
-        self._gone = asyncio.Event()
-        self._pipe: Pipe[FromProcess] | None = None
+        self._pipe_closed = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._pipe: Pipe[EngineMessage] | None = None
+        self._child: asyncio.subprocess.Process
         self.ticket = ""
         """Of the process's transport."""
         self.dead: str | None = None
-        """Why it is dead, once it is."""
+        """Why the process ended, once it has."""
         self.stopping = False
-        """Whether its end is wanted."""
-        self._settings = StageSettings()
-        self._child: asyncio.subprocess.Process
+        """Whether `stop` was called."""
 
     @classmethod
     async def start(
         cls,
         settings: StageSettings,
         *,
-        on_event: Callable[[Drawn | Broken], None],
+        on_event: Callable[[TokenEvent | FailureEvent], None],
         on_died: Callable[[str], None],
         tasks: asyncio.TaskGroup,
     ) -> StageProcess:
-        """Start a process and wait until it takes orders. Raises EngineError where it does not come up."""
-        process = cls(on_event, on_died)
-        process._settings = settings
+        """Start a process and wait until it takes requests. Raises EngineError if it does not start."""
+        process = cls(settings, on_event, on_died)
         ours, theirs = socket.socketpair()
         try:
             with theirs:
                 process._child = await _spawn(settings, theirs.fileno())
-            process._pipe = await Pipe.over(ours, FromProcess, process._take, lambda _: process._lost.set())
+            process._pipe = await Pipe.over(
+                ours, EngineMessage, process._received, lambda _: process._pipe_closed.set()
+            )
         except BaseException:
-            ours.close()  # the process, if there is one, ends with the pipe
+            ours.close()  # if the process runs, it ends with the pipe
             raise
         tasks.create_task(process._watch(), name=f"watch engine process {process.pid}")
         try:
             async with asyncio.timeout(settings.start_timeout_s):
                 process.ticket = await asyncio.shield(process._ready)
-        except TimeoutError:
+        except BaseException as err:
             process.kill()
-            await process._gone.wait()
-            raise EngineError(
-                f"an engine process was not ready within {settings.start_timeout_s:g} s; the log has what it said"
-            ) from None
-        except BaseException:
-            process.kill()
+            await process._ended.wait()
+            if isinstance(err, TimeoutError):
+                raise EngineError(
+                    f"an engine process was not ready within {settings.start_timeout_s:g} s; the daemon's log has its "
+                    "output"
+                ) from None
             raise
         return process
 
@@ -118,87 +126,87 @@ class StageProcess:
     def pid(self) -> int:
         return self._child.pid
 
-    async def order(self, order: Order, result_type: type[R]) -> R:
-        """Give an order and wait for its answer.
+    async def request(self, request: EngineRequest, result_type: type[R]) -> R:
+        """Send a request and wait for its result.
 
-        Raises the error it is refused with, EngineError where the process is dead or dies before it answers.
+        Raises the error of the reply, EngineError if the process is dead or dies before it replies.
         """
         if self.dead is not None or self._pipe is None:
             raise EngineError(self.dead or "the engine process is not running")
         number = next(self._numbers)
-        answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+        reply = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
-            self._pipe.send(Request(number, order))
-            result = await answer
+            self._pipe.send(NumberedRequest(number, request))
+            result = await reply
         finally:
             del self._waiting[number]
         if not isinstance(result, result_type):
-            raise EngineError(f"the engine process answered {type(order).__name__} with {type(result).__name__}")
+            raise EngineError(f"the engine process answered {type(request).__name__} with {type(result).__name__}")
         return result
 
     async def stop(self) -> None:
-        """End it, cleanly within `stop_timeout_s`, else by a kill. Returns when it is gone and `on_died` was called."""
+        """End it: cleanly within `stop_timeout_s`, else by a kill. Returns once it ended and `on_died` was called."""
         self.stopping = True
         if self.dead is None and self._pipe is not None:
-            self._pipe.send(Request(0, Stop()))
+            self._pipe.send(NumberedRequest(0, StopRequest()))
             try:
                 async with asyncio.timeout(self._settings.stop_timeout_s):
                     await self._child.wait()
             except TimeoutError:
                 self.kill()
-        await self._gone.wait()
+        await self._ended.wait()
 
     def kill(self) -> None:
-        """At once; `on_died` follows."""
+        """End it at once; `on_died` follows."""
         with contextlib.suppress(ProcessLookupError):
             self._child.kill()
 
     async def _watch(self) -> None:
-        await self._lost.wait()
+        await self._pipe_closed.wait()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LAST_WORDS_S):
+            async with asyncio.timeout(self._settings.exit_timeout_s):
                 await self._child.wait()
-        self.kill()  # one that closed its pipe and lives on serves nobody
+        self.kill()  # a process without a pipe is of no use
         code = await self._child.wait()
-        self.dead = f"the engine process {self.pid} {_how_it_ended(code)}"
+        self.dead = f"the engine process {self.pid} {_exit_reason(code)}"
         error = EngineError(self.dead, {"pid": self.pid, "exit_code": code})
-        for answer in self._waiting.values():
-            if not answer.done():
-                answer.set_exception(error)
+        for reply in self._waiting.values():
+            if not reply.done():
+                reply.set_exception(error)
         if not self._ready.done():
             self._ready.set_exception(error)
             self._ready.exception()
         self._on_died(self.dead)
-        self._gone.set()
+        self._ended.set()
 
-    def _take(self, message: FromProcess) -> None:
+    def _received(self, message: EngineMessage) -> None:
         match message:
-            case Drawn() | Broken():
+            case TokenEvent() | FailureEvent():
                 self._on_event(message)
-            case Answer(number, result):
+            case SuccessReply(number, result):
                 self._settle(number, result, None)
-            case Refused(number, error):
+            case ErrorReply(number, error):
                 self._settle(number, None, error)
-            case Ready(ticket):
+            case EngineReady(ticket):
                 if not self._ready.done():
                     self._ready.set_result(ticket)
 
-    def _settle(self, number: int, result: Loaded | Tokens | Condition | None, error: dict[str, object] | None) -> None:
-        answer = self._waiting.get(number)
-        if answer is None or answer.done():
-            return  # whoever asked is gone
+    def _settle(self, number: int, result: EngineResult, error: dict[str, object] | None) -> None:
+        reply = self._waiting.get(number)
+        if reply is None or reply.done():
+            return  # the caller was cancelled
         if error is None:
-            answer.set_result(result)
+            reply.set_result(result)
         else:
-            answer.set_exception(error_from_wire(error))
+            reply.set_exception(error_from_wire(error))
 
 
 async def _spawn(settings: StageSettings, fd: int) -> asyncio.subprocess.Process:
-    here = str(Path(node.__file__).parents[1])
+    root = str(Path(node.__file__).parents[1])
     path = os.environ.get("PYTHONPATH")
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{here}{os.pathsep}{path}" if path else here,
+        "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root,
         "OMP_NUM_THREADS": str(settings.engine.threads),
         "OMP_WAIT_POLICY": "PASSIVE" if settings.share_cores else "ACTIVE",
     }
@@ -221,7 +229,7 @@ async def _spawn(settings: StageSettings, fd: int) -> asyncio.subprocess.Process
         raise EngineError(f"cannot start an engine process: {err}") from None
 
 
-def _how_it_ended(code: int) -> str:
+def _exit_reason(code: int) -> str:
     if code >= 0:
         return f"ended with code {code}"
     try:

@@ -1,7 +1,7 @@
 """The stages of a node: one engine process for each model that has shards loaded here.
 
-A process that dies is an event: its sessions fail with `stage_lost`, its shards count as not loaded, and the next
-load starts a fresh one.
+If a process dies, its sessions fail with `stage_lost`, its shards are no longer loaded, and the next load starts
+another process.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ from pathlib import Path
 
 import psutil
 
+from node.background import FirstErrorGroup
+from node.pipeline.engine.loaded_shard import LoadedShard
 from node.pipeline.stage.ipc import (
-    Broken,
-    Close,
-    Condition,
-    Drawn,
-    Inspect,
-    Load,
-    Loaded,
-    Open,
-    Start,
-    Tokenize,
-    Tokens,
-    Unload,
+    CloseRequest,
+    EngineStatus,
+    FailureEvent,
+    LoadRequest,
+    OpenRequest,
+    PromptTokens,
+    SessionId,
+    StartRequest,
+    StatusRequest,
+    TokenEvent,
+    TokenizeRequest,
+    UnloadRequest,
 )
 from node.pipeline.stage.process import StageProcess, StageSettings
-from node.pipeline.worker.session import SessionId
 from protocol.commands.nodes import StageStatus, TransportStatus
 from protocol.commands.sessions import (
     CloseSessionParams,
@@ -44,10 +45,9 @@ from protocol.errors import InvalidParamsError, ShardNotLoadedError, ShoalError,
 from protocol.ids import ManifestDigest
 
 SessionEvent = Callable[[SessionToken | SessionFailed], None]
-"""Gets what happens to a session on this node; called on the loop, must not block."""
-Died = Callable[[ManifestDigest, frozenset[int], str], None]
-"""A model's process is gone though nobody stopped it, these shards with it, and why."""
-_INSPECT_TIMEOUT_S = 2.0
+"""Called on the loop with each event of a session on this node; must not block."""
+ProcessDied = Callable[[ManifestDigest, frozenset[int], str], None]
+"""Called when a model's process ended without being stopped: the model, the shards it had loaded, the reason."""
 
 
 @dataclass
@@ -57,37 +57,34 @@ class _Stage:
     """Held while the process starts or stops."""
     process: StageProcess | None = None
     loading: int = 0
-    shards: dict[int, Loaded] = field(default_factory=dict)
+    """Loads in progress."""
+    shards: dict[int, LoadedShard] = field(default_factory=dict)
     sessions: dict[SessionId, SessionEvent] = field(default_factory=dict)
 
 
 class Stages:
-    """Made by `open`; leaving it ends all processes."""
+    """Loads shards and runs sessions on this node. Made by `open`; leaving it ends all processes."""
 
-    def __init__(self, settings: StageSettings, tasks: asyncio.TaskGroup, on_died: Died | None) -> None:
+    def __init__(self, settings: StageSettings, tasks: asyncio.TaskGroup, on_died: ProcessDied | None) -> None:
         self._settings, self._tasks, self._on_died = settings, tasks, on_died
         self._stages: dict[ManifestDigest, _Stage] = {}
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def open(cls, settings: StageSettings, *, on_died: Died | None = None) -> AsyncIterator[Stages]:
-        """No process is started before the first load."""
-        failure: BaseException | None = None
-        async with asyncio.TaskGroup() as tasks:
+    async def open(cls, settings: StageSettings, *, on_died: ProcessDied | None = None) -> AsyncIterator[Stages]:
+        """The first load of a model starts its process."""
+        async with FirstErrorGroup() as tasks:
             stages = cls(settings, tasks, on_died)
             try:
                 yield stages
-            except BaseException as err:  # raised below, as it is and not in a group
-                failure = err
-            await stages._stop_all()
-        if failure is not None:
-            raise failure
+            finally:
+                await stages._stop_all()
 
-    async def load(self, model: ManifestDigest, shard_id: int, path: Path, *, name: str = "") -> Loaded:
-        """Load a shard file into the model's process, which is started if need be.
+    async def load(self, model: ManifestDigest, shard_id: int, path: Path, *, name: str = "") -> LoadedShard:
+        """Load a shard file into the model's process; start the process if there is none.
 
-        Raises EngineError, InvalidShardError, InsufficientMemoryError, UnsupportedPlatformError. `name` is the
-        model's, for STATUS.
+        `name` is the model's, for STATUS. Raises EngineError, InvalidShardError, InsufficientMemoryError,
+        UnsupportedPlatformError.
         """
         stage = self._stages.setdefault(model, _Stage(name))
         stage.loading += 1
@@ -96,7 +93,7 @@ class Stages:
                 process = stage.process
                 if process is None or process.dead:
                     process = stage.process = await self._start(model, stage)
-            loaded = await process.order(Load(shard_id, str(path)), Loaded)
+            loaded = await process.request(LoadRequest(shard_id, str(path)), LoadedShard)
             if stage.process is process:
                 stage.shards[shard_id] = loaded
             return loaded
@@ -105,11 +102,14 @@ class Stages:
             await self._stop_if_idle(stage)
 
     async def unload(self, model: ManifestDigest, shard_id: int) -> None:
-        """Free a shard; the process goes with the last one. Raises ShardInUseError, ShardNotLoadedError."""
+        """Free a shard; the process ends with the last one. Raises ShardInUseError, ShardNotLoadedError."""
         stage = self._stages.get(model)
         if stage is None or stage.process is None or shard_id not in stage.shards:
-            raise ShardNotLoadedError(f"shard {shard_id} of {model} is not loaded here", {"shard_id": shard_id})
-        await stage.process.order(Unload(shard_id), type(None))
+            raise ShardNotLoadedError(
+                f"shard {shard_id} of {model} is not loaded here; loaded: {sorted(self.loaded(model)) or 'none'}",
+                {"shard_id": shard_id},
+            )
+        await stage.process.request(UnloadRequest(shard_id), type(None))
         stage.shards.pop(shard_id, None)
         await self._stop_if_idle(stage)
 
@@ -119,23 +119,23 @@ class Stages:
         return frozenset(stage.shards) if stage else frozenset()
 
     async def tokenize(self, params: TokenizeParams) -> bytes:
-        """Prompt or chat to tokens, int32 little-endian. Raises ShardNotLoadedError, InvalidParamsError."""
-        return (await self._process(params.model).order(Tokenize(params), Tokens)).tokens
+        """Token ids of a prompt or chat, int32 little-endian. Raises ShardNotLoadedError, InvalidParamsError."""
+        return (await self._process(params.model).request(TokenizeRequest(params), PromptTokens)).tokens
 
     async def open_session(self, params: OpenSessionParams, on_event: SessionEvent) -> OpenSessionResult:
-        """Make a session ready on this node's stage of it.
+        """Open a session on this node's stage.
 
-        Whoever opens it closes it, also when nothing else worked. Raises ShardNotLoadedError, BusyError,
+        The caller closes what it opened, also after a failure. Raises ShardNotLoadedError, BusyError,
         ContextOverflowError, InvalidParamsError, EngineError.
         """
         process = self._process(params.model)
-        session_id = (params.session, params.attempt, params.stage)
+        session_id = SessionId.of(params)
         if self._find(session_id) is not None:
             raise InvalidParamsError(f"session {params.session} is open already as stage {params.stage}")
         stage = self._stages[params.model]
         stage.sessions[session_id] = on_event
         try:
-            await process.order(Open(params), type(None))
+            await process.request(OpenRequest(params), type(None))
         except asyncio.CancelledError:
             with contextlib.suppress(ShoalError):
                 await asyncio.shield(self._close(session_id))
@@ -146,32 +146,32 @@ class Stages:
         return OpenSessionResult(ticket=process.ticket)
 
     async def start_session(self, params: StartSessionParams) -> None:
-        """Let it run. Raises InvalidParamsError where it is not open."""
-        stage = self._find((params.session, params.attempt, params.stage))
+        """Run an open session. Raises InvalidParamsError if it is not open."""
+        stage = self._find(SessionId.of(params))
         if stage is None or stage.process is None:
             raise InvalidParamsError(f"session {params.session} (attempt {params.attempt}) is not open here")
-        await stage.process.order(Start(params), type(None))
+        await stage.process.request(StartRequest(params), type(None))
 
     async def close_session(self, params: CloseSessionParams) -> None:
-        """End it; nothing happens where it is not open (any more)."""
+        """Close a session; does nothing if it is not open."""
         with contextlib.suppress(ShoalError):
-            await self._close((params.session, params.attempt, params.stage))
+            await self._close(SessionId.of(params))
 
     async def status(self) -> tuple[list[StageStatus], TransportStatus]:
-        """Of every process that answers, and the transport figures of all together."""
+        """Every process that answers, and the sums of their transport figures."""
         running = [(model, stage) for model, stage in self._stages.items() if stage.process is not None]
-        answers = await asyncio.gather(*(self._inspect(model, stage) for model, stage in running))
+        answers = await asyncio.gather(*(self._stage_status(model, stage) for model, stage in running))
         found = [answer for answer in answers if answer is not None]
         totals = {key: sum(figures.get(key, 0) for _, figures in found) for key in TransportStatus.__struct_fields__}
         return [status for status, _ in found], TransportStatus(**totals)
 
-    async def _inspect(self, model: ManifestDigest, stage: _Stage) -> tuple[StageStatus, dict[str, int]] | None:
+    async def _stage_status(self, model: ManifestDigest, stage: _Stage) -> tuple[StageStatus, dict[str, int]] | None:
         process = stage.process
         if process is None or process.dead:
             return None
         try:
-            async with asyncio.timeout(_INSPECT_TIMEOUT_S):
-                condition = await process.order(Inspect(), Condition)
+            async with asyncio.timeout(self._settings.status_timeout_s):
+                figures = await process.request(StatusRequest(), EngineStatus)
             memory_bytes = psutil.Process(process.pid).memory_info().rss
         except (TimeoutError, ShoalError, psutil.Error):
             return None
@@ -179,45 +179,45 @@ class Stages:
             model=stage.name,
             digest=model,
             shards=sorted(stage.shards),
-            sessions=condition.sessions,
+            sessions=figures.sessions,
             pid=process.pid,
             memory_bytes=memory_bytes,
-            forwards=condition.forwards,
-            forward_s=condition.forward_s,
+            forwards=figures.forwards,
+            forward_s=figures.forward_s,
             ticket=process.ticket,
         )
-        return status, condition.transport
+        return status, figures.transport
 
     async def _start(self, model: ManifestDigest, stage: _Stage) -> StageProcess:
         return await StageProcess.start(
             self._settings,
-            on_event=lambda event: self._happened(stage, event),
-            on_died=lambda why: self._died(model, stage, why),
+            on_event=lambda event: self._session_event(stage, event),
+            on_died=lambda reason: self._died(model, stage, reason),
             tasks=self._tasks,
         )
 
-    def _happened(self, stage: _Stage, event: Drawn | Broken) -> None:
+    def _session_event(self, stage: _Stage, event: TokenEvent | FailureEvent) -> None:
         match event:
-            case Drawn(number, token):
-                callback = stage.sessions.get((token.session, token.attempt, number))
+            case TokenEvent(number, token):
+                callback = stage.sessions.get(SessionId(token.session, token.attempt, number))
                 if callback is not None:
                     callback(token)
-            case Broken(failed):
-                callback = stage.sessions.pop((failed.session, failed.attempt, failed.stage), None)
+            case FailureEvent(failed):
+                callback = stage.sessions.pop(SessionId.of(failed), None)
                 if callback is not None:
                     callback(failed)
 
-    def _died(self, model: ManifestDigest, stage: _Stage, why: str) -> None:
-        wanted = stage.process is None or stage.process.stopping
+    def _died(self, model: ManifestDigest, stage: _Stage, reason: str) -> None:
+        stopped = stage.process is None or stage.process.stopping
         shards, sessions = frozenset(stage.shards), dict(stage.sessions)
         stage.process = None
         stage.shards.clear()
         stage.sessions.clear()
-        error = StageLostError(f"{why}; its shards have to be loaded again", {"model": model}).to_wire()
+        error = StageLostError(f"{reason}; its shards have to be loaded again", {"model": model}).to_wire()
         for (session, attempt, number), callback in sessions.items():
             callback(SessionFailed(session=session, attempt=attempt, stage=number, error=error))
-        if self._on_died is not None and not wanted:
-            self._on_died(model, shards, why)
+        if self._on_died is not None and not stopped:
+            self._on_died(model, shards, reason)
 
     async def _close(self, session_id: SessionId) -> None:
         stage = self._find(session_id)
@@ -226,9 +226,8 @@ class Stages:
         del stage.sessions[session_id]
         if stage.process is not None:
             session, attempt, number = session_id
-            await stage.process.order(
-                Close(CloseSessionParams(session=session, attempt=attempt, stage=number)), type(None)
-            )
+            params = CloseSessionParams(session=session, attempt=attempt, stage=number)
+            await stage.process.request(CloseRequest(params), type(None))
 
     async def _stop_if_idle(self, stage: _Stage) -> None:
         async with stage.busy:
@@ -236,7 +235,7 @@ class Stages:
                 await stage.process.stop()
 
     async def _stop_all(self) -> None:
-        async with asyncio.TaskGroup() as stopping:
+        async with FirstErrorGroup() as stopping:
             for stage in self._stages.values():
                 if stage.process is not None:
                     stopping.create_task(stage.process.stop())

@@ -1,6 +1,7 @@
-"""What the session side of a stage asks of its engine and its transport, and nothing more.
+"""What the sessions of a stage ask of the engine and of the transport.
 
-`node.pipeline.worker.main` passes the real ones in; a test of the scheduling passes small ones.
+`node.pipeline.worker.main` passes llama.cpp and tensor_iroh; tests of the scheduling pass an engine without a model and
+a transport in memory.
 """
 
 from __future__ import annotations
@@ -12,30 +13,16 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from node.pipeline.engine.batch import Slot
+from node.pipeline.engine.loaded_shard import LoadedShard
 from protocol.commands.tasks import Sampling
 
-Array = NDArray[np.float32] | NDArray[np.int32]
+Activation = NDArray[np.float32] | NDArray[np.int32]
+"""float32 [n, n_embd] hidden states; from the last stage to the first, int32 [1]: the sampled token."""
 
 
-class ShardFacts(Protocol):
-    """What loading a shard found."""
-
-    @property
-    def n_layers(self) -> int: ...
-    @property
-    def n_embd(self) -> int: ...
-    @property
-    def n_vocab(self) -> int: ...
-    @property
-    def is_first(self) -> bool: ...
-    @property
-    def is_last(self) -> bool: ...
-    @property
-    def memory_bytes(self) -> int: ...
-
-
-class Words(Protocol):
-    """The vocabulary of a model."""
+class Tokenizer(Protocol):
+    """The vocabulary of a model: text to token ids and back."""
 
     chat_template: str | None
     bos_text: str
@@ -46,59 +33,46 @@ class Words(Protocol):
     def is_end(self, token: int) -> bool: ...
 
 
-class SlotValues(Protocol):
-    """One sequence's part of a batch."""
+class ForwardEngine(Protocol):
+    """Runs layers. Synchronous; one call at a time."""
 
-    @property
-    def sequence(self) -> int: ...
-    @property
-    def position(self) -> int: ...
-    @property
-    def values(self) -> Array: ...
-    @property
-    def logits_for_last(self) -> bool: ...
-
-
-class EngineLike(Protocol):
-    """Synchronous; every call is made from one thread."""
-
-    def load(self, shard_id: int, path: Path) -> ShardFacts: ...
+    def load(self, shard_id: int, path: Path) -> LoadedShard: ...
     def unload(self, shard_id: int) -> None: ...
     def open_sequence(self) -> int: ...
     def close_sequence(self, sequence: int) -> None: ...
-    def forward(self, shard_ids: Sequence[int], slots: Sequence[SlotValues]) -> Sequence[NDArray[np.float32]]: ...
+    def forward(self, shard_ids: Sequence[int], slots: Sequence[Slot]) -> Sequence[NDArray[np.float32]]: ...
     def sample(self, logits: NDArray[np.float32], sampling: Sampling, position: int) -> int: ...
-    def vocabulary(self, shard_id: int) -> Words: ...
+    def vocabulary(self, shard_id: int) -> Tokenizer: ...
 
 
-class FrameLike(Protocol):
-    """One tensor as it arrived."""
+class ActivationFrame(Protocol):
+    """One activation as it arrived, with its number in the channel."""
 
     @property
     def sequence(self) -> int: ...
     @property
-    def tensor(self) -> Array: ...
+    def tensor(self) -> Activation: ...
 
 
-class InboxLike(Protocol):
-    """Frames of one channel, in order."""
+class FrameReceiver(Protocol):
+    """The receiving end of a channel; frames come in order."""
 
-    async def receive(self, timeout_s: float | None = None) -> FrameLike: ...
+    async def receive(self, timeout_s: float | None = None) -> ActivationFrame: ...
     def close(self) -> None: ...
 
 
-class OutletLike(Protocol):
-    """Where frames of one channel are sent, in order."""
+class FrameSender(Protocol):
+    """The sending end of a channel."""
 
-    async def send(self, sequence: int, tensor: Array) -> None: ...
+    async def send(self, sequence: int, tensor: Activation) -> None: ...
     def close(self) -> None: ...
 
 
-class EndpointLike(Protocol):
+class FrameTransport(Protocol):
     """A process's end of the transport."""
 
     @property
     def ticket(self) -> str: ...
-    def open_inbox(self, channel: str, key: bytes) -> InboxLike: ...
-    def open_outlet(self, ticket: str, channel: str, key: bytes) -> OutletLike: ...
+    def open_inbox(self, channel: str, key: bytes) -> FrameReceiver: ...
+    def open_outlet(self, ticket: str, channel: str, key: bytes) -> FrameSender: ...
     def on_peer_lost(self, callback: Callable[[str], None]) -> Callable[[], None]: ...

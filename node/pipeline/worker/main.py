@@ -1,8 +1,8 @@
-"""Composition root of an engine process: `python -m node.pipeline.worker.main`, started by
-`node.pipeline.stage.process`.
+"""Composition root of an engine process: engine, transport, worker, and the pipe to the daemon.
 
-Engine, transport and worker, and a pipe to the daemon. Nothing is read from stdin; what tensor_iroh prints to stdout
-goes, thinned out, where stderr goes. The process ends when the daemon says so, when the pipe ends, or with the daemon.
+`node.pipeline.stage.process` starts it as `python -m node.pipeline.worker.main`. Lines that tensor_iroh prints to
+stdout go to the log, a sample of them. The process ends when the daemon says so, when the pipe closes, or with the
+daemon.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
 
 _PR_SET_PDEATHSIG = 1
 """linux/prctl.h."""
-_LAST_MOMENTS_S = 1.5
-"""For a clean end; a forward in progress is not waited for longer."""
+_STOP_TIMEOUT_S = 1.5
+"""For a clean end, a forward in progress included; then the process exits."""
 
 
 def main() -> None:
-    """Take over the daemon's end of a socketpair and serve it."""
+    """Serve the daemon over the socket whose file descriptor it passed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--engine", required=True)
     parser.add_argument("--log-level", type=int, default=logging.INFO)
     args = parser.parse_args()
-    _die_with(args.parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the daemon ends us in order
+    _end_with_parent(args.parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the daemon stops this process
     logging.basicConfig(level=args.log_level, format="%(asctime)s %(levelname)-7s engine[%(process)d]: %(message)s")
-    faulthandler.enable()  # the daemon's stderr: what every thread was in when a native library crashed
-    _take_over_stdout()
+    faulthandler.enable()  # to the daemon's stderr: the stack of every thread if a native library crashes
+    _redirect_stdout()
     code = 1
     try:
         with socket.socket(fileno=args.fd) as sock:
@@ -55,28 +55,29 @@ def main() -> None:
         logging.exception("the engine process cannot go on")
     finally:
         logging.shutdown()
-        os._exit(code)  # past the destructors of native libraries, whose threads may still run
+        os._exit(code)  # without the destructors of native libraries, whose threads may still run
 
 
 async def _serve(sock: socket.socket, engine_settings: str) -> None:
-    # Imported here: the process is tied to its parent, and its stdout out of the way, before libraries load.
-    from node.pipeline.engine.engine import Engine, EngineSettings
-    from node.pipeline.stage.ipc import Pipe, Ready, Request
+    # Imported here: the process is tied to its parent, and its stdout redirected, before native libraries load.
+    from node.pipeline.engine.engine import Engine
+    from node.pipeline.engine.settings import EngineSettings
+    from node.pipeline.stage.ipc import EngineReady, NumberedRequest, Pipe
     from node.pipeline.worker.channels import Channels
     from node.pipeline.worker.scheduler import INLINE_S, EngineThread
     from node.pipeline.worker.worker import Worker, WorkerSettings
     from node.transport import IrohEndpoint, TransportSettings
 
     settings = msgspec.json.decode(engine_settings, type=EngineSettings)
-    # Made in the main thread, first: the CPUs it is pinned to are those of every thread that starts later.
+    # First, in the main thread: every thread that starts later inherits the CPUs that it is pinned to.
     engine = Engine(settings)
     inline = settings.threads == 1 or os.environ.get("OMP_WAIT_POLICY") == "PASSIVE"
-    gc.freeze()  # what is here stays: the collector need not look at it again
+    gc.freeze()  # these objects live as long as the process: the collector skips them
     async with (
         IrohEndpoint.open(TransportSettings()) as endpoint,
         EngineThread(engine, inline_s=INLINE_S if inline else 0.0) as thread,
     ):
-        pipe: Pipe[Request]
+        pipe: Pipe[NumberedRequest]
         worker = Worker(
             thread,
             Channels(endpoint),
@@ -85,18 +86,18 @@ async def _serve(sock: socket.socket, engine_settings: str) -> None:
             transport_stats=lambda: _figures(endpoint.stats()),
         )
         async with worker:
-            pipe = await Pipe.over(sock, Request, worker.handle, lambda _: worker.stopped.set())
-            pipe.send(Ready(endpoint.ticket))
+            pipe = await Pipe.over(sock, NumberedRequest, worker.handle, lambda _: worker.stopped.set())
+            pipe.send(EngineReady(endpoint.ticket))
             await worker.stopped.wait()
-            end = threading.Timer(_LAST_MOMENTS_S, os._exit, (1,))
+            end = threading.Timer(_STOP_TIMEOUT_S, os._exit, (1,))
             end.daemon = True
             end.start()
 
 
-class Thinner:
-    """Lines of a Rust library's log, of which one of each kind every ten minutes is enough.
+class LogSampler:
+    """Drops lines of a Rust library's log: one of each module every ten minutes stays.
 
-    Without the internet iroh complains for ever, in colour, that it cannot publish its address.
+    Without the internet iroh logs over and over, in colour, that it cannot publish its address.
     """
 
     EVERY_S = 600.0
@@ -105,13 +106,13 @@ class Thinner:
     _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
     _MODULE = re.compile(r"\b(\w+(?:::\w+)*): ")
     _CHATTER = "[GET_ADDR] Created NodeTicket"
-    """Said at every start, as an ERROR."""
+    """Logged at every start, as an ERROR."""
 
     def __init__(self) -> None:
         self._last: dict[str, float] = {}
 
     def take(self, line: str, now: float) -> str | None:
-        """The line as it is to be logged, or None. `now` is in seconds."""
+        """The line to log, or None. `now` is in seconds."""
         line = self._COLOUR.sub("", line).strip()
         found = self._MODULE.search(line)
         kind = found[1] if found else ""
@@ -125,23 +126,23 @@ class Thinner:
         return line[found.start() if found else 0 :][: self.MAX_CHARS]
 
 
-def _take_over_stdout() -> None:
+def _redirect_stdout() -> None:
     ours, theirs = os.pipe()
     os.dup2(theirs, 1)
     os.close(theirs)
 
     def pump() -> None:
-        thinner = Thinner()
+        sampler = LogSampler()
         with os.fdopen(ours, errors="replace") as lines:
             while line := lines.readline(4096):
-                if text := thinner.take(line, time.monotonic()):
+                if text := sampler.take(line, time.monotonic()):
                     logging.info("tensor_iroh: %s", text)
 
     threading.Thread(target=pump, name="stdout", daemon=True).start()
 
 
 def _figures(stats: TransportStats) -> dict[str, int]:
-    """As STATUS names them."""
+    """By the names that STATUS gives."""
     counters = stats.counters
     dropped = (
         counters.dropped_malformed + counters.dropped_unknown + counters.dropped_unauthentic + counters.dropped_late
@@ -156,7 +157,7 @@ def _figures(stats: TransportStats) -> dict[str, int]:
     }
 
 
-def _die_with(parent: int) -> None:
+def _end_with_parent(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

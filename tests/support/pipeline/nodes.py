@@ -16,7 +16,8 @@ from node.background import Background
 from node.formats.split import split_gguf
 from node.handlers.sessions import SessionHandlers
 from node.handlers.table import session_commands
-from node.pipeline.driver.generation import Generation, GenerationRequest
+from node.pipeline.driver.attempt import DriverSettings, GenerationRequest
+from node.pipeline.driver.generation import Generation
 from node.pipeline.driver.plan import NodeShards, Plan, plan_pipeline
 from node.pipeline.engine.batch import Slot
 from node.pipeline.engine.engine import Engine
@@ -116,11 +117,13 @@ class Cluster:
         async with Client.connect("127.0.0.1", self.nodes[node_id].server.port) as client:
             yield client
 
-    def generation(self, prompt: str, max_tokens: int, **more: object) -> Generation:
+    def generation(
+        self, prompt: str, max_tokens: int, *, settings: DriverSettings | None = None, **more: object
+    ) -> Generation:
         request = GenerationRequest(
             model=self.slices.digest, context_length=2048, prompt=prompt, max_tokens=max_tokens, **more
         )
-        return Generation(request, self.plan, self.connect)
+        return Generation(request, self.plan, self.connect, settings or DriverSettings())
 
     async def generate(self, prompt: str, max_tokens: int, **more: object) -> list[int]:
         async with contextlib.aclosing(self.generation(prompt, max_tokens, **more).tokens()) as tokens:
@@ -142,7 +145,7 @@ class WholeModel:
     def __init__(self) -> None:
         self._engine = Engine(SETTINGS)
         self._engine.load(0, real_model())
-        self.words = self._engine.vocabulary(0)
+        self.tokenizer = self._engine.vocabulary(0)
         self._known: dict[tuple[str, int, Sampling | None], list[int]] = {}
 
     def generate(self, prompt: str, max_tokens: int, sampling: Sampling | None = None) -> list[int]:
@@ -154,7 +157,7 @@ class WholeModel:
 
     def _generate(self, prompt: str, max_tokens: int, sampling: Sampling | None) -> list[int]:
         engine, sequence = self._engine, self._engine.open_sequence()
-        tokens = self.words.tokenize(prompt, add_special=True, parse_special=False)
+        tokens = self.tokenizer.tokenize(prompt, add_special=True, parse_special=False)
         found: list[int] = []
         position = 0
         values = np.asarray(tokens, np.int32)
@@ -164,7 +167,7 @@ class WholeModel:
                 [logits] = engine.forward([0], [Slot(sequence, position, chunk)])
                 position += len(chunk)
             found.append(engine.sample(logits, sampling or Sampling(), position))
-            if self.words.is_end(found[-1]):
+            if self.tokenizer.is_end(found[-1]):
                 break
             values = np.asarray(found[-1:], np.int32)
         engine.close_sequence(sequence)

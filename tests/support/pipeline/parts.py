@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from node.pipeline.engine.batch import Slot
+from node.pipeline.engine.loaded_shard import LoadedShard
 from node.pipeline.worker.channels import LocalFrame
-from node.pipeline.worker.interfaces import Array, SlotValues
+from node.pipeline.worker.interfaces import Activation
 from protocol.commands.tasks import Sampling
 from protocol.errors import EngineError, PeerLostError, TransportError
 
@@ -20,17 +22,7 @@ N_VOCAB = 97
 END_TOKEN = 96
 
 
-@dataclass(frozen=True)
-class TinyShard:
-    is_first: bool
-    is_last: bool
-    n_layers: int = 1
-    n_embd: int = N_EMBD
-    n_vocab: int = N_VOCAB
-    memory_bytes: int = 1
-
-
-class TinyWords:
+class TinyTokenizer:
     chat_template: str | None = "{% for m in messages %}{{ m.content }}{% endfor %}"
     bos_text = "<s>"
     eos_text = "</s>"
@@ -61,8 +53,16 @@ class TinyEngine:
     """Position at which the end token is drawn."""
     _caches: dict[tuple[int, int], list[float]] = field(default_factory=dict)
 
-    def load(self, shard_id: int, path: Path) -> TinyShard:
-        return TinyShard(shard_id == 0, shard_id == self.n_shards - 1)
+    def load(self, shard_id: int, path: Path) -> LoadedShard:
+        return LoadedShard(
+            start_layer=shard_id,
+            end_layer=shard_id + 1,
+            n_embd=N_EMBD,
+            n_vocab=N_VOCAB,
+            is_first=shard_id == 0,
+            is_last=shard_id == self.n_shards - 1,
+            memory_bytes=1,
+        )
 
     def unload(self, shard_id: int) -> None: ...
 
@@ -76,10 +76,10 @@ class TinyEngine:
         for key in [key for key in self._caches if key[1] == sequence]:
             del self._caches[key]
 
-    def vocabulary(self, shard_id: int) -> TinyWords:
-        return TinyWords()
+    def vocabulary(self, shard_id: int) -> TinyTokenizer:
+        return TinyTokenizer()
 
-    def forward(self, shard_ids: Sequence[int], slots: Sequence[SlotValues]) -> Sequence[NDArray[np.float32]]:
+    def forward(self, shard_ids: Sequence[int], slots: Sequence[Slot]) -> Sequence[NDArray[np.float32]]:
         if self.seconds:
             import time
 
@@ -90,7 +90,7 @@ class TinyEngine:
         assert len({slot.sequence for slot in slots}) == len(slots)
         return [self._one(shard_ids, slot) for slot in slots]
 
-    def _one(self, shard_ids: Sequence[int], slot: SlotValues) -> NDArray[np.float32]:
+    def _one(self, shard_ids: Sequence[int], slot: Slot) -> NDArray[np.float32]:
         assert slot.sequence in self.open
         states = slot.values.astype(np.float64)
         if shard_ids[0] == 0:
@@ -163,7 +163,7 @@ class MemoryOutlet:
     channel: str
     key: bytes
 
-    async def send(self, sequence: int, tensor: Array) -> None:
+    async def send(self, sequence: int, tensor: Activation) -> None:
         inbox = self.network.inboxes.get((self.ticket, self.channel))
         if inbox is None or inbox.key != self.key:
             raise TransportError(f"no inbox {self.channel} at {self.ticket}")

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 
 from node.pipeline.stage.ipc import (
-    Answer,
-    Broken,
-    Close,
-    Drawn,
-    FromProcess,
-    Load,
-    Open,
-    Order,
-    Refused,
-    Request,
-    Start,
+    CloseRequest,
+    EngineMessage,
+    EngineRequest,
+    ErrorReply,
+    FailureEvent,
+    LoadRequest,
+    NumberedRequest,
+    OpenRequest,
+    StartRequest,
+    SuccessReply,
+    TokenEvent,
 )
 from node.pipeline.worker.channels import Channels
 from node.pipeline.worker.scheduler import EngineThread
@@ -59,28 +59,28 @@ class Stage:
         async with EngineThread(self.engine) as self.thread:
             async with Worker(self.thread, Channels(self.endpoint), settings, self._take) as self.worker:
                 for shard_id in shards:
-                    await self.order(Load(shard_id, "/nowhere"))
+                    await self.request(LoadRequest(shard_id, "/nowhere"))
                 yield self
             assert not self.engine.open, "a sequence was left open"
         assert not [name for name in self.network.inboxes if name[0] == self.ticket], "an inbox was left open"
 
-    async def order(self, order: Order) -> Any:
+    async def request(self, request: EngineRequest) -> Any:
         number = len(self._answers)
         self._answers[number] = asyncio.get_running_loop().create_future()
-        self.worker.handle(Request(number, order))
+        self.worker.handle(NumberedRequest(number, request))
         return await self._answers[number]
 
-    def _take(self, message: FromProcess) -> None:
+    def _take(self, message: EngineMessage) -> None:
         match message:
-            case Answer(number, result):
+            case SuccessReply(number, result):
                 self._answers[number].set_result(result)
-            case Refused(number, error):
+            case ErrorReply(number, error):
                 self._answers[number].set_exception(error_from_wire(error))
-            case Drawn(_, token):
+            case TokenEvent(_, token):
                 self.network.log.append(f"report {token.position}")
                 self.seen.append(token)
                 self.events.put_nowait(token)
-            case Broken(failed):
+            case FailureEvent(failed):
                 self.events.put_nowait(failed)
 
     async def token(self, session: str | None = None) -> SessionToken:
@@ -132,10 +132,12 @@ async def begin(
     """Open and start a session over `stages`, stage k with the shards `runs[k]`."""
     n_positions = len(prompt) + len(replay) + max_tokens
     for number, (stage, run) in enumerate(zip(stages, runs, strict=True)):
-        await stage.order(Open(opening(number, len(runs), run, session=session, n_positions=n_positions, **more)))
+        await stage.request(
+            OpenRequest(opening(number, len(runs), run, session=session, n_positions=n_positions, **more))
+        )
     for number in reversed(range(len(stages))):
-        await stages[number].order(
-            Start(
+        await stages[number].request(
+            StartRequest(
                 StartSessionParams(
                     session=session,
                     attempt=more.get("attempt", 0),
@@ -151,7 +153,7 @@ async def begin(
 
 async def end(stages: Sequence[Stage], session: str = "s", attempt: int = 0) -> None:
     for number, stage in enumerate(stages):
-        await stage.order(Close(CloseSessionParams(session=session, attempt=attempt, stage=number)))
+        await stage.request(CloseRequest(CloseSessionParams(session=session, attempt=attempt, stage=number)))
 
 
 async def drawn(stage: Stage, count: int, session: str | None = None) -> list[int]:
@@ -167,7 +169,7 @@ async def reference(prompt: Sequence[int], count: int, n_shards: int) -> list[in
 PROMPT = [(7 * n + 3) % 90 for n in range(70)]
 
 
-async def refused(stage: Stage, order: Order) -> str:
+async def refused(stage: Stage, order: EngineRequest) -> str:
     with pytest.raises(ShoalError) as caught:
-        await stage.order(order)
+        await stage.request(order)
     return caught.value.code

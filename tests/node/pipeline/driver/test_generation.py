@@ -12,8 +12,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from node.pipeline.driver import attempt as attempts
-from node.pipeline.driver.generation import Generation, GenerationRequest
+from node.pipeline.driver.attempt import DriverSettings, GenerationRequest
+from node.pipeline.driver.generation import Generation
 from node.pipeline.driver.plan import Plan, PlannedStage
 from protocol.commands.common import Empty
 from protocol.commands.sessions import (
@@ -40,6 +40,7 @@ from protocol.ids import ManifestDigest, NodeId
 PROMPT = [5, 6, 7]
 ANSWER = [10, 11, 12, 13, 14, 15]
 END = 15
+QUICK = DriverSettings(lost_node_timeout_s=0.01)
 
 Disturb = Callable[["World", "Node", int], bool]
 """Called before each token with its index; True: the script took over, no more tokens come."""
@@ -129,15 +130,10 @@ class World:
 
     def generation(self, **more: Any) -> Generation:
         request = {"model": ManifestDigest("0" * 64), "context_length": 100, "prompt": "x", "max_tokens": 20, **more}
-        return Generation(GenerationRequest(**request), self.plan, self.connect)
+        return Generation(GenerationRequest(**request), self.plan, self.connect, QUICK)
 
     def calls(self, method: str) -> list[tuple[str, Any]]:
         return [(name, params) for called, name, params in self.log if called == method]
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempts, "_GRACE_S", 0.01)
 
 
 async def collected(generation: Generation, into: list[int] | None = None) -> list[int]:

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from node.pipeline.engine import llama
-from node.pipeline.engine.engine import Engine, EngineSettings, estimate_memory
+from node.pipeline.engine.engine import Engine
 from node.pipeline.engine.log import MAX_LINE_CHARS, MAX_LINES_PER_MINUTE, LineLog
+from node.pipeline.engine.memory import estimate_memory
+from node.pipeline.engine.settings import EngineSettings
 from protocol.errors import InsufficientMemoryError, InvalidParamsError, UnsupportedPlatformError
 from tests.support.gguf.tiny_gguf import write_tiny_gguf
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from node.pipeline.engine.engine import Engine, EngineSettings, Vocabulary
+from node.pipeline.engine.engine import Engine
+from node.pipeline.engine.settings import EngineSettings
+from node.pipeline.engine.vocabulary import Vocabulary
 from protocol.errors import EngineError, InvalidParamsError
 from tests.support.gguf.tiny_gguf import write_tiny_gguf
 

@@ -7,9 +7,21 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from node.pipeline.stage import ipc as pipes
-from node.pipeline.stage.ipc import Answer, Drawn, FromProcess, Load, Loaded, Pipe, Ready, Request
+from node.pipeline.engine.loaded_shard import LoadedShard
+from node.pipeline.stage.ipc import (
+    EngineMessage,
+    EngineReady,
+    LoadRequest,
+    NumberedRequest,
+    Pipe,
+    PipeLimits,
+    SuccessReply,
+    TokenEvent,
+)
 from protocol.commands.sessions import SessionToken
+
+DEFAULT = PipeLimits()
+SHARD = LoadedShard(0, 1, 2, 3, is_first=True, is_last=False, memory_bytes=4)
 
 
 class End:
@@ -21,12 +33,16 @@ class End:
 
 
 @asynccontextmanager
-async def pair() -> AsyncIterator[tuple[Pipe[Request], Pipe[FromProcess], End, End]]:
+async def pair(
+    limits: PipeLimits = DEFAULT,
+) -> AsyncIterator[tuple[Pipe[NumberedRequest], Pipe[EngineMessage], End, End]]:
     a, b = socket.socketpair()
     at_process, at_daemon = End(), End()
-    process: Pipe[Request] = await Pipe.over(a, Request, at_process.messages.put_nowait, at_process.closed.set_result)
-    daemon: Pipe[FromProcess] = await Pipe.over(
-        b, FromProcess, at_daemon.messages.put_nowait, at_daemon.closed.set_result
+    process: Pipe[NumberedRequest] = await Pipe.over(
+        a, NumberedRequest, at_process.messages.put_nowait, at_process.closed.set_result
+    )
+    daemon: Pipe[EngineMessage] = await Pipe.over(
+        b, EngineMessage, at_daemon.messages.put_nowait, at_daemon.closed.set_result, limits=limits
     )
     try:
         yield process, daemon, at_process, at_daemon
@@ -39,12 +55,12 @@ async def pair() -> AsyncIterator[tuple[Pipe[Request], Pipe[FromProcess], End, E
 
 async def test_messages_come_whole_and_in_order_both_ways() -> None:
     async with pair() as (process, daemon, at_process, at_daemon):
-        orders = [Request(n, Load(n, "/x" * n * 1000)) for n in range(50)]
+        orders = [NumberedRequest(n, LoadRequest(n, "/x" * n * 1000)) for n in range(50)]
         for order in orders:
             daemon.send(order)
         assert [await at_process.messages.get() for _ in orders] == orders
-        token = Drawn(4, SessionToken(session="s", attempt=1, position=2, token=3, piece=b"\xff\x00", end=False))
-        answers = [Ready("t"), Answer(1, Loaded(1, 2, 3, True, False, 4)), Answer(2), token]
+        token = TokenEvent(4, SessionToken(session="s", attempt=1, position=2, token=3, piece=b"\xff\x00", end=False))
+        answers = [EngineReady("t"), SuccessReply(1, SHARD), SuccessReply(2), token]
         for answer in answers:
             process.send(answer)
         assert [await at_daemon.messages.get() for _ in answers] == answers
@@ -54,7 +70,7 @@ async def test_a_closed_end_is_noticed_and_swallows_what_is_sent() -> None:
     async with pair() as (process, daemon, _, at_daemon):
         process.close()
         assert "closed the pipe" in await at_daemon.closed
-        daemon.send(Request(1, Load(1, "x")))
+        daemon.send(NumberedRequest(1, LoadRequest(1, "x")))
         at_daemon.closed = asyncio.get_running_loop().create_future()
         at_daemon.closed.set_result("seen")
 
@@ -63,26 +79,27 @@ async def test_a_closed_end_is_noticed_and_swallows_what_is_sent() -> None:
 async def test_what_is_no_frame_ends_the_pipe(data: bytes) -> None:
     a, b = socket.socketpair()
     end = End()
-    await Pipe.over(a, Request, end.messages.put_nowait, end.closed.set_result)
+    await Pipe.over(a, NumberedRequest, end.messages.put_nowait, end.closed.set_result)
     with b:
         b.sendall(data)
         assert "frame" in await end.closed
     assert end.messages.empty()
 
 
-async def test_an_end_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipes, "MAX_UNSENT_BYTES", 1 << 20)
+async def test_an_end_that_does_not_read_is_given_up() -> None:
     a, b = socket.socketpair()
     end = End()
-    pipe: Pipe[Request] = await Pipe.over(a, Request, end.messages.put_nowait, end.closed.set_result)
+    limits = PipeLimits(unsent_bytes=1 << 20)
+    pipe: Pipe[NumberedRequest] = await Pipe.over(
+        a, NumberedRequest, end.messages.put_nowait, end.closed.set_result, limits=limits
+    )
     with b:
         for n in range(100):
-            pipe.send(Request(n, Load(n, "x" * 100_000)))
+            pipe.send(NumberedRequest(n, LoadRequest(n, "x" * 100_000)))
         assert "does not read" in await end.closed
 
 
-async def test_a_frame_above_the_bound_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipes, "MAX_FRAME_BYTES", 1000)
-    async with pair() as (_, daemon, _, _):
+async def test_a_frame_above_the_bound_is_not_sent() -> None:
+    async with pair(PipeLimits(frame_bytes=1000)) as (_, daemon, _, _):
         with pytest.raises(ValueError, match="above"):
-            daemon.send(Request(1, Load(1, "x" * 2000)))
+            daemon.send(NumberedRequest(1, LoadRequest(1, "x" * 2000)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from node.pipeline.worker.main import Thinner
+from node.pipeline.worker.main import LogSampler
 
 PKARR = (
     "\x1b[2m2026-11-22T18:28:05.188893Z\x1b[0m \x1b[33m WARN\x1b[0m \x1b[1mpkarr_publish\x1b[0m\x1b[1m{\x1b[0m"
@@ -13,25 +13,25 @@ PROBE = "2026-11-22T18:28:07.325531Z  WARN iroh::net_report::reportgen: probe ti
 
 
 def test_one_line_of_each_kind_in_ten_minutes_without_colour() -> None:
-    thinner = Thinner()
-    assert thinner.take(PKARR, 0.0) == "iroh::discovery::pkarr: Failed to publish to pkarr"
-    assert thinner.take(PKARR, 1.0) is None
-    assert thinner.take(PROBE, 2.0) == "iroh::net_report::reportgen: probe timed out"
-    assert thinner.take(PROBE, 300.0) is None
-    assert thinner.take(PKARR, 601.0) == "iroh::discovery::pkarr: Failed to publish to pkarr"
+    sampler = LogSampler()
+    assert sampler.take(PKARR, 0.0) == "iroh::discovery::pkarr: Failed to publish to pkarr"
+    assert sampler.take(PKARR, 1.0) is None
+    assert sampler.take(PROBE, 2.0) == "iroh::net_report::reportgen: probe timed out"
+    assert sampler.take(PROBE, 300.0) is None
+    assert sampler.take(PKARR, 601.0) == "iroh::discovery::pkarr: Failed to publish to pkarr"
 
 
 def test_chatter_and_empty_lines_are_dropped_and_others_bounded() -> None:
-    thinner = Thinner()
-    assert thinner.take("2026-11-22T18:28:05Z ERROR tensor_iroh: [GET_ADDR] Created NodeTicket: nodeab\n", 0.0) is None
-    assert thinner.take("\n", 0.0) is None
-    assert thinner.take("no module here at all", 0.0) == "no module here at all"
-    said = thinner.take("a::b: " + "x" * 5000, 0.0)
+    sampler = LogSampler()
+    assert sampler.take("2026-11-22T18:28:05Z ERROR tensor_iroh: [GET_ADDR] Created NodeTicket: nodeab\n", 0.0) is None
+    assert sampler.take("\n", 0.0) is None
+    assert sampler.take("no module here at all", 0.0) == "no module here at all"
+    said = sampler.take("a::b: " + "x" * 5000, 0.0)
     assert said is not None
-    assert len(said) == Thinner.MAX_CHARS
+    assert len(said) == LogSampler.MAX_CHARS
 
 
 def test_ever_new_kinds_take_no_memory_without_end() -> None:
-    thinner = Thinner()
-    assert all(thinner.take(f"m{i}: text", 0.0) for i in range(10_000))
-    assert len(thinner._last) <= Thinner.MAX_KINDS
+    sampler = LogSampler()
+    assert all(sampler.take(f"m{i}: text", 0.0) for i in range(10_000))
+    assert len(sampler._last) <= LogSampler.MAX_KINDS

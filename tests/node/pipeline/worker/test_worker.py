@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from node.pipeline.stage.ipc import (
-    Tokenize,
-    Tokens,
+    PromptTokens,
+    TokenizeRequest,
 )
 from node.pipeline.worker.channels import channel_name
 from protocol.commands.common import ChatMessage
@@ -132,13 +132,13 @@ async def test_a_token_does_not_wait_in_a_batch_with_a_chunk() -> None:
 
 async def test_tokenize() -> None:
     async with pipeline([0], [1]) as [first, second]:
-        answer: Tokens = await first.order(Tokenize(TokenizeParams(model=MODEL, prompt="ab")))
+        answer: PromptTokens = await first.request(TokenizeRequest(TokenizeParams(model=MODEL, prompt="ab")))
         assert np.frombuffer(answer.tokens, "<i4").tolist() == [1, 2 + 97 - 90, 2 + 98 - 90]
         chat = (ChatMessage(role="user", content="ab"),)
-        answer = await first.order(Tokenize(TokenizeParams(model=MODEL, messages=chat)))
+        answer = await first.request(TokenizeRequest(TokenizeParams(model=MODEL, messages=chat)))
         assert np.frombuffer(answer.tokens, "<i4").tolist() == [9, 10], "a chat template writes its own BOS"
-        assert await refused(first, Tokenize(TokenizeParams(model=MODEL))) == "invalid_params"
-        assert await refused(second, Tokenize(TokenizeParams(model=MODEL, prompt="ab"))) == "shard_not_loaded"
+        assert await refused(first, TokenizeRequest(TokenizeParams(model=MODEL))) == "invalid_params"
+        assert await refused(second, TokenizeRequest(TokenizeParams(model=MODEL, prompt="ab"))) == "shard_not_loaded"
 
 
 async def test_a_session_of_short_steps_leaves_the_loop_to_others() -> None:
