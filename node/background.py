@@ -92,7 +92,7 @@ class Background:
         return sum(request_id is not None for request_id in self._running.values())
 
     def start(self, work: Coroutine[Any, Any, None], *, name: str, request_id: str | None = None) -> None:
-        """Run it beside everything else; nothing happens once the context has ended.
+        """Run it in the background; nothing happens once the context has ended.
 
         `request_id` names the request that it goes on with, for `cancel`.
         """
@@ -105,7 +105,7 @@ class Background:
         task.add_done_callback(lambda _: work.close())  # if it was cancelled before it began
 
     def cancel(self, request_id: str) -> bool:
-        """End what goes on for a request. False where there is nothing."""
+        """End what goes on for a request. False if there is nothing."""
         tasks = [task for task, owner in self._running.items() if owner == request_id]
         for task in tasks:
             task.cancel()
@@ -154,7 +154,7 @@ async def _logged(work: Coroutine[Any, Any, None], name: str) -> None:
 
 
 async def to_the_end(call: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-    """Run a call in a thread, and wait for its end also where the caller is cancelled."""
+    """Run a call in a thread, and wait for its end even if the caller is cancelled."""
     work = asyncio.ensure_future(asyncio.to_thread(call, *args, **kwargs))
     try:
         await asyncio.shield(work)
@@ -166,7 +166,7 @@ async def to_the_end(call: Callable[P, object], *args: P.args, **kwargs: P.kwarg
 
 
 async def to_the_end_then(call: Callable[[], R], then: Callable[[R], object]) -> R:
-    """The same; what the call returned is handed to `then`, also where the caller is cancelled."""
+    """The same; what the call returned is handed to `then`, even if the caller is cancelled."""
     results: list[R] = []
     try:
         await to_the_end(lambda: results.append(call()))

@@ -13,7 +13,7 @@ _OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 def available_memory_bytes() -> int:
-    """Memory that can be taken without swapping: the machine's, or less where a cgroup (v2) has a limit.
+    """Memory that can be taken without swapping: the machine's, or less if a cgroup (v2) has a limit.
 
     File pages count as free in both: the kernel gives them up for whoever needs memory, and a node that has read
     many shards has many of them.
@@ -27,7 +27,7 @@ def available_memory_bytes() -> int:
 
 
 def total_memory_bytes() -> int:
-    """Memory of the machine, or the limit of the cgroup where that is less."""
+    """Memory of the machine, or the limit of the cgroup if that is less."""
     limits = [_number(folder / "memory.max") for folder in _cgroups()]
     return min([int(psutil.virtual_memory().total), *(limit for limit in limits if limit is not None)])
 
@@ -56,7 +56,7 @@ def _cgroups() -> list[Path]:
 
 
 def _number(path: Path) -> int | None:
-    """None where the file is not there, or says "max"."""
+    """None if there is no such file, or it says "max"."""
     try:
         text = path.read_text().strip()
     except OSError:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from node.background import Background
 from node.config import KEY_FILENAME, Assignment, Settings
 from node.discovery import Discovery, DiscoverySettings, FoundProvider
-from node.handlers.info import InfoHandlers, current_info
+from node.handlers.info import InfoHandlers, NodeParts, current_info
 from node.handlers.leases import LeaseHandlers
 from node.handlers.publishing import PublishHandlers
 from node.handlers.sessions import SessionHandlers
@@ -50,7 +50,7 @@ MANIFEST_TIMEOUT_S = 20.0
 
 @dataclass(frozen=True)
 class NodePorts:
-    """Where a node listens."""
+    """The ports that a node listens on."""
 
     node_id: NodeId
     rpc_port: int
@@ -60,7 +60,7 @@ class NodePorts:
 
 
 async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callable[[NodePorts], None]) -> None:
-    """Run a node until `stop` is set. Raises OSError where a port is taken, and what a part fails with.
+    """Run a node until `stop` is set. Raises OSError if a port is taken, and what a part fails with.
 
     The parts end in the reverse order: first no new requests, then the engines, then what tells others about us.
     """
@@ -106,14 +106,10 @@ async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callabl
             node_id=key.node_id,
             cluster=settings.cluster,
             threads=settings.threads,
-            swarm=swarm,
-            discovery=discovery,
-            origins=origins,
-            shards=shards,
-            stages=stages,
+            here=here,
+            parts=NodeParts(swarm, discovery, origins, shards, stages),
             server=server,
             background=background,
-            here=here,
         )
         context = TaskContext(
             key.node_id, (_reached_at(settings.listen), rpc_port), shards, stages, discovery, settings.ctx_size
@@ -171,7 +167,7 @@ async def fetch_manifest(provider: FoundProvider, digest: ManifestDigest) -> Sig
 
 
 async def _announce_node(discovery: Discovery, here: NodeInfo) -> None:
-    """Say where this node is, and what it has left, now and then again."""
+    """Announce this node's address and its free memory, again and again."""
     while True:
         try:
             await discovery.announce_node(current_info(here))
@@ -210,7 +206,7 @@ def _engine_died(
 
 
 def swarm_settings(settings: Settings) -> SwarmSettings:
-    """What a node's settings say of the swarm."""
+    """The swarm settings of a node with these settings."""
     return SwarmSettings(
         state_dir=settings.data_dir / "swarm",
         listen_host=settings.listen,
@@ -221,8 +217,8 @@ def swarm_settings(settings: Settings) -> SwarmSettings:
 
 
 def _free_port(listen: str) -> int:
-    """A TCP port that is free on all addresses, or 0 where there is only one: asked for any port, libtorrent takes
-    another one for each address, and others are told a single one.
+    """A TCP port that is free on all addresses, or 0 if there is only one address: asked for any port, libtorrent
+    takes another one for each address, and others are told a single one.
     """
     if listen != "0.0.0.0":
         return 0
@@ -256,7 +252,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 @contextmanager
 def _naming(what: str, host: str, port: int) -> Iterator[None]:
-    """Say in an OSError about an address whose it is."""
+    """Name in an OSError about an address what was to listen there."""
     try:
         yield
     except OSError as error:
@@ -273,7 +269,7 @@ def _reached_at(listen: str) -> str:
 
 
 def _own_address(listen: str) -> str:
-    """What to advertise where nothing was given: the address that we listen on, or for all of them the one that
+    """What to advertise if nothing was given: the address that we listen on, or for all of them the one that
     packets to the outside would leave from (no packet is sent).
     """
     if listen != "0.0.0.0":

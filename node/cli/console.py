@@ -42,7 +42,7 @@ def print_json(value: Any, file: TextIO | None = None) -> None:
 
 
 def fail(error: Exception | str, *, code: int = 1) -> NoReturn:
-    """Say what went wrong in one line, with its code where it has one, and exit; 2 is for what was typed wrong."""
+    """Say what went wrong in one line, with its code if it has one, and exit; 2 is for what was typed wrong."""
     prefix = f"error ({error.code}): " if isinstance(error, ShoalError) else "error: "
     err.print(f"[bold red]{prefix}[/]", end="")
     err.print(str(error), markup=False, soft_wrap=True)
@@ -65,8 +65,8 @@ def show_manifest(
 ) -> None:
     """What was split or published: a line a shard, then the name that finds it. `more` goes into the JSON."""
     if json_output:
-        where = {"digest": manifest.digest, "folder": str(folder) if folder else None, "manifest": manifest}
-        print_json(where | dict(more or {}))
+        fields = {"digest": manifest.digest, "folder": str(folder) if folder else None, "manifest": manifest}
+        print_json(fields | dict(more or {}))
         return
     for entry in manifest.shards[:SHOWN_SHARDS]:
         layers = "" if entry.end_layer is None else f"  layers [{entry.start_layer}, {entry.end_layer})"

@@ -14,10 +14,9 @@ import typer
 from node.cli.console import bytes_progress, err, examples, fail, human_bytes, out, show_manifest
 from node.cli.options import ConfigFile, DataDir, O3Endpoint, OriginKeyFile, S3Endpoint, ShardsDir
 from node.config import KEY_FILENAME, Settings, load_settings
-from node.origin.core.policy import refusal
 from node.origin.factory import open_store
 from node.origin.interface import ObjectStore
-from node.origin.publishing import PublishResult
+from node.origin.publishing import PublishResult, refusal_by_others
 from node.origin.settings import origin_settings
 from node.origin.url import OriginUrl
 from node.shards.publish.manifest_builder import Chosen, compose, files_of, held_in
@@ -61,7 +60,7 @@ def publish(
 
     A running daemon takes them up within seconds. One file without --name is a loose file, found by its file name;
     several files, a folder, or any with --name are a data set; a folder made by `split` is that model. Files are
-    linked where the disk is the same (do not change them in place afterwards), copied otherwise.
+    linked if the disk is the same (do not change them in place afterwards), else copied.
     """
     if only_origin and not origin:
         fail("--only-origin needs an --origin URL", code=2)
@@ -162,7 +161,7 @@ def _named_origins(urls: Sequence[str], before: Sequence[str]) -> list[str]:
     """The origins that a manifest names: those of them that another node would ask, the new ones in front."""
     named: dict[str, None] = {}
     for url in [str(OriginUrl.parse(one)) for one in urls] + list(before):
-        if (why := refusal(url)) is None:
+        if (why := refusal_by_others(url)) is None:
             named[url] = None
         elif url not in before:
             err.print(

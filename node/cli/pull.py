@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
+from node.background import FirstErrorGroup
 from node.cli.console import SHOWN_SHARDS, bytes_progress, examples, fail, human_bytes, out, print_json
 from node.config import Address
 from protocol.client import Client
@@ -38,7 +39,7 @@ def pull(
 ) -> None:
     """Bring a model or data set to a node's disk.
 
-    The node fetches each shard from its peers, or from an origin where no peer has it, and checks it. Interrupted, the
+    The node fetches each shard from its peers, or from an origin if no peer has it, and checks it. Interrupted, the
     same command goes on from there. The daemon must be running: it keeps what it got, and shares it.
     """
     try:
@@ -53,7 +54,7 @@ def pull(
         print_json(named | {"folder": str(folder), "shards": results})
         return
     for one, entry in zip(results[:SHOWN_SHARDS], manifest.shards, strict=False):
-        line = f"  {entry.shard_id:>4}  {entry.filename}  {human_bytes(entry.size)} {_WHENCE[one.source]}"
+        line = f"  {entry.shard_id:>4}  {entry.filename}  {human_bytes(entry.size)} {_SOURCES[one.source]}"
         out.print(line, markup=False, soft_wrap=True)
     if (left := len(results) - SHOWN_SHARDS) > 0:
         out.print(f"        and {left} more")
@@ -62,14 +63,14 @@ def pull(
         for source, count in (one.bytes_by_source or {"local": one.bytes}).items():
             moved[source] = moved.get(source, 0) + count
     shares = ", ".join(
-        f"{human_bytes(count)} {_WHENCE.get(source, source)}" for source, count in moved.items() if count
+        f"{human_bytes(count)} {_SOURCES.get(source, source)}" for source, count in moved.items() if count
     )
     out.print(f"{manifest.kind} {manifest.name}: {len(results)} shards in {folder}", markup=False, soft_wrap=True)
     out.print(f"  {shares}", markup=False, soft_wrap=True)
     out.print(f"{manifest.name}@{manifest.digest}", markup=False, soft_wrap=True)
 
 
-_WHENCE = {"local": "here already", "peers": "from peers", "origin": "from an origin"}
+_SOURCES = {"local": "here already", "peers": "from peers", "origin": "from an origin"}
 
 
 def address_of(node: str) -> Address:
@@ -102,11 +103,8 @@ async def _pull(address: Address, name: str) -> tuple[Manifest, list[ShardResult
                             "FETCH_SHARD", selector(manifest, entry), result_type=ShardResult, on_notification=show
                         )
 
-            try:
-                async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(fetch(entry)) for entry in manifest.shards]
-            except BaseExceptionGroup as failed:
-                raise failed.exceptions[0] from None
+            async with FirstErrorGroup() as group:
+                tasks = [group.create_task(fetch(entry)) for entry in manifest.shards]
         return manifest, [task.result() for task in tasks]
 
 

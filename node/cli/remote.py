@@ -49,7 +49,7 @@ def call(
     """Send one command, print one JSON envelope.
 
     The envelope has command, request_id, status ("ok" or "error"), and result or error. Notifications (PROGRESS,
-    TASK_OUTPUT) go to stderr, a line of JSON each. Exit status 1 where the answer is an error.
+    TASK_OUTPUT) go to stderr, a line of JSON each. Exit status 1 if the answer is an error.
     """
     command = command.upper().replace("-", "_")
     try:
@@ -160,7 +160,7 @@ def generate(
     """Generate text through a pipeline of the cluster.
 
     The text streams to stdout, a line of figures goes to stderr. The node plans the pipeline, and has shards fetched
-    and loaded where they are not.
+    and loaded if they are not.
     """
     if top_p <= 0:
         fail("--top-p 0 leaves no token to draw; give a share above 0, or --temperature 0 for the likeliest", code=2)
@@ -203,7 +203,7 @@ def generate(
 
 
 class _Loads:
-    """Bars on stderr for the shards that have to be loaded first; nothing where none has."""
+    """Bars on stderr for the shards that have to be loaded first; nothing if none has to be."""
 
     def __init__(self) -> None:
         self._bars: RichProgress | None = None

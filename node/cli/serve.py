@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import signal
+import socket
 import sys
 import threading
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ MIN_GLIBC = (2, 34)
 SHUTDOWN_LIMIT_S = 4.5
 """After this a shutdown that hangs is cut short; 5 s are promised."""
 _CHATTY = ("watchfiles", "kademlia", "rpcudp", "aiohttp", "asyncio")
-"""Libraries whose INFO is noise to who runs a node."""
+"""Libraries whose INFO is noise to a node's operator."""
 
 _TOML_EXAMPLE = """
 
@@ -67,7 +68,7 @@ def run_daemon(settings: Settings) -> None:
     _log_to_stderr(settings.log_level.upper())
     faulthandler.enable()  # a native library that crashes leaves in the log what every thread was in
     for name in unknown_variables():
-        log.warning("%s is no setting of a node, and is ignored; `serve --help` lists them", name)
+        log.warning("%s is not a setting of a node, and is ignored; `shoal serve --help` lists them", name)
     warn_if_reachable(settings)
     try:
         with data_dir_lock(settings.data_dir):
@@ -75,10 +76,10 @@ def run_daemon(settings: Settings) -> None:
     except (DataDirInUseError, ShoalError) as error:
         fail(error)
     except OSError as error:
-        what = "it is no folder" if isinstance(error, FileExistsError) else error.strerror or str(error)
+        what = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror or str(error)
         fail(f"{error.filename}: {what}" if error.filename else what)
-    except BaseExceptionGroup as group:
-        log.critical("the node stopped because a part of it failed", exc_info=group)
+    except Exception as error:
+        log.critical("the node stopped because a part of it failed", exc_info=error)
         sys.exit(1)
 
 
@@ -102,7 +103,7 @@ def warn_if_reachable(settings: Settings) -> None:
 
 
 def check_platform() -> None:
-    """Raise UnsupportedPlatformError where a native library that a node needs has no wheel."""
+    """Raise UnsupportedPlatformError if a native library that a node needs has no wheel here."""
     machine, (libc, version) = platform.machine(), platform.libc_ver()
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
     if sys.platform != "linux" or machine != "x86_64" or libc != "glibc" or numbers < MIN_GLIBC:
@@ -147,6 +148,29 @@ def _announce_ready(ready: NodePorts, settings: Settings) -> None:
     ports = {"rpc": ready.rpc_port, "dht": ready.dht_port, "bt": ready.bt_port, "http": ready.http_port}
     sys.stdout.write(json.dumps({"event": "ready", "node_id": ready.node_id, "ports": ports}) + "\n")
     sys.stdout.flush()
+    if sys.stdout.isatty():
+        _print_next(ready, settings)
+
+
+def _print_next(ready: NodePorts, settings: Settings) -> None:
+    """What a person can type now; a program reads the ready line alone."""
+    here = f"127.0.0.1:{ready.rpc_port}" if settings.listen == "0.0.0.0" else f"{settings.listen}:{ready.rpc_port}"
+    has_model = any(settings.shards_dir.glob("*/manifest.json"))
+    lines = ["", "Next, in another terminal (docs/ has more; Ctrl-C ends this node):", f"  shoal status {here}"]
+    if has_model:
+        lines.append(f'  shoal generate {here} --prompt "Why is the sky blue?"')
+    else:
+        lines.append(f"  shoal split model.gguf --out {settings.shards_dir}/my-model --shards 3 --model my-model")
+    if is_loopback(settings.listen):
+        ports = " ".join(f"--{port}-port 0" for port in ("rpc", "dht", "bt", "http"))
+        lines.append(f"  shoal --data-dir ~/shoal-2 {ports} --bootstrap {settings.listen}:{ready.dht_port}")
+    else:
+        host = settings.advertise or (settings.listen if settings.listen != "0.0.0.0" else socket.gethostname())
+        lines += [
+            "and on another machine:",
+            f"  shoal --listen 0.0.0.0 --insecure-listen --bootstrap {host}:{ready.dht_port}",
+        ]
+    print("\n".join(lines), flush=True)
 
 
 def _leave_now() -> None:

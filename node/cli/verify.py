@@ -78,7 +78,7 @@ def verify(
     """Compare every copy with the manifest.
 
     Each node that has shards of it hashes them again. At an origin each shard is read whole and hashed here, which
-    costs its traffic. Exit status 1 where a copy is damaged, an origin lacks a shard or does not give it, or a shard
+    costs its traffic. Exit status 1 if a copy is damaged, an origin lacks a shard or does not give it, or a shard
     has no good copy; a node that does not answer is only named.
     """
     settings = load_settings(
@@ -143,7 +143,7 @@ async def _verify(
 
 
 async def _manifest(client: Client | None, origins: OriginRegistry, name: str) -> SignedManifest:
-    """As the node knows it; where there is none, or it does not, as an origin does."""
+    """As the node knows it; if there is no node, or it does not know it, as an origin does."""
     if is_address(name):
         return await origins.manifest_at(name)
     unknown: ShoalError | None = None
@@ -219,7 +219,7 @@ async def _at_origin(place: OriginLocation, manifest: Manifest) -> AsyncIterator
 
 
 async def _torrent_fault(place: OriginLocation, entry: ShardEntry) -> tuple[State, str] | None:
-    """What is wrong with the shard's torrent file. That there is none is no fault: shards lie as plain files too."""
+    """What is wrong with the shard's torrent file. A missing one is not wrong: shards are plain files too."""
     try:
         layer = layer_in_torrent(await place.torrent(entry), entry.content_id)
     except OriginNotFoundError:

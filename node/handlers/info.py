@@ -33,26 +33,34 @@ _PACKAGES = ("shoal", "libtorrent", "kademlia", "tensor_iroh", "xllamacpp", "msg
 
 
 @dataclass(frozen=True)
+class NodeParts:
+    """The parts of a node whose figures STATUS shows."""
+
+    swarm: Swarm
+    discovery: Discovery
+    origins: OriginRegistry
+    shards: Shards
+    stages: Stages
+
+
+@dataclass(frozen=True)
 class InfoHandlers:
     """Answers from what the parts know already; nothing here waits long."""
 
     node_id: NodeId
     cluster: str
     threads: int
-    swarm: Swarm
-    discovery: Discovery
-    origins: OriginRegistry
-    shards: Shards
-    stages: Stages
+    """Of an engine process."""
+    here: NodeInfo
+    parts: NodeParts
     server: RpcServer
     background: Background
-    here: NodeInfo
     started: float = field(default_factory=time.monotonic)
 
     async def status(self) -> StatusResult:
         """STATUS, and what /metrics shows."""
-        stages, transport = await self.stages.status()
-        swarm, dht, origin = self.swarm.stats(), self.discovery.stats(), self.origins.stats()
+        stages, transport = await self.parts.stages.status()
+        swarm, dht, origin = self.parts.swarm.stats(), self.parts.discovery.stats(), self.parts.origins.stats()
         return StatusResult(
             node_id=self.node_id,
             cluster=self.cluster,
@@ -65,7 +73,7 @@ class InfoHandlers:
             },
             threads=self.threads,
             stages=stages,
-            downloads=self.shards.downloads(),
+            downloads=self.parts.shards.downloads(),
             swarm=SwarmStatus(
                 uploaded_bytes=swarm.uploaded_bytes,
                 downloaded_bytes=swarm.downloaded_bytes,
@@ -75,14 +83,14 @@ class InfoHandlers:
             dht=DhtStatus(nodes=dht.nodes, records=dht.records),
             transport=transport,
             origin=OriginStatus(
-                urls=list(self.origins.urls),
+                urls=list(self.parts.origins.urls),
                 downloaded_bytes=origin.downloaded_bytes,
                 requests=origin.requests,
                 errors=origin.errors,
             ),
             leases=[
                 LeaseStatus(lease=one.lease, shards=one.shards, expires_in_s=one.expires_in_s)
-                for one in self.shards.leases.summaries(time.monotonic())
+                for one in self.parts.shards.leases.summaries(time.monotonic())
             ],
         )
 
@@ -95,7 +103,7 @@ class InfoHandlers:
     async def nodes(self) -> NodesResult:
         """NODES: this one first, the others as the DHT knows them."""
         own = current_info(self.here)
-        others = [found for found in await self.discovery.list_nodes() if found.node_id != self.node_id]
+        others = [found for found in await self.parts.discovery.list_nodes() if found.node_id != self.node_id]
         return NodesResult(
             nodes=[
                 _entry(self.node_id, own, here=True),

@@ -51,7 +51,7 @@ class LeaseHandlers:
         return ReleaseResult(lease=params.lease, shards=released)
 
     async def _named(self, selector: ShardSelector) -> LeasedId | None:
-        """The shard that is meant; None where all of the lease are."""
+        """The shard that is meant; None if all of the lease are."""
         fields = (selector.model, selector.dataset, selector.shard_id, selector.content_id, selector.filename)
         if all(field is None for field in fields):
             return None

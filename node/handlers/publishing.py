@@ -1,8 +1,8 @@
-"""PUBLISH: a file, a folder or a data set on this machine becomes known, seeded, and where asked uploaded.
+"""PUBLISH: a file, a folder or a data set on this machine becomes known and seeded, and uploaded if asked.
 
-RPC is not authenticated, and what is published can be fetched by anybody. So a request may name neither this node's own
-files, nor hidden ones, nor links, nor an origin that the node was not configured with; and where RPC can be reached
-from other machines, nothing but what lies in the folders of `--publish-from`.
+RPC is not authenticated, and anybody can fetch what is published. So a request may name neither this node's own files,
+nor hidden ones, nor links, nor an origin that the node was not configured with; and if other machines can reach RPC,
+nothing outside the folders of `--publish-from`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 from node.background import Background
 from node.config import Settings, is_loopback
 from node.handlers.shards import MAX_BACKGROUND, ProgressReport
-from node.origin.core.policy import refusal
 from node.origin.factory import open_store
 from node.origin.interface import ObjectStore
+from node.origin.publishing import refusal_by_others
 from node.origin.settings import origin_settings
 from node.origin.url import OriginUrl
 from node.rpc import Call
@@ -50,9 +50,9 @@ class PathRules:
     publish_from: tuple[Path, ...] = ()
 
     def check(self, path: Path) -> None:
-        """Raise InvalidParamsError unless the file or folder may be published; OSError where there is none."""
+        """Raise InvalidParamsError unless the file or folder may be published; OSError if there is none."""
         if not path.is_absolute():
-            raise InvalidParamsError(f"{path} is a relative path: give it as this node's machine has it, from / on")
+            raise InvalidParamsError(f"{path} is a relative path; give an absolute one, as this node's machine has it")
         kind = path.lstat().st_mode
         if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
             raise InvalidParamsError(f"{path} is a link or a device: only regular files and folders are published")
@@ -64,10 +64,10 @@ class PathRules:
             return
         if self.publish_from or not self.loopback:
             raise InvalidParamsError(
-                f"{path} is in no folder that this node publishes from: start it with --publish-from"
+                f"{path} is outside the folders that this node publishes from; start it with --publish-from"
             )
         if any(part.startswith(".") for part in real.parts):
-            raise InvalidParamsError(f"{path} is hidden: start the node with --publish-from if it is to be published")
+            raise InvalidParamsError(f"{path} is hidden; start the node with --publish-from if it is to be published")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class PublishHandlers:
         own_origins: tuple[str, ...],
         background: Background,
     ) -> PublishHandlers:
-        """As a node's settings say."""
+        """The handlers of a node with these settings."""
         rules = PathRules(settings.data_dir, settings.shards_dir, is_loopback(settings.listen), settings.publish_from)
         open_origin = partial(open_store, settings=origin_settings(settings))
         return cls(publisher, key, rules, own_origins, open_origin, background, asyncio.Semaphore(MAX_PUBLICATIONS))
@@ -130,7 +130,9 @@ class PublishHandlers:
         urls = [str(OriginUrl.parse(url)) for url in asked]
         if strange := [url for url in urls if url not in self.own_origins]:
             known = ", ".join(self.own_origins) or "none"
-            raise InvalidParamsError(f"{strange[0]} is no origin of this node: it uploads to its own alone, {known}")
+            raise InvalidParamsError(
+                f"{strange[0]} is not an origin of this node, which uploads only to its own: {known}"
+            )
         return urls
 
     def _checked_paths(self, path: Path) -> list[Path]:
@@ -195,7 +197,7 @@ class PublishHandlers:
         )
 
     def _signed(self, chosen: Chosen, urls: Sequence[str]) -> SignedManifest:
-        named = dict.fromkeys(url for url in (*urls, *chosen.origins) if refusal(url) is None)
+        named = dict.fromkeys(url for url in (*urls, *chosen.origins) if refusal_by_others(url) is None)
         return sign_manifest(chosen.manifest, self.key, list(named)[:MAX_ORIGINS])
 
     async def _upload(

@@ -22,7 +22,7 @@ class HttpServer:
     async def serve(
         cls, host: str, port: int, *, health: Callable[[], Mapping[str, Any]], metrics: Callable[[], Awaitable[bytes]]
     ) -> AsyncIterator[HttpServer]:
-        """Listen until the context ends. Raises OSError where the address is taken."""
+        """Listen until the context ends. Raises OSError if the address is taken."""
 
         async def healthz(_: web.Request) -> web.Response:
             return web.json_response(dict(health()))

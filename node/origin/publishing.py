@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from node.origin.core.policy import refusal
 from node.origin.interface import ObjectStore
 from node.origin.layout import (
     ManifestKey,
@@ -35,6 +36,11 @@ log = logging.getLogger(__name__)
 
 AT_ONCE = 4
 """Objects that are looked for or sent at a time; a large one goes in several parts at once besides."""
+
+
+def refusal_by_others(url: str) -> str | None:
+    """Why other nodes do not ask an origin that a manifest names, as the end of a sentence; None if they do."""
+    return refusal(url)
 
 
 class SourceFile(NamedTuple):

@@ -54,7 +54,7 @@ def test_ready_line_health_status_and_clean_end(tmp_path: Path) -> None:
         assert status["cluster"] == "environment", "stands over the file"
         assert status["threads"] == 1, "the helper's flag stands over the file"
         assert " DEBUG " in again.log, "the file stands over the default"
-        assert "SHOAL_CLUSTRE is no setting" in again.log
+        assert "SHOAL_CLUSTRE is not a setting" in again.log
 
 
 def test_loopback_alone_and_a_data_dir_of_ones_own(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import typer
 from rich.markup import escape
 from rich.progress import Progress as RichProgress
 
-from node.background import to_the_end
+from node.background import FirstErrorGroup, to_the_end
 from node.cli.console import bytes_progress, examples, fail, human_bytes, out
 from node.cli.demo import origin as demo_origin
 from node.cli.demo import view
@@ -58,7 +58,7 @@ def demo(
     They list, find, fetch, load and generate; then the tokens are compared with those of one process. The first node
     has the shards; the others find them in the DHT and fetch them over BitTorrent. Then the first one is stopped, a
     shard evicted everywhere, and loaded again from an origin: a real S3 server in the part of Akave O3. Everything
-    lies in a temporary folder that is removed at the end. Exit status 1 where anything failed or the tokens differ.
+    lies in a temporary folder that is removed at the end. Exit status 1 if anything failed or the tokens differ.
     """
     source = model_gguf or packaged_model()
     try:
@@ -167,15 +167,12 @@ async def _files_when_seeding(client: Client) -> ListFilesResult:
 
 
 async def _load(nodes: list[RunningNode], clients: list[Client]) -> list[view.DemoLoad]:
-    try:
-        with bytes_progress(out) as progress:
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(_load_one(node, client, shard_id, progress))
-                    for shard_id, (node, client) in enumerate(zip(nodes, clients, strict=True))
-                ]
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None
+    with bytes_progress(out) as progress:
+        async with FirstErrorGroup() as group:
+            tasks = [
+                group.create_task(_load_one(node, client, shard_id, progress))
+                for shard_id, (node, client) in enumerate(zip(nodes, clients, strict=True))
+            ]
     return [task.result() for task in tasks]
 
 

@@ -38,7 +38,7 @@ class RunningNode:
     process: asyncio.subprocess.Process
 
     async def stop(self) -> None:
-        """End it now, in order; nothing happens where it has ended."""
+        """End it now, in order; nothing happens if it has ended."""
         await _stop(self.process)
 
 
@@ -48,8 +48,8 @@ async def running_node(
 ) -> AsyncIterator[RunningNode]:
     """Start `shoal serve` on free loopback ports with `home` as its data directory; end it at the exit.
 
-    `environment` stands over this process's own. Raises NodeStartError with the last lines of its log; to an error of
-    the block, of a node that ended by itself meanwhile, they are added as a note.
+    `environment` is added to this process's own and has precedence over it. Raises NodeStartError with the last lines
+    of its log; if the block fails and the node has ended by itself meanwhile, they are a note of that error.
     """
     home.mkdir(parents=True, exist_ok=True)
     log_path = home / "node.log"

@@ -1,4 +1,4 @@
-"""The second part of a demo: the seed is gone, nobody has a shard, and the origin gives it."""
+"""The second part of a demo: the seed is gone, no node has a shard, and the origin gives it."""
 
 from __future__ import annotations
 

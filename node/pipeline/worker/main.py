@@ -132,11 +132,17 @@ def _redirect_stdout() -> None:
     os.close(theirs)
 
     def pump() -> None:
-        sampler = LogSampler()
+        sampler, told = LogSampler(), False
         with os.fdopen(ours, errors="replace") as lines:
             while line := lines.readline(4096):
                 if text := sampler.take(line, time.monotonic()):
-                    logging.info("tensor_iroh: %s", text)
+                    if not told:
+                        logging.info(
+                            "tensor_iroh has warnings, most often that its public address service cannot be reached, "
+                            "which Shoal does not need; --log-level debug shows them"
+                        )
+                        told = True
+                    logging.debug("tensor_iroh: %s", text)
 
     threading.Thread(target=pump, name="stdout", daemon=True).start()
 
