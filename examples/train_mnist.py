@@ -1,18 +1,19 @@
-"""Train a small network on MNIST from O3; kill it whenever you like, and the same command goes on at the same bit.
+"""Train a small network on MNIST from O3. Kill it at any step: the same command continues, and ends at the same bits.
 
-    python examples/train_mnist.py --local --data /usr/share/datasets/fashion-mnist     # a bucket on this machine
-    python examples/train_mnist.py --url o3://my-bucket/mnist --data ~/mnist            # keys from the environment
-    python examples/train_mnist.py --url o3://my-bucket/mnist --run slow --lr 0.001    # the data are there by now
+    python examples/train_mnist.py --local                                     # a bucket on this machine
+    python examples/train_mnist.py --url o3://my-bucket/mnist --data ~/mnist   # keys from the environment
+    python examples/train_mnist.py --url o3://my-bucket/mnist --run slow --lr 0.001    # the data is there by now
     python examples/train_mnist.py --local --json | jq .test_accuracy
 
---data is the folder of the four files of MNIST, or of a data set of the same format, such as Debian's package
-dataset-fashion-mnist. They are uploaded once. Credentials: AKAVE_O3_ACCESS_KEY and AKAVE_O3_SECRET_KEY, or each in a
-file that the same variable with _FILE names.
+--data is the folder of the four files of MNIST, or of a data set of the same format. They are uploaded once. Without
+it, --local takes Fashion-MNIST if Debian's package dataset-fashion-mnist is installed, and else makes a small data set
+of digits in --work. Credentials: AKAVE_O3_ACCESS_KEY and AKAVE_O3_SECRET_KEY, or each in a file that the same variable
+with _FILE names.
 
-Every --checkpoint-every steps the run is kept under --url; started again, it goes on from there, on another machine
-too where that has the file --key: a checkpoint that another key has signed does not count. In --work: RUN/loss.jsonl,
-one line a step; RUN/model.safetensors at the end; the cache of the data. Exits with 0 at the end of the training, 1
-where something failed, 130 where it was interrupted.
+The run is saved under --url every --checkpoint-every steps, and continues from there when it is started again. On
+another machine it needs the file --key, since a checkpoint that another key signed does not count. --work holds
+RUN/loss.jsonl, one line a step; RUN/model.safetensors at the end; the cache of the data. Exits with 0 at the end of the
+training, 1 if something failed, 130 if it was interrupted.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any
 
 import torch
 from local_s3 import BUCKET, local_bucket
-from mnist_records import PIXELS, RECORD_BYTES, batch_of, offer
+from mnist_records import PIXELS, RECORD_BYTES, SPLITS, batch_of, make_digits, offer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
@@ -44,11 +45,13 @@ from torch_bridge import O3CheckpointManager, O3Client, O3Dataset
 from torch_bridge.objects.formats import RecordFormat
 
 TEST_BATCH = 1000
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package dataset-fashion-mnist has its files."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the weights: two runs of one recipe end with the same ones, to the bit, on the same machine."""
+    """All that decides the weights: two runs of one recipe end with the same bits on the same machine."""
 
     data: str
     """SHA-256 of the training records."""
@@ -85,7 +88,7 @@ class Training:
         return [part.tolist() for part in numbers.split(self.recipe.batch_size)]
 
     def batches(self, data: O3Dataset, done: int, workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """What comes after `done` steps, to the end of the last epoch."""
+        """The batches after the first `done` steps, to the end of the last epoch."""
         for epoch in range(done // self.steps_per_epoch, self.recipe.epochs):
             left = self.order(epoch)[max(0, done - epoch * self.steps_per_epoch) :]
             # A generator of its own: a loader that begins draws a number, and the model's draws must not move by it.
@@ -105,7 +108,7 @@ class Training:
 
     @torch.no_grad()
     def accuracy(self, data: O3Dataset) -> float:
-        """The share of samples whose label comes out."""
+        """The share of samples that get their label."""
         self.model.eval()
         right = 0
         for images, labels in DataLoader(data, TEST_BATCH, collate_fn=batch_of, generator=torch.Generator()):
@@ -114,7 +117,7 @@ class Training:
 
 
 class LossCurve(AbstractContextManager["LossCurve"]):
-    """A line of JSON for each step. What a killed run wrote past its last checkpoint is cut off: it comes again."""
+    """A line of JSON for each step. What a killed run wrote after its last checkpoint is cut off: it comes again."""
 
     def __init__(self, path: Path, done: int) -> None:
         self._file = path.open("a+", buffering=1)
@@ -134,7 +137,8 @@ def train(wanted: argparse.Namespace, client: O3Client, url: str) -> dict[str, A
     started = time.monotonic()
     results = wanted.work / wanted.run
     results.mkdir(parents=True, exist_ok=True)
-    index = offer(client, f"{url}/data", wanted.data)
+    make = (lambda: found_or_made(wanted.work / "digits")) if wanted.local else None
+    index = offer(client, f"{url}/data", wanted.data, make)
     records = RecordFormat(RECORD_BYTES, pattern="*.bin")
     # ttl 0: listed at each start, since this folder may have been used with another bucket a minute ago.
     read: dict[str, Any] = {"format": records, "listing_ttl_s": 0.0}
@@ -178,8 +182,16 @@ def train(wanted: argparse.Namespace, client: O3Client, url: str) -> dict[str, A
     }
 
 
+def found_or_made(folder: Path) -> Path:
+    """The folder of Fashion-MNIST's files, or, if this machine has none, `folder` with digits that are made there."""
+    if all(any(FASHION_MNIST.glob(f"{name}-images-*")) for name in SPLITS.values()):
+        return FASHION_MNIST
+    print(f"{FASHION_MNIST} has no data: digits are made in {folder}; --data DIR takes MNIST's files", file=sys.stderr)
+    return make_digits(folder)
+
+
 def check_same(recipe: Recipe, saved: Mapping[str, Any], run: str) -> None:
-    """Raise InvalidParamsError where a run was begun with another recipe: it would not end as it began."""
+    """Raise InvalidParamsError if a run was begun with another recipe: it would not end as it began."""
     other = [
         f"{name} {saved.get(name)}, now {value}" for name, value in asdict(recipe).items() if saved.get(name) != value
     ]
@@ -188,7 +200,7 @@ def check_same(recipe: Recipe, saved: Mapping[str, Any], run: str) -> None:
 
 
 def bar(steps: int, done: int) -> Progress:
-    """On standard error, where it is a terminal."""
+    """On standard error, if that is a terminal."""
     console = Console(stderr=True)
     loss = TextColumn("loss {task.fields[loss]}")
     progress = Progress(
@@ -215,7 +227,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--endpoint", metavar="URL", help="the gateway of o3://; default: SHOAL_O3_ENDPOINT, or Akave's"
     )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="MNIST's files; left out, the data are there already")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="MNIST's four files; default: see above",
+    )
     parser.add_argument("--work", type=Path, metavar="DIR", default=Path("mnist-run"), help="default: mnist-run")
     parser.add_argument("--run", metavar="NAME", default="mnist", help="name of the run's checkpoints; default: mnist")
     parser.add_argument(
@@ -247,7 +264,7 @@ def main() -> int:
         print(getattr(error, "message", error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
     if wanted.json:
         print(json.dumps(result))

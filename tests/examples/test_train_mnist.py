@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import os
 import random
@@ -12,13 +13,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from node.cli.demo.s3_server import S3Server
 from tests.support.origins.s3_server import credentials, s3_server
+from torch_bridge import O3Client
 
 PROGRAM = Path(__file__).parents[2] / "examples" / "train_mnist.py"
 TRAIN, TEST = 6_000, 500
@@ -139,3 +143,57 @@ def test_a_run_that_is_killed_at_random_steps_ends_as_one_that_is_not(
     _, said, code = program.ended(program.start("killed", "--lr", "0.1"))
     assert code == 1
     assert "was begun with lr 0.003, now 0.1" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(150)
+def test_local_alone_makes_its_data_and_learns_it(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, PROGRAM, "--local", "--json", "--work", tmp_path, "--key", tmp_path / "key", "--epochs", "4"],
+        capture_output=True,
+        text=True,
+        timeout=LONGEST_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"digits are made in {tmp_path / 'digits'}" in done.stderr or Path("/usr/share/datasets").exists()
+    result = json.loads(done.stdout)
+    assert result["test_accuracy"] > 0.8
+    assert result["steps"] == 4 * 47
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType]:
+    """The program as a module, on a machine without Fashion-MNIST."""
+    monkeypatch.syspath_prepend(PROGRAM.parent)
+    module = importlib.import_module("train_mnist")
+    monkeypatch.setattr(module, "FASHION_MNIST", tmp_path / "fashion-mnist")
+    threads = torch.get_num_threads()
+    yield module
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+def test_where_no_data_is_found_digits_are_made_and_learnt(
+    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work, url = tmp_path / "work", (tmp_path / "origin").as_uri()
+    command = ["train_mnist.py", "--local", "--work", str(work), "--key", str(tmp_path / "key"), "--epochs", "1"]
+    monkeypatch.setattr(sys, "argv", command)
+    wanted = example._arguments()
+    with O3Client() as client:
+        result = example.train(wanted, client, url)
+        told = capsys.readouterr().err
+        assert f"{tmp_path / 'fashion-mnist'} has no data: digits are made in {work / 'digits'}" in told
+        assert result["test_accuracy"] > 0.3, "of ten classes, after one epoch"
+        assert (result["steps"], result["went_on_after_step"]) == (47, 0)
+        made = {path.name: path.read_bytes() for path in (work / "digits").iterdir()}
+        assert len(made) == 4
+        assert example.train(wanted, client, url)["went_on_after_step"] == 47, "the data is there by now"
+        assert "digits" not in capsys.readouterr().err
+    again = example.make_digits(tmp_path / "again")
+    assert {path.name: path.read_bytes() for path in again.iterdir()} == made
+    for name in made:
+        (tmp_path / "fashion-mnist").mkdir(exist_ok=True)
+        (tmp_path / "fashion-mnist" / name).write_bytes(made[name])
+    assert example.found_or_made(tmp_path / "other") == tmp_path / "fashion-mnist"

@@ -8,6 +8,6 @@ fetcher         the threads that bring files, within the bounds of the disk
 folder          the cache folder: who has it, which files are whole in it
 journal         what survives a crash: a progress file, and a journal of what was consumed
 metadata        captions and the like, loaded once
-report          download time against training time
+stats           download time against training time
 sources         where files come from: an origin, the swarm, Hugging Face, archives
 """

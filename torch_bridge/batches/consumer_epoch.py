@@ -23,9 +23,9 @@ from torch_bridge.batches.plan import (
     pass_order,
     plan_batches,
 )
-from torch_bridge.batches.report import ConsumerTimes
 from torch_bridge.batches.settings import BatchSettings
 from torch_bridge.batches.sources.interface import FileSource
+from torch_bridge.batches.stats import ConsumerTimes
 from torch_bridge.core.closing import ClosingStack
 
 _log = logging.getLogger(__name__)

@@ -16,11 +16,11 @@ from torch_bridge.batches.folder import ConsumerFolder
 from torch_bridge.batches.journal import ConsumerJournal, Done, lowest_epoch, positions, read_state, state_of
 from torch_bridge.batches.metadata import Metadata, MetadataOf
 from torch_bridge.batches.plan import RemoteFile
-from torch_bridge.batches.report import TimeReport, time_report
 from torch_bridge.batches.settings import BatchSettings, consumer_of
 from torch_bridge.batches.sources.hub import HubFiles
 from torch_bridge.batches.sources.interface import FileSource
 from torch_bridge.batches.sources.origin import OriginFiles
+from torch_bridge.batches.stats import TimeReport, time_report
 from torch_bridge.core.client import O3Client
 from torch_bridge.core.closing import ClosingStack
 from torch_bridge.core.ranks import Ranks

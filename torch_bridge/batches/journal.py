@@ -15,7 +15,7 @@ from node.files import atomic_write
 from protocol.errors import InvalidParamsError
 from torch_bridge.batches.folder import ConsumerFolder, read_json, write_json, writing
 from torch_bridge.batches.plan import RemoteFile
-from torch_bridge.batches.report import ConsumerTimes
+from torch_bridge.batches.stats import ConsumerTimes
 
 STATE_VERSION = 1
 Done = dict[RemoteFile, int]

@@ -1,11 +1,11 @@
 """Samples of shards, in one exact order for any number of workers and ranks.
 
-dataset      StreamingShardDataset, an IterableDataset of batches
-text_loader  TextLoader: token batches of a text column
-settings     Ordering and Buffering
-order        pure: the order of an epoch, and who reads which batch
-position     where a reader stands in an epoch, saved and continued
-elastic      pure: what another number of ranks has to read after a restart
-shard_rows   the rows of all shards that one iteration reads
-rows         the rows of one parquet file
+dataset         StreamingShardDataset, an IterableDataset of batches
+text_loader     TextLoader: token batches of a text column
+settings        Ordering and Buffering
+order           pure: the order of an epoch, and who reads which batch
+position        where a reader stands in an epoch, saved and continued
+elastic_resume  pure: what another number of ranks has to read after a restart
+shard_rows      the rows of all shards that one iteration reads
+rows            the rows of one parquet file
 """

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from protocol.errors import InvalidParamsError
 from torch_bridge.streaming.dataset import StreamingShardDataset
-from torch_bridge.streaming.elastic import PartialBatch, Remainder, following, left_by
+from torch_bridge.streaming.elastic_resume import PartialBatch, Remainder, following, left_by
 
 Tokens = NDArray[np.int64]
 Tokenise = Callable[[list[str]], Iterable[Sequence[int] | NDArray[Any]]]

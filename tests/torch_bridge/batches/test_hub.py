@@ -19,7 +19,7 @@ from tests.support.bridge.o3_client import served
 from tests.support.origins.servers import HubStandIn, hub_stand_in, raw_server
 from torch_bridge import O3Client, RetryPolicy
 from torch_bridge.batches.sources.hub import HubFiles
-from torch_bridge.batches.sources.ranged_file import PIECE_BYTES
+from torch_bridge.batches.sources.range_file import PIECE_BYTES
 
 FILES = bodies(9) | {"clips/odd name @1 #2 100%.bin": b"odd" * 999}
 NAMES = sorted(key.rpartition("/")[2] for key in FILES)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from protocol.errors import InvalidParamsError
 from torch_bridge.batches.plan import Consumer, RemoteFile, epoch_order, own_share, part_of, pass_order, plan_batches
-from torch_bridge.batches.report import ConsumerTimes, time_report
+from torch_bridge.batches.stats import ConsumerTimes, time_report
 from torch_bridge.core.sizes import byte_count
 
 FILES = st.dictionaries(st.text(min_size=1, max_size=8), st.integers(1, 100), max_size=40).map(

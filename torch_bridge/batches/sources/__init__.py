@@ -6,5 +6,5 @@ hub              HubFiles: a repository of Hugging Face
 swarm            SwarmFiles: the shards of a data set
 archives         ArchiveFiles: files inside tar and zip archives
 archive_members  archives as streams, bounded and checked
-ranged_file      an object as a file that is read over ranges
+range_file       an object as a file that is read over ranges
 """

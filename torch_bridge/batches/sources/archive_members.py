@@ -18,7 +18,7 @@ from typing import IO, Literal, Self, cast
 
 from protocol.errors import CancelledRequestError, InvalidParamsError, InvalidShardError
 from torch_bridge.batches.plan import RemoteFile
-from torch_bridge.batches.sources.ranged_file import OnBytes, StreamedFile
+from torch_bridge.batches.sources.range_file import OnBytes, StreamedFile
 from torch_bridge.core.store import Store
 
 COPY_BYTES = 1 << 20

@@ -33,7 +33,7 @@ from torch_bridge.batches.sources.archive_members import (
     translated,
 )
 from torch_bridge.batches.sources.origin import OriginFiles
-from torch_bridge.batches.sources.ranged_file import SMALL_BLOCK_BYTES, OnBytes, RangedFile, StreamedFile
+from torch_bridge.batches.sources.range_file import SMALL_BLOCK_BYTES, OnBytes, RangeFile, StreamedFile
 from torch_bridge.core.store import Store
 
 INSIDE = "!/"
@@ -151,7 +151,7 @@ class ArchiveFiles:
                     if is_zipped_file(one, what, skip_others=self._skip_others):
                         yield one.filename, one.file_size, f"{one.CRC:08x}"
             elif kind == "tar":
-                raw = RangedFile(self._store, key, size, SMALL_BLOCK_BYTES)
+                raw = RangeFile(self._store, key, size, SMALL_BLOCK_BYTES)
                 with tarfile.open(
                     fileobj=cast(IO[bytes], io.BufferedReader(raw, 512)), mode="r:", tarinfo=BoundedTarInfo
                 ) as tar:
@@ -169,7 +169,7 @@ class ArchiveFiles:
         with self._opening:
             where = os.getpid(), key
             if where not in self._zips:
-                raw = RangedFile(self._store, key, self._store.head(key).size)
+                raw = RangeFile(self._store, key, self._store.head(key).size)
                 self._zips[where] = zipfile.ZipFile(cast(IO[bytes], raw))
             return self._zips[where]
 

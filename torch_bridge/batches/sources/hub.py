@@ -14,7 +14,7 @@ from node.origin.core.fork_guard import no_fork
 from node.origin.huggingface.file_system import HubFileSystem
 from node.origin.url import OriginUrl
 from torch_bridge.batches.plan import RemoteFile
-from torch_bridge.batches.sources.ranged_file import PIECE_BYTES, OnBytes, fetch_pieces
+from torch_bridge.batches.sources.range_file import PIECE_BYTES, OnBytes, fetch_pieces
 from torch_bridge.core.location import with_secrets
 from torch_bridge.core.loop_thread import loop_thread
 from torch_bridge.core.store import Store

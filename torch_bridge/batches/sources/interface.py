@@ -9,7 +9,7 @@ from typing import Protocol
 
 from protocol.errors import OriginNotFoundError, ShardNotFoundError
 from torch_bridge.batches.plan import RemoteFile
-from torch_bridge.batches.sources.ranged_file import OnBytes
+from torch_bridge.batches.sources.range_file import OnBytes
 
 
 class FileSource(Protocol):

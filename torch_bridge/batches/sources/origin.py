@@ -9,7 +9,7 @@ from pathlib import Path
 from node.files import replace_file
 from protocol.errors import OriginCorruptError
 from torch_bridge.batches.plan import RemoteFile
-from torch_bridge.batches.sources.ranged_file import OnBytes, fetch_pieces
+from torch_bridge.batches.sources.range_file import OnBytes, fetch_pieces
 from torch_bridge.core.store import Store
 
 

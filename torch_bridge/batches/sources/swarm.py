@@ -10,7 +10,7 @@ from pathlib import Path
 from protocol.errors import ShardNotFoundError, ShoalError
 from protocol.manifest import ShardEntry
 from torch_bridge.batches.plan import RemoteFile
-from torch_bridge.batches.sources.ranged_file import OnBytes
+from torch_bridge.batches.sources.range_file import OnBytes
 from torch_bridge.shards.sources.interface import ShardSource
 
 _log = logging.getLogger(__name__)

@@ -22,8 +22,8 @@ from torch_bridge.core.client import O3Client
 from torch_bridge.core.store import Store
 from torch_bridge.shards.disk_space import release, reserve
 from torch_bridge.shards.shard_file import as_published, check_parquet
+from torch_bridge.shards.sources.dataset_origins import DatasetOrigins
 from torch_bridge.shards.sources.interface import FetchedFile, OnProgress
-from torch_bridge.shards.sources.named_origins import NamedOrigins
 from torch_bridge.shards.sources.range_download import download
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class OriginSource:
     ) -> None:
         self._folder = Path(folder)
         self._keep_free_bytes = keep_free_bytes
-        self._origins = NamedOrigins(where, dataset, client or O3Client(), self._state)
+        self._origins = DatasetOrigins(where, dataset, client or O3Client(), self._state)
 
     @property
     def folder(self) -> Path:

@@ -28,7 +28,7 @@ Read = Callable[[int, int], Coroutine[Any, Any, bytes]]
 """Bytes [start, end) of an object, exactly as many, on the loop's thread."""
 
 
-class RangedFile(io.RawIOBase):
+class RangeFile(io.RawIOBase):
     """Reads blocks of an object and keeps the last few."""
 
     def __init__(self, store: Store, key: str, size: int, block_bytes: int = BLOCK_BYTES) -> None:

@@ -29,7 +29,7 @@ _LOOK_S = 10.0
 """For how long an origin that does not answer is asked for a newer manifest than the one that was kept."""
 
 
-class NamedOrigins:
+class DatasetOrigins:
     """Thread-safe; travels to other processes by pickle, with its manifest."""
 
     def __init__(self, where: str, dataset: str | None, client: O3Client, state: Path) -> None:
