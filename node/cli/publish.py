@@ -135,7 +135,7 @@ def _signed(chosen: Chosen, target: Path | None, settings: Settings, urls: Seque
     except ValueError as error:
         fail(error)
     held = held_at(target, chosen.manifest) if target else None
-    before = held.signed.origins if held else ()
+    before = held.origins if held else ()
     return sign_manifest(chosen.manifest, key, _named_origins(urls, [*before, *chosen.origins]))
 
 

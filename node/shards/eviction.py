@@ -19,7 +19,7 @@ from node.shards.store.verifier import Admission
 from node.swarm.torrent import Torrent
 from protocol.errors import InvalidShardError, ShardInUseError, ShardNotFoundError
 from protocol.ids import ContentId
-from protocol.manifest import ShardEntry, SignedManifest
+from protocol.manifest import Shard
 
 
 class Custody:
@@ -47,55 +47,58 @@ class Custody:
         self._withdrawing: set[asyncio.Task[None]] = set()
 
     @property
-    def idle(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether nothing that was found wrong is seeded still."""
         return not self._withdrawing
 
-    async def evict(self, signed: SignedManifest, entry: ShardEntry) -> Path:
+    async def wait_idle(self) -> None:
+        while self._withdrawing:
+            await asyncio.wait(self._withdrawing)
+
+    async def evict(self, shard: Shard) -> Path:
         """Delete a shard's file, and what an unfinished download or a bad file left of it. Returns where it was."""
-        digest, shard_id = signed.digest, entry.shard_id
-        name = f"shard {shard_id} of {signed.manifest.name!r}"
-        if shard_id in self._catalog.loaded(digest):
-            raise ShardInUseError(f"{name} is loaded: unload it first")
-        if self._loader.is_fetching(digest, shard_id):
-            raise ShardInUseError(f"{name} is being fetched: cancel that first")
-        self._check_leases(signed, entry, name)
-        async with self._loader.alone_with(entry.content_id):
-            self._check_leases(signed, entry, name)
-            folder = self._catalog.folder_of(digest)
+        if shard.entry.shard_id in self._catalog.loaded(shard.digest):
+            raise ShardInUseError(f"{shard.label} is loaded: unload it first")
+        if self._loader.is_fetching(shard.ref):
+            raise ShardInUseError(f"{shard.label} is being fetched: cancel that first")
+        self._check_leases(shard)
+        async with self._loader.alone_with(shard.entry.content_id):
+            self._check_leases(shard)
+            folder = self._catalog.folder_of(shard.digest)
             gone: list[Path] = []
-            for file in self._catalog.of_shard(digest, shard_id):
+            for file in self._catalog.of_shard(shard.ref):
                 await self._admission.withdraw(file)
                 await asyncio.to_thread(_unlink, file.path)
                 await asyncio.to_thread(self._index.forget, file.path)
-                self._catalog.forget(file.path)
+                self._catalog.evicted(file)
                 gone.append(file.path)
             if folder:
-                path = shard_path(folder, entry)
+                path = shard_path(folder, shard.entry)
                 left_over = await asyncio.to_thread(_unlink, part_of(path))
                 left_over |= await asyncio.to_thread(_unlink, whole_part_of(path))
                 left_over |= await asyncio.to_thread(_unlink, invalid_of(path))
                 gone += [path] if left_over else []
             if not gone:
-                raise ShardNotFoundError(f"{name} is not on this node; LIST_FILES shows what is")
-            await self._loader.tidy(digest)
+                raise ShardNotFoundError(f"{shard.label} is not on this node; LIST_FILES shows what is")
+            await self._loader.tidy(shard.digest)
         return gone[0]
 
-    def _check_leases(self, signed: SignedManifest, entry: ShardEntry, name: str) -> None:
-        leased = LeasedId(signed.digest, entry.shard_id, entry.content_id)
+    def _check_leases(self, shard: Shard) -> None:
+        leased = LeasedId(shard.digest, shard.entry.shard_id, shard.entry.content_id)
         holders = self._leases.holders(leased, time.monotonic())
         if holders.leases:
             count = "1 lease" if holders.leases == 1 else f"{holders.leases} leases"
             raise ShardInUseError(
-                f"{name} is held by {count} for {holders.expires_in_s:.0f} s more: release it, or wait until then",
+                f"{shard.label} is held by {count} for {holders.expires_in_s:.0f} s more: "
+                "release it, or wait until then",
                 {"leases": holders.leases, "expires_in_s": holders.expires_in_s},
             )
 
-    async def verify(self, signed: SignedManifest, entry: ShardEntry) -> ContentId | None:
-        """Hash a shard's file again. Returns what it holds, None where it cannot be read."""
-        file = next(iter(self._catalog.of_shard(signed.digest, entry.shard_id)), None)
+    async def verify(self, shard: Shard) -> ContentId | None:
+        """Hash a shard's file again. Returns what it holds, None if it cannot be read."""
+        entry, file = shard.entry, next(iter(self._catalog.of_shard(shard.ref)), None)
         if file is None or file.state == "downloading":
-            raise ShardNotFoundError(f"shard {entry.shard_id} of {signed.manifest.name!r} is not on this node")
+            raise ShardNotFoundError(f"{shard.label} is not on this node: FETCH_SHARD gets it")
         try:
             hashed = await self._hasher.hash(file.path, entry.kind, check=False)
         except (OSError, FileChangedError, InvalidShardError) as err:
@@ -125,20 +128,13 @@ class Custody:
 
     def _is_now_invalid(self, file: ShardFile, error: str) -> bool:
         """False where it was not good, or is another file by now."""
-        if self._catalog.get(file.path) is not file or file.state != "seeding":
-            return False
-        self._catalog.invalidate(file, error)
-        return True
+        return file.state == "seeding" and self._catalog.rejected(file, error) is not None
 
     def _withdraw(self, file: ShardFile) -> asyncio.Task[None]:
         task = self._tasks.create_task(self._stop_seeding(file), name=f"withdraw {file.path.name}")
         self._withdrawing.add(task)
-        task.add_done_callback(self._withdrawn)
+        task.add_done_callback(self._withdrawing.discard)
         return task
-
-    def _withdrawn(self, task: asyncio.Task[None]) -> None:
-        self._withdrawing.discard(task)
-        self._catalog.pulse()
 
     async def _stop_seeding(self, file: ShardFile) -> None:
         await asyncio.to_thread(self._index.forget, file.path)

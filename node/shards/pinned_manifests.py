@@ -8,7 +8,6 @@ from pathlib import Path
 
 from node.shards.service import Shards
 from node.shards.store.layout import prepare_folder
-from node.shards.store.manifests import Holding
 from protocol.errors import ShoalError
 
 log = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ async def keep_held(shards: Shards, shards_dir: Path, url: str) -> None:
             held, pause_s = False, FIRST_RETRY_S
             # Evicting the last shard of a fetched manifest takes its folder along.
             try:
-                await asyncio.to_thread(prepare_folder, shards_dir.resolve(), Holding(signed), {})
+                await asyncio.to_thread(prepare_folder, shards_dir.resolve(), signed, ())
             except (ShoalError, OSError) as error:
                 log.warning("manifest %s cannot be held: %s", signed.manifest.name, error)
                 pause_s = LOOK_S

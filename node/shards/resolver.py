@@ -113,9 +113,9 @@ class Names:
 
     def _remember(self, signed: SignedManifest) -> SignedManifest:
         """Keep a manifest that came from elsewhere, so that its digest finds it; the one held here, where one is."""
-        holding = self._catalog.holding(signed.digest)
-        if holding:
-            return holding.signed
+        held = self._catalog.manifest(signed.digest)
+        if held:
+            return held
         self._fetched[signed.digest] = signed
         self._fetched.move_to_end(signed.digest)
         while len(self._fetched) > FETCHED_MANIFESTS:
@@ -130,12 +130,11 @@ class Names:
 
     async def _all(self, kind: Kind) -> set[Candidate]:
         found = {Candidate(item.name, item.kind, item.digest) for item in await self._discovery.list_names()}
-        for holding in self._catalog.holdings():
-            found.add(Candidate(holding.manifest.name, holding.manifest.kind, holding.digest))
+        found |= {_candidate(signed) for signed in self._catalog.manifests()}
         return {candidate for candidate in found if candidate.kind == kind}
 
     def _here(self, kind: Kind | None, plain: str, digest: str) -> set[Candidate]:
-        held = [_candidate(holding.signed) for holding in self._catalog.holdings()]
+        held = [_candidate(signed) for signed in self._catalog.manifests()]
         fetched = [_candidate(signed) for signed in self._fetched.values()] if digest else []
         return _fitting(held, kind, plain, digest) or _fitting(fetched, kind, plain, digest)
 
@@ -172,9 +171,9 @@ class Names:
 
         Raises NoSourceError where nobody gives it out.
         """
-        holding = self._catalog.holding(digest)
-        if holding:
-            return holding.signed
+        held = self._catalog.manifest(digest)
+        if held:
+            return held
         if digest in self._fetched:
             return self._remember(self._fetched[digest])
         failures: list[str] = []
@@ -218,7 +217,7 @@ class Names:
             return entry.content_id == selector.content_id if by_content else entry.filename == selector.filename
 
         what = f"content {selector.content_id}" if by_content else f"file {selector.filename!r}"
-        found = _matches((holding.signed for holding in self._catalog.holdings()), fits)
+        found = _matches(self._catalog.manifests(), fits)
         if not found and by_content:
             found = _matches(self._fetched.values(), fits)
         if not found:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from node.shards.eviction import Custody
 from node.shards.fetch.fetcher import Loader
@@ -24,7 +25,6 @@ from node.shards.store.catalog import Catalog, ShardFile
 from node.shards.store.file_info import file_info
 from node.shards.store.hash_cache import Index
 from node.shards.store.hasher import Hasher
-from node.shards.store.manifests import Holding
 from node.shards.store.scanner import Survey
 from node.shards.store.seeding import Seeds
 from node.shards.store.verifier import Admission
@@ -33,12 +33,22 @@ from protocol.commands.common import ShardSelector
 from protocol.commands.nodes import DownloadStatus
 from protocol.commands.shards import FileInfo
 from protocol.ids import ContentId, ManifestDigest
-from protocol.manifest import ShardEntry, SignedManifest
+from protocol.manifest import Shard, ShardEntry, ShardRef, SignedManifest
 from protocol.signing import SigningKey
 
 INDEX_FILENAME = "index.sqlite"
 TELL_TIMEOUT_S = 3.0
 """A DHT whose nodes are gone must not hold up who has loaded a shard."""
+
+
+class CanIdle(Protocol):
+    """A part of this room that may have nothing left to do."""
+
+    @property
+    def is_idle(self) -> bool: ...
+
+    async def wait_idle(self) -> None:
+        """Wait for a moment at which it has nothing to do."""
 
 
 class Shards:
@@ -65,7 +75,7 @@ class Shards:
         self._seeds = Seeds(swarm, index)
         self._admission = Admission(settings, self._catalog, index, self._reader, self._seeds, key)
         self._survey = Survey(settings, self._catalog, self._admission, key)
-        self._remember = Remember(self._catalog, index, self._reader)
+        self._remember = Remember(index, self._reader)
         self._announcer = Announcer(self._catalog, discovery, rpc_port, swarm.port)
         self.publisher = Publisher(settings, self._catalog, index, self._survey, self._announcer)
         self._names = Names(settings, self._catalog, discovery, fetch_manifest, origin=origin)
@@ -152,12 +162,11 @@ class Shards:
 
     def manifests(self) -> list[SignedManifest]:
         """The manifests that this node holds, also those of which no shard is here."""
-        return [holding.signed for holding in self._catalog.holdings()]
+        return self._catalog.manifests()
 
     def manifest(self, digest: ManifestDigest) -> SignedManifest | None:
         """A manifest that this node holds."""
-        holding = self._catalog.holding(digest)
-        return holding.signed if holding else None
+        return self._catalog.manifest(digest)
 
     def on_disk(self, digest: ManifestDigest) -> frozenset[int]:
         """Ids of the shards of a manifest that are here, checked."""
@@ -165,17 +174,19 @@ class Shards:
 
     def path_of(self, signed: SignedManifest, entry: ShardEntry) -> Path | None:
         """The file of a shard, if it is here and checked."""
-        files = self._catalog.of_shard(signed.digest, entry.shard_id)
+        files = self._catalog.of_shard(ShardRef(signed.digest, entry.shard_id))
         return next((file.path for file in files if file.state == "seeding"), None)
 
     def has_file(self, digest: ManifestDigest, shard_id: int) -> bool:
         """Whether anything of a shard is in its place, checked or not."""
-        return bool(self._catalog.of_shard(digest, shard_id))
+        return bool(self._catalog.of_shard(ShardRef(digest, shard_id)))
 
     def is_published_here(self, digest: ManifestDigest, shard_id: int) -> bool:
         """Whether a shard lies where its publisher put it, and was not fetched."""
-        folders, files = self._catalog.folders(), self._catalog.of_shard(digest, shard_id)
-        return any(file.path.parent not in folders or not folders[file.path.parent].holding.fetched for file in files)
+        folders = [
+            self._catalog.manifest_in(file.path.parent) for file in self._catalog.of_shard(ShardRef(digest, shard_id))
+        ]
+        return any(folder is None or not folder.fetched for folder in folders)
 
     def downloads(self) -> list[DownloadStatus]:
         return [
@@ -198,23 +209,18 @@ class Shards:
     @property
     def is_surveyed(self) -> bool:
         """Whether the folder was looked at since the start: before that, nothing seems to be here."""
-        return self._survey.done_once
+        return self._survey.is_scanned
 
     async def surveyed(self) -> None:
         """Wait until it was."""
-        await self._catalog.wait_until(lambda: self._survey.done_once)
+        await self._survey.wait_scanned()
 
     async def settled(self) -> None:
         """Wait until every file that is here is seeded or invalid, hashes are kept, and others were told."""
-        await self._catalog.wait_until(
-            lambda: (
-                self._survey.idle
-                and all(file.state in ("seeding", "invalid") for file in self._catalog.files())
-                and self._remember.idle
-                and self._custody.idle
-                and self._announcer.idle
-            )
-        )
+        parts: list[CanIdle] = [self._survey, self._catalog, self._remember, self._custody, self._announcer]
+        while not all(part.is_idle for part in parts):
+            for part in parts:
+                await part.wait_idle()
 
     # What is meant
 
@@ -242,12 +248,13 @@ class Shards:
         InvalidManifestError for names that cannot be written here, BusyError for too many leases. Cancelling the caller
         ends the download unless others wait for it.
         """
+        shard = Shard(self._catalog.manifest(signed.digest) or signed, entry)
         if term is None:
-            return await self._loader.fetch(self._holding(signed), entry, on_progress)
+            return await self._loader.fetch(shard, on_progress)
         leased, ttl_s = leased_id(signed, entry), None
         number = self.leases.begin(term.lease, leased, time.monotonic())
         try:
-            fetched = await self._loader.fetch(self._holding(signed), entry, on_progress)
+            fetched = await self._loader.fetch(shard, on_progress)
             ttl_s = term.ttl_s
         finally:
             self.leases.end(number, term.lease, leased, time.monotonic(), ttl_s)
@@ -258,31 +265,28 @@ class Shards:
 
         Returns where it was. Raises ShardInUseError while it is loaded, downloaded or leased, and ShardNotFoundError.
         """
-        return await self._custody.evict(signed, entry)
+        return await self._custody.evict(Shard(signed, entry))
 
     async def verify(self, signed: SignedManifest, entry: ShardEntry) -> ContentId | None:
         """Hash a shard's file again. Returns what it holds, None where it cannot be read; a wrong one is invalid then.
 
         Raises ShardNotFoundError where it is not here.
         """
-        return await self._custody.verify(signed, entry)
+        return await self._custody.verify(Shard(signed, entry))
 
     async def set_loaded(self, digest: ManifestDigest, shard_ids: frozenset[int]) -> None:
         """A stage has exactly these shards of a manifest loaded now; returns when others were told, or tried to be."""
-        self._catalog.set_loaded(digest, shard_ids)
+        self._catalog.loaded_changed(digest, self._catalog.loaded(digest), shard_ids)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TELL_TIMEOUT_S):
-                await self._catalog.wait_until(lambda: self._announcer.idle)
+                await self._announcer.wait_idle()
 
     # How it is done
 
-    def _holding(self, signed: SignedManifest) -> Holding:
-        return self._catalog.holding(signed.digest) or Holding(signed)
-
     def _info(self, file: ShardFile) -> FileInfo:
         loaded, leases = False, 0
-        if file.holding and file.entry:
-            leased = LeasedId(file.holding.digest, file.entry.shard_id, file.entry.content_id)
+        if file.shard:
+            leased = LeasedId(file.shard.digest, file.shard.entry.shard_id, file.shard.entry.content_id)
             loaded = leased.shard_id in self._catalog.loaded(leased.digest)
             leases = self.leases.holders(leased, time.monotonic()).leases
         return file_info(file, self._settings.shards_dir, loaded=loaded, leases=leases)

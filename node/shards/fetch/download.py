@@ -6,9 +6,11 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 from node.background import to_the_end_then
+from node.files import Fingerprint
 from node.shards.fetch.block_assignment import Lease, blocks_of
 from node.shards.fetch.job import Fetch, FetchProgress
 from node.shards.fetch.origin_feeder import Feeder, WholeNeededError
@@ -20,15 +22,14 @@ from node.shards.fetch.whole_file import Whole
 from node.shards.interfaces import Discovery, Download, Origin, OriginPlace, Swarm
 from node.shards.settings import ShardsSettings
 from node.shards.store.backfill import Remember
-from node.shards.store.catalog import Catalog, HeldFolder, ShardFile, torrent_of
+from node.shards.store.catalog import Catalog, ShardFile, torrent_of
 from node.shards.store.disk_space import Space, part_of, whole_part_of
 from node.shards.store.hasher import FileChangedError, Hasher
 from node.shards.store.layout import prepare_folder, set_aside
-from node.shards.store.listing import Fingerprint
 from node.shards.store.manifests import folder_names, shard_path
-from node.shards.store.seeding import Seeds
+from node.shards.store.seeding import Seed, Seeds
 from node.swarm.torrent import PeerAddress
-from protocol.errors import InvalidShardError, OriginError, ShoalError
+from protocol.errors import InvalidShardError, OriginError, ShardInUseError, ShoalError
 from protocol.manifest import ShardEntry
 
 log = logging.getLogger(__name__)
@@ -75,16 +76,31 @@ class Intake:
 
     async def target(self, fetch: Fetch) -> Path:
         async with self.folders:
-            folder = self._catalog.folder_of(fetch.holding.digest) or await self._prepare(fetch)
+            folder = self._catalog.folder_of(fetch.shard.digest) or await self._prepare(fetch)
         return shard_path(folder, fetch.entry)
 
     async def _prepare(self, fetch: Fetch) -> Path:
-        def prepare() -> tuple[Path, HeldFolder]:
-            return prepare_folder(self._settings.shards_dir, fetch.holding, self._catalog.folders())
+        prepare = partial(prepare_folder, self._settings.shards_dir, fetch.shard.signed, self._catalog.folders())
+        # Also of a fetch that is cancelled meanwhile: `tidy` takes away what is held. If the scanner was quicker, the
+        # catalog has this manifest already.
+        held = await to_the_end_then(prepare, lambda held: self._catalog.manifest_held(None, held))
+        return held.folder
 
-        # Also of a fetch that is cancelled meanwhile: `tidy` takes away what is held.
-        folder, _ = await to_the_end_then(prepare, lambda prepared: self._catalog.hold_folder(*prepared))
-        return folder
+    async def start(self, path: Path, fetch: Fetch) -> ShardFile:
+        """Tell the catalog that this fetch writes the file from now on. Raises ShardInUseError if another does."""
+        while (known := self._catalog.get(path)) and known.state == "seeding":
+            if self._catalog.gone(known):  # another file, which is set aside
+                await self._seeds.stop(known)
+        pending = self._catalog.fetch_started(known, path, fetch.shard)
+        if pending is None:
+            raise ShardInUseError(f"{path.name} is being fetched as a shard of another manifest: wait for its end")
+        return pending
+
+    def finish(self, pending: ShardFile, fingerprint: Fingerprint) -> ShardFile:
+        """Tell the catalog that the file is here, checked and seeded."""
+        file = self._catalog.fetch_finished(pending, fingerprint)
+        assert file, f"{pending.path} was changed by somebody else while it was fetched"
+        return file
 
     async def bring(self, fetch: Fetch) -> tuple[Path, dict[str, int]]:
         """Have the shard here, checked and seeded. Returns its file, and how many bytes came from where."""
@@ -99,13 +115,11 @@ class Intake:
                 path = await self.target(fetch)
                 await asyncio.to_thread(set_aside, path)
                 begun = await asyncio.to_thread(part_of(path).exists)
-                pending = ShardFile(path, "downloading", entry.kind, None, fetch.holding, entry)
-                self._catalog.put(pending)
+                pending = await self.start(path, fetch)
                 try:
-                    moved = await self._bring_to(fetch, path, sources, peers, feeder, begun=begun)
+                    moved = await self._bring_to(fetch, pending, sources, peers, feeder, begun=begun)
                 except BaseException:
-                    if self._catalog.get(path) is pending:
-                        self._catalog.forget(path)
+                    self._catalog.fetch_failed(pending)
                     raise
             finally:
                 if feeder:
@@ -115,20 +129,21 @@ class Intake:
     async def _bring_to(
         self,
         fetch: Fetch,
-        path: Path,
+        pending: ShardFile,
         sources: Sources,
         peers: Sequence[PeerAddress],
         feeder: Feeder | None,
         *,
         begun: bool,
     ) -> dict[str, int]:
+        path = pending.path
         try:
             kept = await self._carry_through(fetch, path, sources, peers, feeder, begun=begun)
         except WholeNeededError:
             assert feeder is not None, "only a feeder needs a shard whole"
             whole = Whole(feeder.supply, fetch, path, self._settings.stall_timeout_s, feeder.lull_s)
             try:
-                await self._come_whole(fetch, path, whole, sources)
+                await self._come_whole(fetch, pending, whole, sources)
             except OriginError:
                 if not (feeder.supply.exhausted and feeder.accompanied):
                     raise
@@ -137,7 +152,7 @@ class Intake:
                 return {"origin": whole.origin_bytes}
             begun = await asyncio.to_thread(part_of(path).exists)
             kept = await self._carry_through(fetch, path, sources, peers, feeder, begun=begun)
-        await self._take_up(fetch, path)
+        await self._take_up(fetch, pending)
         await asyncio.to_thread(whole_part_of(path).unlink, missing_ok=True)
         from_peers = fetch.entry.size - kept - (feeder.kept_bytes if feeder else 0)
         if not feeder or not feeder.origin_bytes:
@@ -146,7 +161,7 @@ class Intake:
 
     async def _feeder(self, fetch: Fetch, sources: Sources) -> Feeder | None:
         """None where no origin has anything of this manifest."""
-        places = self._origin.locations(fetch.holding.signed) if self._origin else ()
+        places = self._origin.locations(fetch.shard.signed) if self._origin else ()
         if not places:
             return None
         torrent = torrent_of(fetch.entry)
@@ -200,9 +215,9 @@ class Intake:
             download = await self._swarm.download(torrent_of(entry), path)
         return download
 
-    async def _come_whole(self, fetch: Fetch, path: Path, whole: Whole, sources: Sources) -> None:
+    async def _come_whole(self, fetch: Fetch, pending: ShardFile, whole: Whole, sources: Sources) -> None:
         """No torrent of it is to be had: take it whole from an origin, and be its first seed."""
-        entry = fetch.entry
+        entry, path = fetch.entry, pending.path
         log.info("%s has no torrent anywhere: it comes whole from an origin", entry.filename)
         async with AsyncExitStack() as room:
             if await asyncio.to_thread(part_of(path).exists):  # Something in it counts, and the room is for it.
@@ -212,40 +227,37 @@ class Intake:
             )
         await asyncio.to_thread(whole.part.replace, path)
         await asyncio.to_thread(part_of(path).unlink, missing_ok=True)
-        file = await self._in_order(fetch, path)
-        await self._seeds.start(file, content.piece_layer)
-        self._catalog.put(file)
-        await self._remember.write(file, content)
+        fingerprint = await self._in_order(fetch, pending)
+        await self._seeds.start(Seed(path, torrent_of(entry), fingerprint), content.piece_layer)
+        await self._remember.write(self.finish(pending, fingerprint), content)
 
     def _expected_path(self, fetch: Fetch) -> Path:
         """Where the shard will most likely lie."""
-        digest, manifest = fetch.holding.digest, fetch.holding.manifest
+        digest, manifest = fetch.shard.digest, fetch.shard.manifest
         folder = self._catalog.folder_of(digest) or self._settings.shards_dir / folder_names(manifest.name, digest)[0]
         return shard_path(folder, fetch.entry)
 
-    async def _take_up(self, fetch: Fetch, path: Path) -> None:
+    async def _take_up(self, fetch: Fetch, pending: ShardFile) -> None:
         """The swarm has checked every byte and seeds the file: look at its structure, and let it be known."""
         try:
-            file = await self._in_order(fetch, path)
+            fingerprint = await self._in_order(fetch, pending)
         except InvalidShardError:
             await self._swarm.remove(torrent_of(fetch.entry).info_hash)
             raise
-        self._seeds.adopt(file)
-        self._catalog.put(file)
-        self._remember.later(file)
+        self._seeds.adopt(Seed(pending.path, torrent_of(fetch.entry), fingerprint))
+        self._remember.later(self.finish(pending, fingerprint))
 
-    async def _in_order(self, fetch: Fetch, path: Path) -> ShardFile:
-        """The file as a seed, if its structure is what its kind must be; else it is invalid: InvalidShardError."""
-        entry = fetch.entry
+    async def _in_order(self, fetch: Fetch, pending: ShardFile) -> Fingerprint:
+        """The file's fingerprint, if its structure is what its kind must be; else it is invalid: InvalidShardError."""
+        entry, path = fetch.entry, pending.path
         fetch.tell(FetchProgress("verifying", entry.size, entry.size))
         try:
-            fingerprint = await self._hasher.check(path, entry.kind)
+            return await self._hasher.check(path, entry.kind)
         except (InvalidShardError, FileChangedError, OSError) as err:
             error = f"{entry.filename} came as its manifest says, and is not in order: {err}"
             seen = await asyncio.to_thread(Fingerprint.of, path)
-            self._catalog.put(ShardFile(path, "invalid", entry.kind, seen, fetch.holding, entry, error))
+            self._catalog.rejected(pending, error, seen)
             raise InvalidShardError(error) from None
-        return ShardFile(path, "seeding", entry.kind, fingerprint, fetch.holding, entry)
 
 
 async def _unit_bytes(place: OriginPlace) -> int:

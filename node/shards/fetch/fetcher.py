@@ -17,17 +17,17 @@ from node.shards.fetch.job import Fetch, FetchedShard, FetchProgress, OnProgress
 from node.shards.interfaces import Discovery, Origin, Swarm
 from node.shards.settings import ShardsSettings
 from node.shards.store.backfill import Remember
-from node.shards.store.catalog import Catalog, ShardFile
+from node.shards.store.catalog import Catalog, ShardFile, torrent_of
 from node.shards.store.disk_space import Space
 from node.shards.store.hasher import FileChangedError, Hasher
 from node.shards.store.layout import link_or_copy, remove_if_empty
-from node.shards.store.manifests import Holding
+from node.shards.store.manifests import LocalManifest
 from node.shards.store.scanner import Survey
-from node.shards.store.seeding import Seeds
+from node.shards.store.seeding import Seed, Seeds
 from protocol.commands.shards import ShardSource
 from protocol.errors import CancelledRequestError, InsufficientDiskError, InternalError, InvalidShardError, ShoalError
 from protocol.ids import ContentId, ManifestDigest
-from protocol.manifest import ShardEntry
+from protocol.manifest import Shard, ShardRef
 
 log = logging.getLogger(__name__)
 
@@ -57,37 +57,36 @@ class Loader:
         self._space = Space(settings.shards_dir, settings.min_free_disk)
         self._intake = Intake(settings, catalog, seeds, remember, hasher, swarm, discovery, origin, self._space, tasks)
         self._slots = asyncio.Semaphore(settings.max_downloads)
-        self._fetches: dict[tuple[ManifestDigest, int], Fetch] = {}
+        self._fetches: dict[ShardRef, Fetch] = {}
         self._turns: dict[ContentId, tuple[asyncio.Lock, int]] = {}
 
     def fetches(self) -> list[Fetch]:
         """In progress."""
         return list(self._fetches.values())
 
-    def is_fetching(self, digest: ManifestDigest, shard_id: int) -> bool:
-        return (digest, shard_id) in self._fetches
+    def is_fetching(self, ref: ShardRef) -> bool:
+        return ref in self._fetches
 
     async def tidy(self, digest: ManifestDigest, besides: Fetch | None = None) -> None:
         """Take the folder of a fetched manifest away, if nothing is in it and no other fetch is about to use it."""
         async with self._intake.folders:
             folder = self._catalog.folder_of(digest)
-            busy = any(fetch.holding.digest == digest and fetch is not besides for fetch in self.fetches())
-            is_fetched = folder is not None and self._catalog.folders()[folder].holding.fetched
-            if folder and is_fetched and not busy:
-                await to_the_end_then(partial(remove_if_empty, folder), partial(self._removed, folder))
+            held = self._catalog.manifest_in(folder) if folder else None
+            busy = any(fetch.shard.digest == digest and fetch is not besides for fetch in self.fetches())
+            if held and held.fetched and not busy:
+                await to_the_end_then(partial(remove_if_empty, held.folder), partial(self._removed, held))
         self._survey.poke()
 
-    def _removed(self, folder: Path, is_gone: bool) -> None:
+    def _removed(self, held: LocalManifest, is_gone: bool) -> None:
         if is_gone:
-            self._catalog.release_folder(folder)
+            self._catalog.manifest_released(held)
 
-    async def fetch(self, holding: Holding, entry: ShardEntry, on_progress: OnProgress | None) -> FetchedShard:
+    async def fetch(self, shard: Shard, on_progress: OnProgress | None) -> FetchedShard:
         """Have the shard here and checked; callers for one shard share one fetch."""
-        key = (holding.digest, entry.shard_id)
-        fetch = self._fetches.get(key)
+        fetch = self._fetches.get(shard.ref)
         if fetch is None:
-            fetch = self._fetches[key] = Fetch(holding, entry)
-            task = self._tasks.create_task(self._carry(fetch), name=f"fetch {entry.filename}")
+            fetch = self._fetches[shard.ref] = Fetch(shard)
+            task = self._tasks.create_task(self._carry(fetch), name=f"fetch {shard.entry.filename}")
 
             def abandon() -> None:
                 self._drop(fetch)
@@ -97,9 +96,8 @@ class Loader:
         return await fetch.join(on_progress)
 
     def _drop(self, fetch: Fetch) -> None:
-        key = (fetch.holding.digest, fetch.entry.shard_id)
-        if self._fetches.get(key) is fetch:
-            del self._fetches[key]
+        if self._fetches.get(fetch.shard.ref) is fetch:
+            del self._fetches[fetch.shard.ref]
 
     @asynccontextmanager
     async def alone_with(self, content_id: ContentId) -> AsyncIterator[None]:
@@ -135,7 +133,7 @@ class Loader:
 
     async def _fetch(self, fetch: Fetch) -> FetchedShard:
         began = time.monotonic()
-        await self._catalog.wait_until(lambda: self._survey.done_once)
+        await self._survey.wait_scanned()
         async with self.alone_with(fetch.entry.content_id):
             try:
                 path = await self._local(fetch)
@@ -144,20 +142,17 @@ class Loader:
                 async with self._slots:
                     path, moved = await self._intake.bring(fetch)
             except BaseException:
-                await self.tidy(fetch.holding.digest, besides=fetch)
+                await self.tidy(fetch.shard.digest, besides=fetch)
                 raise
         return FetchedShard(path, _source(moved), time.monotonic() - began, moved)
 
     async def _local(self, fetch: Fetch) -> Path | None:
         """The shard's file, if it is here; a copy of it is made where only another manifest's shard is the same."""
-        digest, entry = fetch.holding.digest, fetch.entry
-        if any(file.state == "hashing" for file in self._catalog.of_shard(digest, entry.shard_id)):
+        ref, entry = fetch.shard.ref, fetch.entry
+        if any(file.state == "hashing" for file in self._catalog.of_shard(ref)):
             fetch.tell(FetchProgress("verifying", 0, entry.size))
-            self._survey.hurry(self._catalog.of_shard(digest, entry.shard_id))
-            await self._catalog.wait_until(
-                lambda: all(file.state != "hashing" for file in self._catalog.of_shard(digest, entry.shard_id))
-            )
-        for file in self._catalog.of_shard(digest, entry.shard_id):
+            self._survey.hurry(self._catalog.of_shard(ref))
+        for file in await self._catalog.wait_for_shard(ref):
             if file.state == "seeding":
                 return file.path
         for copy in self._catalog.of_content(entry.content_id):
@@ -171,6 +166,14 @@ class Loader:
     async def _copy(self, fetch: Fetch, copy: ShardFile) -> Path | None:
         """None where the copy is not the shard any more: it is invalid from then on."""
         path = await self._intake.target(fetch)
+        pending = await self._intake.start(path, fetch)
+        try:
+            return await self._copy_to(pending, fetch, copy)
+        finally:
+            self._catalog.fetch_failed(pending)  # unless it finished
+
+    async def _copy_to(self, pending: ShardFile, fetch: Fetch, copy: ShardFile) -> Path | None:
+        path = pending.path
         async with self._space.reserved(path, fetch.entry.size):
             fetch.tell(FetchProgress("verifying", 0, fetch.entry.size))
             await asyncio.to_thread(link_or_copy, copy.path, path)
@@ -184,14 +187,12 @@ class Loader:
                 "%s is not the shard that it was: %s is fetched from elsewhere", copy.path, fetch.entry.filename
             )
             await asyncio.to_thread(path.unlink, missing_ok=True)
-            self._catalog.invalidate(copy, f"{copy.path.name} was changed: it is not the shard that it was")
+            self._catalog.rejected(copy, f"{copy.path.name} was changed: it is not the shard that it was")
             await self._remember.forget(copy)
             await self._seeds.stop(copy)
             return None
-        file = ShardFile(path, "seeding", fetch.entry.kind, hashed.fingerprint, fetch.holding, fetch.entry)
-        await self._seeds.start(file, hashed.content.piece_layer)
-        self._catalog.put(file)
-        await self._remember.write(file, hashed.content)
+        await self._seeds.start(Seed(path, torrent_of(fetch.entry), hashed.fingerprint), hashed.content.piece_layer)
+        await self._remember.write(self._intake.finish(pending, hashed.fingerprint), hashed.content)
         return path
 
 

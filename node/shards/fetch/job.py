@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from node.shards.store.manifests import Holding
 from protocol.commands.shards import ShardSource
-from protocol.manifest import ShardEntry
+from protocol.manifest import Shard
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +44,9 @@ OnProgress = Callable[[FetchProgress], None]
 class Fetch:
     """One shard on its way, for any number of callers."""
 
-    def __init__(self, holding: Holding, entry: ShardEntry) -> None:
-        self.holding = holding
-        self.entry = entry
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+        self.entry = entry = shard.entry
         self.progress = FetchProgress("finding", 0, entry.size)
         self.result: asyncio.Future[FetchedShard] = asyncio.get_running_loop().create_future()
         self.result.add_done_callback(_retrieved)

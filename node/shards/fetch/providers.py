@@ -40,7 +40,7 @@ class Sources:
         self.lookups += 1
         self.whole = False
         try:
-            found: Sequence[FoundProvider] = await self._discovery.find_providers(self._fetch.holding.digest)
+            found: Sequence[FoundProvider] = await self._discovery.find_providers(self._fetch.shard.digest)
         except ShoalError as err:
             log.info("looking for providers of %s failed: %s", self._fetch.entry.filename, err)
             return []
@@ -91,8 +91,7 @@ class Sources:
 
     @property
     def _name(self) -> str:
-        entry = self._fetch.entry
-        return f"shard {entry.shard_id} of {self._fetch.holding.manifest.name!r} ({entry.filename})"
+        return self._fetch.shard.label
 
     @property
     def _asked(self) -> str:
@@ -102,7 +101,7 @@ class Sources:
     @property
     def _details(self) -> dict[str, Any]:
         return {
-            "digest": self._fetch.holding.digest,
+            "digest": self._fetch.shard.digest,
             "shard_id": self._fetch.entry.shard_id,
             "providers": dict(self.seen),
         }

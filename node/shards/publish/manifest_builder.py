@@ -10,7 +10,7 @@ import msgspec
 
 from node.formats.kinds import kind_of
 from node.shards.store.hasher import FileChangedError, Hashed, Hasher
-from node.shards.store.manifests import Holding, read_manifest, shard_path
+from node.shards.store.manifests import read_manifest, shard_path
 from protocol.errors import InvalidManifestError, InvalidParamsError, InvalidShardError
 from protocol.ids import ContentId
 from protocol.manifest import (
@@ -50,10 +50,10 @@ def held_in(folder: Path, name: str | None) -> Chosen | None:
     path = folder / MANIFEST_FILENAME
     if not path.is_file():
         return None
-    held: Holding | None = read_manifest(path, SigningKey.generate())
+    held = read_manifest(path, SigningKey.generate())
     if held is None:
         return None
-    chosen = of_manifest(folder, held.manifest, held.signed.origins)
+    chosen = of_manifest(folder, held.manifest, held.origins)
     if name is not None and name != held.manifest.name:
         raise InvalidParamsError(
             f"{folder} holds a manifest, which names it {held.manifest.name!r}: leave the name out"

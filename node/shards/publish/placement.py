@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from node.shards.store.listing import LOOSE_KINDS
-from node.shards.store.manifests import Holding, folder_names, read_manifest, write_manifest
+from node.shards.store.manifests import folder_names, read_manifest, write_manifest
 from protocol.errors import InvalidParamsError, InvalidShardError
 from protocol.manifest import MANIFEST_FILENAME, Manifest, ShardEntry, SignedManifest
 from protocol.signing import SigningKey
@@ -64,7 +64,7 @@ def place_all(
         _place(files[filename], target / filename, follow_links=follow_links)
 
 
-def held_at(target: Path, manifest: Manifest) -> Holding | None:
+def held_at(target: Path, manifest: Manifest) -> SignedManifest | None:
     """The same manifest, where it lies there already. Raises InvalidParamsError where another one does."""
     path = target / MANIFEST_FILENAME
     if not path.exists():

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+from node.files import Fingerprint
 from node.shards.publish.manifest_builder import Chosen, checked
 from node.shards.publish.placement import place_all, place_of
 from node.shards.settings import ShardsSettings
 from node.shards.store.announcer import Announcer
-from node.shards.store.catalog import Catalog
+from node.shards.store.catalog import Catalog, ShardFile
 from node.shards.store.hash_cache import Index
 from node.shards.store.hasher import Hasher
-from node.shards.store.listing import Fingerprint
 from node.shards.store.scanner import Survey
 from protocol.errors import InvalidShardError
 from protocol.manifest import ShardEntry, SignedManifest
@@ -59,14 +60,13 @@ class Publisher:
             )
             await asyncio.to_thread(self._remember, chosen, target)
         self._survey.poke()
-        await self._catalog.wait_until(lambda: self._is_decided(target, manifest.shards))
         for entry in manifest.shards:
-            file = self._catalog.get(target / entry.filename)
+            file = await self._catalog.wait_for(target / entry.filename, partial(_is_decided, entry=entry))
             if file is None or file.state != "seeding":
                 raise InvalidShardError(f"{entry.filename} is not seeded: {file.error if file else 'it is gone'}")
         with suppress(TimeoutError):
             async with asyncio.timeout(TELL_TIMEOUT_S):
-                await self._catalog.wait_until(lambda: self._announcer.idle)
+                await self._announcer.wait_idle()
         return target, chosen
 
     async def _content(self, hasher: Hasher, path: Path, entry: ShardEntry) -> str | None:
@@ -82,12 +82,10 @@ class Publisher:
             if Fingerprint.of(path) == hashed.fingerprint and path.samefile(chosen.files[entry.filename]):
                 self._index.put(path, hashed.fingerprint, hashed.content, hashed.rows)
 
-    def _is_decided(self, target: Path, entries: tuple[ShardEntry, ...]) -> bool:
-        """Whether each file is what its manifest says, as the catalog has it, or invalid."""
-        for entry in entries:
-            file = self._catalog.get(target / entry.filename)
-            if file is None or file.state not in ("seeding", "invalid"):
-                return False
-            if file.state == "seeding" and (file.entry is None or file.entry.content_id != entry.content_id):
-                return False
-        return True
+
+def _is_decided(file: ShardFile | None, entry: ShardEntry) -> bool:
+    """Whether a published file is what its manifest says, as the catalog has it, or invalid."""
+    if file is None or file.state not in ("seeding", "invalid"):
+        return False
+    is_ours = file.shard is not None and file.shard.entry.content_id == entry.content_id
+    return file.state == "invalid" or is_ours

@@ -29,23 +29,39 @@ class Announcer:
         self._rpc_port = rpc_port
         self._bt_port = bt_port
         self._told: dict[ManifestDigest, News] = {}
+        self._failed: set[ManifestDigest] = set()
+        """To be told again at `_retry_at`."""
+        self._retry_at: float | None = None
         self._telling = False
+        self._all_told = asyncio.Event()
 
     @property
-    def idle(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether everything known was told, or tried."""
         return not self._telling and not self._catalog.untold()
 
+    async def wait_idle(self) -> None:
+        while not self.is_idle:
+            self._all_told.clear()
+            await self._all_told.wait()
+
     async def run(self) -> None:
         while True:
-            await self._catalog.wait_until(self._catalog.untold)
+            try:
+                async with asyncio.timeout_at(self._retry_at):
+                    await self._catalog.wait_untold()
+            except TimeoutError:
+                self._catalog.untold_again(self._failed)
+                self._failed, self._retry_at = set(), None
+                continue
             self._telling = True
             await asyncio.sleep(GATHER_S)
             failed = await self._tell_all(self._catalog.take_untold())
             self._telling = False
-            self._catalog.pulse()
+            self._all_told.set()
             if failed:
-                asyncio.get_running_loop().call_later(RETRY_S, self._catalog.tell_again, failed)
+                self._failed.update(failed)
+                self._retry_at = self._retry_at or asyncio.get_running_loop().time() + RETRY_S
 
     async def _tell_all(self, digests: set[ManifestDigest]) -> list[ManifestDigest]:
         """Return those that failed."""
@@ -69,14 +85,14 @@ class Announcer:
     async def _tell(self, digest: ManifestDigest) -> None:
         on_disk = self._catalog.on_disk(digest)
         loaded = self._catalog.loaded(digest) & on_disk
-        holding = self._catalog.holding(digest)
+        signed = self._catalog.manifest(digest)
         fetching = self._catalog.fetching(digest)
-        if holding is None or not (on_disk or fetching):
+        if signed is None or not (on_disk or fetching):
             if digest in self._told:
                 await self._discovery.withdraw_shards(digest)
                 del self._told[digest]
         elif self._told.get(digest) != (on_disk, loaded, fetching):
             await self._discovery.announce_shards(
-                holding.signed, on_disk, loaded, self._rpc_port, self._bt_port, fetching=fetching
+                signed, on_disk, loaded, self._rpc_port, self._bt_port, fetching=fetching
             )
             self._told[digest] = (on_disk, loaded, fetching)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from node.shards.store.catalog import Catalog, ShardFile
+from node.shards.store.catalog import ShardFile
 from node.shards.store.hash_cache import Index
 from node.shards.store.hasher import FileChangedError, Hasher
 from protocol.content import ContentHash
@@ -20,21 +20,27 @@ log = logging.getLogger(__name__)
 class Remember:
     """Reads fetched files once more when there is nothing else to hash. They are seeded meanwhile."""
 
-    def __init__(self, catalog: Catalog, index: Index, hasher: Hasher) -> None:
-        self._catalog = catalog
+    def __init__(self, index: Index, hasher: Hasher) -> None:
         self._index = index
         self._hasher = hasher
         self._queue: dict[Path, ShardFile] = {}
         self._queued = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     @property
-    def idle(self) -> bool:
-        return not self._queue
+    def is_idle(self) -> bool:
+        """Whether there is nothing to read."""
+        return self._idle.is_set()
+
+    async def wait_idle(self) -> None:
+        await self._idle.wait()
 
     def later(self, file: ShardFile) -> None:
         """Read this file when there is time."""
         self._queue[file.path] = file
         self._queued.set()
+        self._idle.clear()
 
     async def write(self, file: ShardFile, content: ContentHash) -> None:
         """Keep what is known of this file, once its bytes are on the disk: after a power cut a file of the same size
@@ -53,17 +59,18 @@ class Remember:
         while True:
             if not self._queue:
                 self._queued.clear()
-                self._catalog.pulse()
+                self._idle.set()
                 await self._queued.wait()
             path, file = next(iter(self._queue.items()))
+            entry = file.shard.entry if file.shard else None
             try:
-                hashed = await self._hasher.hash(path, file.entry.kind if file.entry else "file", check=False)
+                hashed = await self._hasher.hash(path, entry.kind if entry else "file", check=False)
             except (ShoalError, FileChangedError, OSError) as err:
                 log.info("%s is hashed at the next start instead: %s", path, err)
             else:
                 if hashed.fingerprint != file.fingerprint:
                     pass  # The survey sees it too, and treats it as a new file.
-                elif file.entry and hashed.content.content_id != file.entry.content_id:
+                elif entry and hashed.content.content_id != entry.content_id:
                     on_wrong(file, f"{path.name} changed on disk after it came: it holds {hashed.content.content_id}")
                 else:
                     try:

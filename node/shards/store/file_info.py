@@ -11,7 +11,7 @@ from protocol.commands.shards import FileInfo, FileState
 
 def file_info(file: ShardFile, root: Path, *, loaded: bool, leases: int) -> FileInfo:
     """`root` is the shards folder; `loaded` says whether a stage has the shard, `leases` how many hold it."""
-    entry, manifest = file.entry, file.holding.manifest if file.holding else None
+    entry, manifest = (file.shard.entry, file.shard.manifest) if file.shard else (None, None)
     state: FileState = "loaded" if loaded and file.state == "seeding" else file.state
     size = file.fingerprint.size if file.fingerprint else 0
     return FileInfo(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
-from node.shards.store.listing import Fingerprint
+from node.files import Fingerprint
 from protocol.content import ContentHash, is_piece_layer
 from protocol.ids import ContentId
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from node.files import Fingerprint
 from node.shards.store.hash_worker import Advance, Answer, Changed, Done, Job, Refused, Unreadable
-from node.shards.store.listing import Fingerprint
 from protocol.content import ContentHash
 from protocol.errors import CancelledRequestError, InvalidShardError
 from protocol.ids import ContentId

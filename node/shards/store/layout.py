@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
-from node.shards.store.catalog import HeldFolder
+from node.files import Fingerprint
 from node.shards.store.disk_space import invalid_of, part_of
-from node.shards.store.listing import Fingerprint
-from node.shards.store.manifests import Holding, folder_names, read_manifest, write_manifest
+from node.shards.store.manifests import LocalManifest, folder_names, read_manifest, write_manifest
 from protocol.errors import InvalidManifestError, ShardNotFoundError
-from protocol.manifest import MANIFEST_FILENAME
+from protocol.manifest import MANIFEST_FILENAME, SignedManifest
 from protocol.signing import SigningKey
 
 
-def prepare_folder(root: Path, holding: Holding, taken: Mapping[Path, HeldFolder]) -> tuple[Path, HeldFolder]:
+def prepare_folder(root: Path, signed: SignedManifest, taken: Collection[Path]) -> LocalManifest:
     """Make, or find again, the folder under `root` for a fetched manifest, and write the manifest into it.
+
+    Folders in `taken` are another manifest's.
 
     Raises InvalidManifestError where the place is no folder of ours.
     """
-    for name in folder_names(holding.manifest.name, holding.digest):
+    for name in folder_names(signed.manifest.name, signed.digest):
         folder = root / name
         if folder in taken:
             continue
@@ -30,27 +31,27 @@ def prepare_folder(root: Path, holding: Holding, taken: Mapping[Path, HeldFolder
             folder.mkdir(exist_ok=True)
         except FileExistsError:
             continue
-        if folder.resolve() != folder or not _is_free(folder, holding):
+        if folder.resolve() != folder or not _is_free(folder, signed):
             continue
         fingerprint = Fingerprint.of(folder / MANIFEST_FILENAME)
         if fingerprint:
-            return folder, HeldFolder(Holding(holding.signed, fetched=True), fingerprint)
+            return LocalManifest(folder, signed, fingerprint)
     raise InvalidManifestError(
-        f"there is no place for {holding.manifest.name!r} under {root}: its folder names are taken by something else"
+        f"there is no place for {signed.manifest.name!r} under {root}: its folder names are taken by something else"
     )
 
 
-def _is_free(folder: Path, holding: Holding) -> bool:
+def _is_free(folder: Path, signed: SignedManifest) -> bool:
     """Whether the folder has this manifest, or had none and has it now."""
     path = folder / MANIFEST_FILENAME
     if not path.exists():
-        write_manifest(folder, holding.signed)
+        write_manifest(folder, signed)
         return True
     try:
         found = read_manifest(path, SigningKey.generate())
     except InvalidManifestError:
         return False
-    return found is not None and found.digest == holding.digest
+    return found is not None and found.digest == signed.digest
 
 
 def set_aside(path: Path) -> Path | None:

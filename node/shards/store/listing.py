@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from node.shards.store.manifests import UNFINISHED_SUFFIXES, Holding
-from protocol.manifest import MANIFEST_FILENAME, ShardEntry, ShardKind
+from node.files import Fingerprint
+from node.shards.store.manifests import UNFINISHED_SUFFIXES, LocalManifest
+from protocol.manifest import MANIFEST_FILENAME, Shard, ShardKind
 
 log = logging.getLogger(__name__)
 
@@ -22,24 +22,6 @@ MAX_DEPTH = 8
 MAX_FILES = 200_000
 LOOSE_KINDS: Mapping[str, ShardKind] = {".gguf": "gguf", ".parquet": "parquet"}
 """Suffixes that make a file a shard though no manifest names it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """What tells a file from its former self without reading it."""
-
-    size: int
-    """Bytes."""
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> Fingerprint | None:
-        """None unless `path` is a regular file that can be reached."""
-        try:
-            found = path.stat()
-        except OSError:
-            return None
-        return cls(found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
 
 
 Listing = Mapping[Path, Mapping[str, Fingerprint]]
@@ -53,9 +35,8 @@ class FoundFile:
     path: Path
     fingerprint: Fingerprint
     kind: ShardKind
-    holding: Holding | None
-    """The manifest that names it; None for a loose file."""
-    entry: ShardEntry | None
+    shard: Shard | None
+    """None for a loose file."""
 
 
 def list_files(root: Path, max_depth: int = MAX_DEPTH, max_files: int = MAX_FILES) -> Listing:
@@ -105,17 +86,16 @@ def _within(link: Path, root: Path) -> bool:
         return False
 
 
-def classify(listing: Listing, holdings: Mapping[Path, Holding]) -> dict[Path, FoundFile]:
-    """Say which of the listed files are shards; `holdings` has the manifest of each folder that has one."""
+def classify(listing: Listing, manifests: Mapping[Path, LocalManifest]) -> dict[Path, FoundFile]:
+    """Say which of the listed files are shards; `manifests` has the manifest of each folder that has one."""
     found: dict[Path, FoundFile] = {}
     for folder, files in listing.items():
-        holding = holdings.get(folder)
-        named = holding.entries if holding else {}
+        held = manifests.get(folder)
         for name, fingerprint in files.items():
             path = folder / name
-            entry = named.get(name)
-            if entry is not None:
-                found[path] = FoundFile(path, fingerprint, entry.kind, holding, entry)
+            entry = held.entries.get(name) if held else None
+            if held and entry:
+                found[path] = FoundFile(path, fingerprint, entry.kind, Shard(held.signed, entry))
             elif name != MANIFEST_FILENAME and (kind := LOOSE_KINDS.get(path.suffix.lower())):
-                found[path] = FoundFile(path, fingerprint, kind, None, None)
+                found[path] = FoundFile(path, fingerprint, kind, None)
     return found

@@ -12,12 +12,14 @@ from typing import Any
 
 import msgspec
 
+from node.files import Fingerprint
 from protocol.errors import InvalidManifestError
 from protocol.ids import ManifestDigest
 from protocol.manifest import (
     MANIFEST_FILENAME,
     MAX_MANIFEST_BYTES,
     Manifest,
+    Shard,
     ShardEntry,
     SignedManifest,
     is_letter_or_digit,
@@ -32,33 +34,35 @@ UNFINISHED_SUFFIXES = (".part", ".tmp", ".temp", ".partial", ".crdownload", ".in
 
 
 @dataclass(frozen=True)
-class Holding:
-    """A signed manifest with what would be costly to work out again: its digest, its entries by name."""
+class LocalManifest:
+    """The manifest of a folder on this machine."""
 
+    folder: Path
     signed: SignedManifest
-    fetched: bool = False
-    """Whether its folder was made for a download, and goes when its last shard is evicted."""
+    fingerprint: Fingerprint
+    """Of the manifest file."""
 
-    @cached_property
+    @property
     def digest(self) -> ManifestDigest:
         return self.signed.digest
 
-    @property
-    def manifest(self) -> Manifest:
-        return self.signed.manifest
+    @cached_property
+    def fetched(self) -> bool:
+        """Whether the folder was made for a download, and goes when its last shard is evicted."""
+        return self.folder.name in folder_names(self.signed.manifest.name, self.digest)
 
     @cached_property
     def entries(self) -> Mapping[str, ShardEntry]:
         """By file name."""
-        return {entry.filename: entry for entry in self.manifest.shards}
+        return {entry.filename: entry for entry in self.signed.manifest.shards}
 
 
-def sign_loose(entry: ShardEntry, key: SigningKey) -> Holding:
-    """Make the manifest of one of a loose file. Raises InvalidManifestError for a name that peers would refuse."""
-    return Holding(sign_manifest(Manifest(name=entry.filename, kind="file", shards=(entry,)), key))
+def sign_loose(entry: ShardEntry, key: SigningKey) -> Shard:
+    """Make the manifest of a loose file. Raises InvalidManifestError for a name that peers would refuse."""
+    return sign_manifest(Manifest(name=entry.filename, kind="file", shards=(entry,)), key).shard(0)
 
 
-def read_manifest(path: Path, key: SigningKey) -> Holding | None:
+def read_manifest(path: Path, key: SigningKey) -> SignedManifest | None:
     """Read `manifest.json`: unsigned as `split` writes it, then signed with `key`, or signed by whoever published it.
 
     None for JSON that is about something else: other tools call their files so too. Raises InvalidManifestError for
@@ -83,7 +87,7 @@ def read_manifest(path: Path, key: SigningKey) -> Holding | None:
         signed = _sign(value["manifest"], path, key)
     for entry in signed.manifest.shards:
         shard_path(path.parent, entry)
-    return Holding(signed, fetched=path.parent.name in folder_names(signed.manifest.name, signed.digest))
+    return signed
 
 
 def _sign(value: Any, path: Path, key: SigningKey) -> SignedManifest:

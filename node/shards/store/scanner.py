@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from node.files import Fingerprint
 from node.shards.settings import ShardsSettings
-from node.shards.store.catalog import Catalog, HeldFolder, ShardFile
-from node.shards.store.listing import Fingerprint, FoundFile, Listing, classify, list_files
-from node.shards.store.manifests import Holding, read_manifest
+from node.shards.store.catalog import Catalog, ShardFile
+from node.shards.store.listing import FoundFile, Listing, classify, list_files
+from node.shards.store.manifests import LocalManifest, read_manifest
 from node.shards.store.verifier import Admission
 from protocol.errors import InvalidManifestError
 from protocol.manifest import MANIFEST_FILENAME
@@ -58,18 +59,30 @@ class Survey:
         self._poked = asyncio.Event()
         self._not_ours: dict[Path, Fingerprint] = {}
         self._unsettled: set[Path] = set()
-        self._looking = False
-        self.done_once = False
-        """Whether the folder was looked at since the start."""
+        self._idle = asyncio.Event()
+        self._scanned = asyncio.Event()
 
     @property
-    def idle(self) -> bool:
+    def is_scanned(self) -> bool:
+        """Whether the folder was looked at since the start."""
+        return self._scanned.is_set()
+
+    async def wait_scanned(self) -> None:
+        """Wait until the folder was looked at."""
+        await self._scanned.wait()
+
+    @property
+    def is_idle(self) -> bool:
         """Whether everything that was seen is in the catalog."""
-        return self.done_once and not (self._looking or self._unsettled or self._poked.is_set())
+        return self._idle.is_set()
+
+    async def wait_idle(self) -> None:
+        await self._idle.wait()
 
     def poke(self) -> None:
         """Something changed on disk: look soon."""
         self._poked.set()
+        self._idle.clear()
 
     def hurry(self, files: Iterable[ShardFile]) -> None:
         """Somebody waits for these files."""
@@ -79,17 +92,17 @@ class Survey:
     async def run(self) -> None:
         while True:
             self._poked.clear()
+            self._idle.clear()
             began = time.monotonic()
-            self._looking = True
             try:
                 delay = await self._look()
             except Exception:
                 # A survey that failed is tried again; the node and what it seeds go on.
                 log.exception("could not survey %s", self._settings.shards_dir)
                 delay = self._settings.rescan_s
-            self._looking = False
-            self.done_once = True
-            self._catalog.pulse()
+            self._scanned.set()
+            if not (self._unsettled or self._poked.is_set()):
+                self._idle.set()
             # Where a look takes long, a file that grows does not make it the only thing that the node does.
             await asyncio.sleep(min(5.0, 4 * (time.monotonic() - began)))
             try:
@@ -102,17 +115,18 @@ class Survey:
         """Return in how many seconds the next look is due."""
         listing = await asyncio.to_thread(list_files, self._settings.shards_dir)
         unsettled = self._unsettled = await self._read_manifests(listing)
-        folders = {folder: held.holding for folder, held in self._catalog.folders().items()}
-        found = classify({folder: files for folder, files in listing.items() if folder not in unsettled}, folders)
+        settled = {folder: files for folder, files in listing.items() if folder not in unsettled}
+        found = classify(settled, self._catalog.folders())
         self._still.keep_only(found.keys() | {folder / MANIFEST_FILENAME for folder in listing})
         await self._drop_missing(listing, found, unsettled)
         delays = [self._settings.settle_s / 2] if unsettled else []
-        due = [file for file in found.values() if await self._record(file)]
-        for file in due:
-            delay = await self._admission.consider(file, self._still.since(file.path, file.fingerprint))
+        due = [record for file in found.values() if (record := await self._record(file))]
+        for record in due:
+            assert record.fingerprint, "a file on disk has one"
+            delay = await self._admission.consider(record, self._still.since(record.path, record.fingerprint))
             if delay is not None:
                 delays.append(delay)
-        if not self.done_once:
+        if not self.is_scanned:
             present = {folder / name for folder, files in listing.items() for name in files}
             await self._admission.prune(self._settings.shards_dir, present)
         return max(0.05, min(delays, default=self._settings.rescan_s))
@@ -120,18 +134,16 @@ class Survey:
     async def _read_manifests(self, listing: Listing) -> set[Path]:
         """Bring the catalog's folders up to date. Return the folders whose manifest may still be written to."""
         unsettled: set[Path] = set()
-        known = self._catalog.folders()
-        for folder in known:
+        for folder, held in self._catalog.folders().items():
             if MANIFEST_FILENAME in listing.get(folder, ()):
                 continue
-            is_there = await asyncio.to_thread((folder / MANIFEST_FILENAME).exists)
-            if not is_there and self._catalog.folders().get(folder) is known[folder]:
-                self._catalog.release_folder(folder)
+            if not await asyncio.to_thread((folder / MANIFEST_FILENAME).exists):
+                self._catalog.manifest_released(held)
         for folder, files in listing.items():
             fingerprint = files.get(MANIFEST_FILENAME)
             path = folder / MANIFEST_FILENAME
-            held = self._catalog.folders().get(folder)
-            if fingerprint is None or (held and held.fingerprint == fingerprint):
+            known = self._catalog.manifest_in(folder)
+            if fingerprint is None or (known and known.fingerprint == fingerprint):
                 continue
             if self._not_ours.get(path) == fingerprint or self._is_known_invalid(path, fingerprint):
                 continue
@@ -140,24 +152,26 @@ class Survey:
                 unsettled.add(folder)
                 continue
             try:
-                holding = await asyncio.to_thread(read_manifest, path, self._key)
+                signed = await asyncio.to_thread(read_manifest, path, self._key)
             except InvalidManifestError as err:
                 if quiet_s < self._settings.incomplete_s or not await asyncio.to_thread(path.exists):
                     unsettled.add(folder)
                     continue
                 log.warning("%s is left out: %s", path, err)
-                self._catalog.release_folder(folder)
-                self._catalog.put(ShardFile(path, "invalid", "manifest", fingerprint, error=err.message))
+                if known:
+                    self._catalog.manifest_released(known)
+                record = self._catalog.seen(self._catalog.get(path), path, "manifest", fingerprint)
+                if record:
+                    self._catalog.rejected(record, err.message)
                 continue
-            if self._catalog.folders().get(folder) is not held:
-                continue  # A download wrote it meanwhile.
-            if self._catalog.get(path):
-                self._catalog.forget(path)
-            if holding is None:
+            if signed is None:
                 self._not_ours[path] = fingerprint
-                self._catalog.release_folder(folder)
-            else:
-                self._catalog.hold_folder(folder, HeldFolder(holding, fingerprint))
+                if known:
+                    self._catalog.manifest_released(known)
+            elif not self._catalog.manifest_held(known, LocalManifest(folder, signed, fingerprint)):
+                continue  # A download wrote it meanwhile.
+            if record := self._catalog.get(path):
+                self._catalog.gone(record)
         return unsettled
 
     def _is_known_invalid(self, path: Path, fingerprint: Fingerprint) -> bool:
@@ -174,34 +188,29 @@ class Survey:
                 continue
             if path.name not in listing.get(path.parent, ()) and await asyncio.to_thread(path.exists):
                 continue  # It came after the listing was made; the next look sees it.
-            if self._catalog.get(path) is file:
+            if self._catalog.gone(file):
                 log.info("%s is gone: it is seeded no longer", path)
-                self._catalog.forget(path)
                 await self._admission.withdraw(file)
 
-    async def _record(self, file: FoundFile) -> bool:
-        """Write down what was found. Return whether it is still to be decided what the file is."""
+    async def _record(self, file: FoundFile) -> ShardFile | None:
+        """Bring the catalog up to date with a file. Returns its record if it is still to be decided what it is."""
         known = self._catalog.get(file.path)
         if known and known.state == "downloading":
-            return False
+            return None
         if known and known.fingerprint == file.fingerprint and _same_owner(known, file):
-            return known.state == "hashing"
-        if (known or self.done_once) and not (known and known.fingerprint == file.fingerprint):
-            fresh = await asyncio.to_thread(Fingerprint.of, file.path)
-            if fresh != file.fingerprint or self._catalog.get(file.path) is not known:
-                self.poke()  # The listing is out of date.
-                return False
-        self._catalog.put(ShardFile(file.path, "hashing", file.kind, file.fingerprint, file.holding, file.entry))
-        if known:
+            return known if known.state == "hashing" else None
+        is_current = True
+        if (known or self.is_scanned) and not (known and known.fingerprint == file.fingerprint):
+            is_current = await asyncio.to_thread(Fingerprint.of, file.path) == file.fingerprint
+        record = self._catalog.seen(known, file.path, file.kind, file.fingerprint, file.shard) if is_current else None
+        if record is None:
+            self.poke()  # The listing is out of date.
+        elif known:
             await self._admission.withdraw(known)
-        return True
+        return record
 
 
 def _same_owner(known: ShardFile, file: FoundFile) -> bool:
-    if file.holding is None:
-        return known.holding is None or known.holding.manifest.kind == "file"
-    return _digest(known.holding) == file.holding.digest and known.entry == file.entry
-
-
-def _digest(holding: Holding | None) -> str | None:
-    return holding.digest if holding else None
+    if file.shard is None:
+        return known.shard is None or known.shard.manifest.kind == "file"
+    return known.shard is not None and known.shard.ref == file.shard.ref

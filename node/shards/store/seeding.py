@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
+from node.files import Fingerprint
 from node.shards.interfaces import Swarm
 from node.shards.store.catalog import ShardFile
 from node.shards.store.hash_cache import Index
@@ -16,30 +18,37 @@ from protocol.ids import InfoHash
 log = logging.getLogger(__name__)
 
 
+class Seed(NamedTuple):
+    """A file that is seeded, or could be in place of a copy of it."""
+
+    path: Path
+    torrent: Torrent
+    fingerprint: Fingerprint
+
+
 class Seeds:
     """Adds and removes torrents so that each good file is seeded once, whatever its copies."""
 
     def __init__(self, swarm: Swarm, index: Index) -> None:
         self._swarm = swarm
         self._index = index
-        self._copies: dict[InfoHash, dict[Path, ShardFile]] = {}
+        self._copies: dict[InfoHash, dict[Path, Seed]] = {}
         self._turn = asyncio.Lock()
 
-    async def start(self, file: ShardFile, piece_layer: bytes) -> None:
-        """Seed a good file. Raises ShoalError where the swarm refuses it."""
-        torrent = _torrent(file)
+    async def start(self, seed: Seed, piece_layer: bytes) -> None:
+        """Seed a good file. Raises ShoalError if the swarm refuses it."""
         async with self._turn:
-            copies = self._copies.setdefault(torrent.info_hash, {})
+            copies = self._copies.setdefault(seed.torrent.info_hash, {})
             if not copies:
-                await self._swarm.seed(torrent, file.path, piece_layer)
-            copies[file.path] = file
+                await self._swarm.seed(seed.torrent, seed.path, piece_layer)
+            copies[seed.path] = seed
 
-    def adopt(self, file: ShardFile) -> None:
+    def adopt(self, seed: Seed) -> None:
         """Count a file that the swarm downloaded, and has seeded since."""
-        self._copies.setdefault(_torrent(file).info_hash, {})[file.path] = file
+        self._copies.setdefault(seed.torrent.info_hash, {})[seed.path] = seed
 
-    async def stop(self, file: ShardFile) -> None:
-        """Seed this file no longer; a copy of it takes over."""
+    async def stop(self, file: ShardFile | Seed) -> None:
+        """Seed this file no longer; a copy of it takes over. Does nothing if it is not seeded, or was replaced."""
         if file.torrent is None:
             return
         info_hash = file.torrent.info_hash
@@ -47,7 +56,7 @@ class Seeds:
             copies = self._copies.get(info_hash, {})
             seeded = copies.get(file.path)
             if seeded is None or seeded.fingerprint != file.fingerprint:
-                return  # or it lies there anew
+                return
             was_seeded = next(iter(copies)) == file.path
             del copies[file.path]
             if not copies:
@@ -61,13 +70,12 @@ class Seeds:
                 del copies[copy.path]
             self._copies.pop(info_hash, None)
 
-    async def _takes_over(self, copy: ShardFile) -> bool:
-        assert copy.fingerprint is not None, f"{copy.path} is not here yet"
+    async def _takes_over(self, copy: Seed) -> bool:
         content = await asyncio.to_thread(self._index.get, copy.path, copy.fingerprint)
         if content is None:
             return False
         try:
-            await self._swarm.seed(_torrent(copy), copy.path, content.piece_layer)
+            await self._swarm.seed(copy.torrent, copy.path, content.piece_layer)
         except (ShoalError, OSError) as err:
             log.warning("%s is not seeded in place of a copy of it: %s", copy.path, err)
             return False
@@ -76,8 +84,3 @@ class Seeds:
     def seeded_path(self, torrent: Torrent) -> Path | None:
         """The file that the swarm reads for this torrent."""
         return next(iter(self._copies.get(torrent.info_hash, {})), None)
-
-
-def _torrent(file: ShardFile) -> Torrent:
-    assert file.torrent is not None, f"{file.path} is no shard yet"
-    return file.torrent

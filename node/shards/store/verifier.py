@@ -8,16 +8,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from node.files import Fingerprint
 from node.shards.settings import ShardsSettings
-from node.shards.store.catalog import Catalog, ShardFile
+from node.shards.store.catalog import Catalog, ShardFile, torrent_of
 from node.shards.store.hash_cache import Index
 from node.shards.store.hasher import FileChangedError, Hasher
-from node.shards.store.listing import Fingerprint, FoundFile
-from node.shards.store.manifests import Holding, sign_loose
-from node.shards.store.seeding import Seeds
+from node.shards.store.manifests import sign_loose
+from node.shards.store.seeding import Seed, Seeds
 from protocol.content import ContentHash
 from protocol.errors import InvalidShardError, ShoalError
-from protocol.manifest import ShardEntry
+from protocol.manifest import Shard, ShardEntry, ShardKind
 from protocol.signing import SigningKey
 
 log = logging.getLogger(__name__)
@@ -41,12 +41,12 @@ class Admission:
         self._hasher = hasher
         self._seeds = seeds
         self._key = key
-        self._queue: dict[Path, tuple[FoundFile, float]] = {}
+        self._queue: dict[Path, tuple[ShardFile, float]] = {}
         self._queued = asyncio.Event()
-        self._broken: dict[Path, FoundFile] = {}
+        self._broken: dict[Path, ShardFile] = {}
         """Files that were not whole when they were last read, and may still be written."""
 
-    async def consider(self, file: FoundFile, since: float) -> float | None:
+    async def consider(self, file: ShardFile, since: float) -> float | None:
         """Admit a file that is known from before, queue one that is to be read; `since` is when it last changed.
 
         Return in how many seconds to ask again, where the file was not quiet for long enough.
@@ -57,13 +57,12 @@ class Admission:
         quiet_s = time.monotonic() - since
         if quiet_s < self._settings.settle_s:
             return self._settings.settle_s - quiet_s
-        whole = not (file.entry and file.entry.size != file.fingerprint.size) and self._broken.get(file.path) != file
+        entry, size = file.shard.entry if file.shard else None, _fingerprint(file).size
+        whole = not (entry and entry.size != size) and self._broken.get(file.path) is not file
         if not whole and quiet_s < self._settings.incomplete_s:
             return self._settings.incomplete_s - quiet_s
-        if file.entry and file.entry.size != file.fingerprint.size:
-            self._refuse(
-                file, f"{file.path.name} has {file.fingerprint.size} bytes, its manifest says {file.entry.size}"
-            )
+        if entry and entry.size != size:
+            self._refuse(file, f"{file.path.name} has {size} bytes, its manifest says {entry.size}")
             return None
         content, rows = await asyncio.to_thread(self._known, file)
         if content:
@@ -95,14 +94,14 @@ class Admission:
             finally:
                 if path in self._queue and self._queue[path][0] is file:
                     del self._queue[path]
-            if self._is_current(file):
+            if self._catalog.get(file.path) is file:
                 look_again()
 
-    async def _read(self, file: FoundFile, since: float) -> None:
+    async def _read(self, file: ShardFile, since: float) -> None:
         content, rows = await asyncio.to_thread(self._known, file)
         if content is None:
             try:
-                hashed = await self._hasher.hash(file.path, file.kind)
+                hashed = await self._hasher.hash(file.path, _kind(file))
             except InvalidShardError as err:
                 if await asyncio.to_thread(Fingerprint.of, file.path) != file.fingerprint:
                     return  # it is being written to: the survey sees it
@@ -117,69 +116,57 @@ class Admission:
             if hashed.fingerprint != file.fingerprint:
                 return
             content, rows = hashed.content, hashed.rows
-            await asyncio.to_thread(self._index.put, file.path, file.fingerprint, content, rows)
+            await asyncio.to_thread(self._index.put, file.path, hashed.fingerprint, content, rows)
         await self._admit(file, content, rows)
 
-    def _known(self, file: FoundFile) -> tuple[ContentHash | None, int | None]:
+    def _known(self, file: ShardFile) -> tuple[ContentHash | None, int | None]:
         """What is remembered of a file, if that is all that is needed: a loose parquet file's manifest has its rows,
         whether it was hashed just now or long ago, and so the same digest everywhere.
         """
-        rows = self._index.rows(file.path, file.fingerprint)
-        if file.kind == "parquet" and file.entry is None and rows is None:
+        fingerprint = _fingerprint(file)
+        rows = self._index.rows(file.path, fingerprint)
+        if file.kind == "parquet" and file.shard is None and rows is None:
             return None, None
-        return self._index.get(file.path, file.fingerprint), rows
+        return self._index.get(file.path, fingerprint), rows
 
-    async def _admit(self, file: FoundFile, content: ContentHash, rows: int | None) -> None:
-        if not self._is_current(file):
+    async def _admit(self, file: ShardFile, content: ContentHash, rows: int | None) -> None:
+        if self._catalog.get(file.path) is not file:
             return
         try:
-            holding, entry = self._owner(file, content, rows)
+            shard = self._shard_of(file, content, rows)
         except ShoalError as err:
             self._refuse(file, err.message)
             return
-        seeding = ShardFile(file.path, "seeding", file.kind, file.fingerprint, holding, entry)
+        seed = Seed(file.path, torrent_of(shard.entry), _fingerprint(file))
         try:
-            await self._seeds.start(seeding, content.piece_layer)
+            await self._seeds.start(seed, content.piece_layer)
         except (ShoalError, OSError) as err:
             self._refuse(file, f"{file.path.name} cannot be seeded: {err}")
             return
-        if self._is_current(file):
-            self._catalog.put(seeding)
-        else:
-            await self._seeds.stop(seeding)
+        if not self._catalog.admitted(file, shard):
+            await self._seeds.stop(seed)
 
-    def _owner(self, file: FoundFile, content: ContentHash, rows: int | None) -> tuple[Holding, ShardEntry]:
-        if file.holding and file.entry:
-            if content.content_id != file.entry.content_id:
+    def _shard_of(self, file: ShardFile, content: ContentHash, rows: int | None) -> Shard:
+        if file.shard:
+            expected = file.shard.entry.content_id
+            if content.content_id != expected:
                 raise InvalidShardError(
-                    f"{file.path.name} holds content {content.content_id}, its manifest says {file.entry.content_id}"
+                    f"{file.path.name} holds content {content.content_id}, its manifest says {expected}"
                 )
-            return file.holding, file.entry
+            return file.shard
         entry = ShardEntry(
             shard_id=0,
             filename=file.path.name,
             size=content.size,
             content_id=content.content_id,
-            kind=file.kind,
+            kind=_kind(file),
             rows=rows,
         )
-        return sign_loose(entry, self._key), entry
+        return sign_loose(entry, self._key)
 
-    def _refuse(self, file: FoundFile, error: str) -> None:
-        if self._is_current(file):
+    def _refuse(self, file: ShardFile, error: str) -> None:
+        if self._catalog.rejected(file, error):
             log.warning("%s is invalid: %s", file.path, error)
-            self._catalog.put(
-                ShardFile(file.path, "invalid", file.kind, file.fingerprint, file.holding, file.entry, error)
-            )
-
-    def _is_current(self, file: FoundFile) -> bool:
-        """Whether the catalog still waits for what becomes of this very file."""
-        known = self._catalog.get(file.path)
-        return (
-            known is not None
-            and (known.state, known.fingerprint) == ("hashing", file.fingerprint)
-            and known.holding is file.holding
-        )
 
     async def withdraw(self, file: ShardFile) -> None:
         """The file is gone, or not what it was: what was seeded of it is no longer."""
@@ -190,3 +177,13 @@ class Admission:
     async def prune(self, root: Path, present: set[Path]) -> None:
         """Forget the hashes of files under `root` that are no longer there."""
         await asyncio.to_thread(self._index.keep_only, root, present)
+
+
+def _fingerprint(file: ShardFile) -> Fingerprint:
+    assert file.fingerprint, f"{file.path} is not on disk yet"
+    return file.fingerprint
+
+
+def _kind(file: ShardFile) -> ShardKind:
+    assert file.kind != "manifest", f"{file.path} is not a shard"
+    return file.kind

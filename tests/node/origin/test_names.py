@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from node.files import Fingerprint
 from node.shards.resolver import Names
 from node.shards.settings import ShardsSettings
-from node.shards.store.catalog import Catalog, HeldFolder
-from node.shards.store.listing import Fingerprint
-from node.shards.store.manifests import Holding, write_manifest
+from node.shards.store.catalog import Catalog
+from node.shards.store.manifests import LocalManifest, write_manifest
 from protocol.commands.common import ShardSelector
 from protocol.errors import (
     AmbiguousNameError,
@@ -98,7 +98,7 @@ async def test_a_manifest_that_is_read_from_the_disk_meanwhile_is_found(tmp_path
     await asyncio.sleep(0.05)
     assert not looking.done()
     here = published("set", "a")
-    names._catalog.hold_folder(tmp_path / "set", HeldFolder(Holding(here), Fingerprint(1, 1)))
+    names._catalog.manifest_held(None, LocalManifest(tmp_path / "set", here, Fingerprint(1, 1)))
     assert await looking == here
 
 

@@ -8,9 +8,17 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from node.files import Fingerprint
 from node.shards.store.layout import link_or_copy, prepare_folder, remove_if_empty, set_aside
 from node.shards.store.listing import classify, list_files
-from node.shards.store.manifests import Holding, folder_names, read_manifest, shard_path, sign_loose, write_manifest
+from node.shards.store.manifests import (
+    LocalManifest,
+    folder_names,
+    read_manifest,
+    shard_path,
+    sign_loose,
+    write_manifest,
+)
 from protocol.errors import InvalidManifestError
 from protocol.ids import ContentId, ManifestDigest
 from protocol.manifest import ShardEntry, sign_manifest
@@ -53,10 +61,10 @@ def test_listing_is_bounded(tmp_path: Path) -> None:
 def test_a_manifest_owns_the_files_that_it_names_and_the_others_are_loose(tmp_path: Path) -> None:
     for name in ("rows.bin", "x.parquet", "y.parquet", "readme.txt"):
         write_shard(tmp_path / name)
-    holding = Holding(sign_manifest(manifest_of(tmp_path, "rows.bin", "x.parquet"), KEY))
-    write_unsigned(tmp_path, holding.manifest)
-    found = classify(list_files(tmp_path), {tmp_path: holding})
-    assert {path.name: file.entry.shard_id if file.entry else None for path, file in found.items()} == {
+    signed = sign_manifest(manifest_of(tmp_path, "rows.bin", "x.parquet"), KEY)
+    write_unsigned(tmp_path, signed.manifest)
+    found = classify(list_files(tmp_path), {tmp_path: LocalManifest(tmp_path, signed, Fingerprint(1, 1))})
+    assert {path.name: file.shard.entry.shard_id if file.shard else None for path, file in found.items()} == {
         "rows.bin": 0,
         "x.parquet": 1,
         "y.parquet": None,
@@ -70,11 +78,11 @@ def test_an_unsigned_manifest_is_signed_and_a_signed_one_keeps_its_publisher(tmp
     write_unsigned(tmp_path, manifest)
     read = read_manifest(tmp_path / "manifest.json", KEY)
     assert read is not None
-    assert (read.signed.publisher, read.digest) == (KEY.node_id, manifest.digest)
+    assert (read.publisher, read.digest) == (KEY.node_id, manifest.digest)
     write_manifest(tmp_path, sign_manifest(manifest, OTHER_KEY))
     read = read_manifest(tmp_path / "manifest.json", KEY)
     assert read is not None
-    assert (read.signed.publisher, read.digest) == (OTHER_KEY.node_id, manifest.digest)
+    assert (read.publisher, read.digest) == (OTHER_KEY.node_id, manifest.digest)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
@@ -135,15 +143,17 @@ def test_a_loose_file_whose_name_peers_would_refuse_is_not_signed() -> None:
 def test_a_fetched_folder_is_found_again_and_never_anothers(tmp_path: Path) -> None:
     root = tmp_path.resolve()
     write_shard(root / "x.parquet")
-    holding = Holding(sign_manifest(manifest_of(root, "x.parquet", name="owner/set"), OTHER_KEY))
-    folder, held = prepare_folder(root, holding, {})
-    assert folder.name == f"owner--set@{holding.digest[:12]}"
-    assert held.holding.fetched
-    assert prepare_folder(root, holding, {})[0] == folder
-    assert prepare_folder(root, holding, {folder: held})[0].name == f"owner--set@{holding.digest}"
+    signed = sign_manifest(manifest_of(root, "x.parquet", name="owner/set"), OTHER_KEY)
+    held = prepare_folder(root, signed, ())
+    folder = held.folder
+    assert folder.name == f"owner--set@{signed.digest[:12]}"
+    assert held.fetched
+    assert not LocalManifest(root / "set", signed, held.fingerprint).fetched
+    assert prepare_folder(root, signed, ()) == held
+    assert prepare_folder(root, signed, {folder}).folder.name == f"owner--set@{signed.digest}"
     (folder / "manifest.json").write_bytes(b"{}")
-    other, _ = prepare_folder(root, holding, {})
-    assert other.name == f"owner--set@{holding.digest}"
+    other = prepare_folder(root, signed, ()).folder
+    assert other.name == f"owner--set@{signed.digest}"
     remove_if_empty(other)
     assert not other.exists()
     (folder / "keep").touch()
@@ -154,12 +164,12 @@ def test_a_fetched_folder_is_found_again_and_never_anothers(tmp_path: Path) -> N
 def test_a_folder_that_leads_out_is_not_used(tmp_path: Path) -> None:
     root = tmp_path / "root"
     write_shard(root / "x.parquet")
-    holding = Holding(sign_manifest(manifest_of(root, "x.parquet"), OTHER_KEY))
+    signed = sign_manifest(manifest_of(root, "x.parquet"), OTHER_KEY)
     (tmp_path / "out").mkdir()
-    for name in folder_names("tiny", holding.digest):
+    for name in folder_names("tiny", signed.digest):
         (root / name).symlink_to(tmp_path / "out")
     with pytest.raises(InvalidManifestError, match="no place"):
-        prepare_folder(root.resolve(), holding, {})
+        prepare_folder(root.resolve(), signed, ())
     assert not list((tmp_path / "out").iterdir())
 
 

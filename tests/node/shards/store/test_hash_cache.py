@@ -6,8 +6,8 @@ import os
 import sqlite3
 from pathlib import Path
 
+from node.files import Fingerprint
 from node.shards.store.hash_cache import Index
-from node.shards.store.listing import Fingerprint
 from protocol.content import ContentHash, hash_file
 
 PRINT = Fingerprint(1_000_000, 17)

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from node.files import Fingerprint
 from node.handlers.leases import LeaseHandlers
 from node.handlers.shards import ShardHandlers
 from node.shards.store import scanner as survey_module
-from node.shards.store.listing import Fingerprint
 from node.shards.store.manifests import write_manifest
 from protocol.commands.leases import ReleaseParams
 from protocol.commands.shards import EvictShardParams
