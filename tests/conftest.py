@@ -1,4 +1,4 @@
-"""The real model that the tests run, its shards, cut once a run, and disks that are small."""
+"""The real model that the tests run, its shards, cut once a run, disks that are small, and the order of the files."""
 
 from __future__ import annotations
 
@@ -13,16 +13,40 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from node.files import FileLock
 from node.formats.split import split_gguf
 
+LONGEST_FIRST = (
+    "tests/integration/test_pipeline_process.py",
+    "tests/faults/",
+    "tests/integration/",
+    "tests/node/shards/",
+    "tests/node/swarm/",
+    "tests/node/transport/",
+    "tests/node/discovery/",
+    "tests/torch_bridge/",
+)
+"""Files that take long start first: else the last worker of a run is alone with one of them."""
 
-def pytest_configure() -> None:
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # xdist would begin with the files of many tests, which are the quick ones
     # A machine that stalls is no defect of what is tested: each test has a time-out of its own.
     hypothesis.settings.register_profile("shoal", deadline=None)
     hypothesis.settings.load_profile("shoal")
+    # No test speaks to another machine, and loading this one's certificates takes each process 0.1 s.
+    os.environ["SSL_CERT_FILE"] = os.devnull
     # A shell that runs the suite in the background has it ignore Ctrl-C, and all that it starts would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        places = (number for number, start in enumerate(LONGEST_FIRST) if item.nodeid.startswith(start))
+        return next(places, len(LONGEST_FIRST))
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +61,13 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_shards(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with three shards of it and their manifest. Copy it before a node gets it."""
-    folder = tmp_path_factory.mktemp("smollm2")
-    split_gguf(smollm2, folder, shards=3, name="smol")
+    """A folder with three shards of it and their manifest, one for all workers. Copy it before a node gets it."""
+    run = tmp_path_factory.getbasetemp()
+    folder = (run.parent if os.environ.get("PYTEST_XDIST_WORKER") else run) / "smollm2-shards"
+    with FileLock(folder.with_suffix(".lock")).held():
+        if not (folder / "manifest.json").exists():  # written last
+            folder.mkdir(exist_ok=True)
+            split_gguf(smollm2, folder, shards=3, name="smol")
     return folder
 
 
