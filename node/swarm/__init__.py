@@ -1,17 +1,15 @@
-"""Shards between nodes, by BitTorrent v2. The only room that knows libtorrent.
+"""Shards between nodes, by BitTorrent v2. The only package that imports libtorrent.
 
 torrent       a shard as a torrent; peers and pieces as plain values
 settings      what a node may choose, and what that means to libtorrent
 alerts        libtorrent's alerts by file descriptor, as frozen events
 handle        one torrent in the session: commands, and awaited answers
-session       the libtorrent session: opened, asked, closed
+session       TorrentSession, the libtorrent session: opened, asked, closed
 part_file     a download on disk, and what continues it after a stop or a crash
-layer         the piece layer of a download: from peers, or handed over
-availability  which pieces connected peers have
-offers        pieces that were fetched elsewhere and wait for their check
-slots         how many peers a seed sends one file to at once
-watchdog      when a download begins anew, one peer at a time
-download      from reserved space to a checked file
+piece_layer   the piece layer of a download: from peers, or handed over
+upload_slots  how many peers a seed sends one file to at once
+watchdog      when a download is restarted, one peer at a time
+download      from reserved space to a checked file; pieces may be given by the caller
 swarm         all seeds and downloads of a node
 """
 

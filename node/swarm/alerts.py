@@ -1,4 +1,4 @@
-"""libtorrent's alerts by file descriptor, each turned into a frozen event as it is read.
+"""libtorrent's alerts by file descriptor, each turned into a frozen event when it is read.
 
 An alert is dead at the next `pop_alerts()`, so nothing of it is kept but copied fields.
 """
@@ -20,7 +20,7 @@ from protocol.ids import InfoHash
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A torrent was added and its file on disk, if any, was looked through."""
+    """A torrent was added and its file on disk, if any, was checked."""
 
     info_hash: InfoHash
 
@@ -51,7 +51,7 @@ class HashFailed:
 
 @dataclass(frozen=True, slots=True)
 class PeerBanned:
-    """A peer sent bad bytes and will not be spoken to again."""
+    """A peer sent bad bytes and is not connected again."""
 
     info_hash: InfoHash
     peer: PeerAddress
@@ -90,7 +90,7 @@ class FileFailed:
 
 @dataclass(frozen=True, slots=True)
 class ResumeSaved:
-    """What continues a torrent. `data` is empty where it could not be had."""
+    """What continues a torrent. `data` is empty if libtorrent gives none."""
 
     info_hash: InfoHash
     data: bytes
@@ -100,7 +100,7 @@ class ResumeSaved:
 
 @dataclass(frozen=True, slots=True)
 class PiecesAvailable:
-    """How many connected peers have each piece; empty where that is not counted: no peer, or nothing missing."""
+    """How many connected peers have each piece; empty if that is not counted: no peer, or nothing missing."""
 
     info_hash: InfoHash
     peers: tuple[int, ...]
@@ -127,7 +127,7 @@ class TorrentStatus:
     served: int
     """Peers that may take bytes from this node now."""
     pieces: tuple[bool, ...] | None
-    """Which pieces passed; None where it was not asked for."""
+    """Which pieces passed; None if the request was without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,7 @@ class AlertPump:
         session.set_alert_fd(self._writer.fileno())
 
     def detach(self) -> None:
-        """Stop reading, and let go of the session."""
+        """Stop reading, and drop the session."""
         self._loop.remove_reader(self._reader.fileno())
         self._session = None
 

@@ -1,32 +1,28 @@
-"""A download: from reserved space to a file whose every piece was checked."""
+"""A download: from reserved space to a file whose every piece was checked, from peers and from who gives pieces."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import time
+from collections import defaultdict
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from node.clock import Clock
 from node.swarm.alerts import Event, FileFailed, Finished, HashFailed, PeerBanned, PieceFinished, TorrentStatus
-from node.swarm.availability import Availability
 from node.swarm.handle import Handle, file_error, translated
-from node.swarm.offers import Offers
 from node.swarm.part_file import PartFile
 from node.swarm.piece_layer import PieceLayer
+from node.swarm.session import TorrentSession
+from node.swarm.settings import SwarmSettings
 from node.swarm.torrent import DownloadProgress, PeerAddress, Piece, Torrent
 from node.swarm.watchdog import Verdict, Watchdog
 from protocol.errors import CancelledRequestError, InvalidParamsError, ShoalError
 
-if TYPE_CHECKING:
-    from node.swarm.session import Session
-
 _log = logging.getLogger(__name__)
 
 _TICK_S = 0.25
-_STOP_TIMEOUT_S = 2.0
 MAX_PEERS = 1000
 
 
@@ -34,20 +30,29 @@ class Download:
     """One file on its way. Made by `Swarm.download`; lives on the event loop."""
 
     def __init__(
-        self, session: Session, torrent: Torrent, path: Path, part: PartFile, *, piece_layer: bytes, stall_s: float
+        self,
+        session: TorrentSession,
+        torrent: Torrent,
+        path: Path,
+        part: PartFile,
+        settings: SwarmSettings,
+        clock: Clock,
+        piece_layer: bytes = b"",
     ) -> None:
         self.torrent = torrent
         self._session = session
         self._path = path
         self._part = part
-        self._watchdog = Watchdog(stall_s, time.monotonic())
+        self._settings = settings
+        self._clock = clock
+        self._watchdog = Watchdog(settings.stall_s, clock.now())
         self._handle: Handle | None = None
         self._have: set[int] = set()
         self._status: TorrentStatus | None = None
         self._peers: dict[PeerAddress, None] = {}  # in the order in which they became known
-        self._layer = PieceLayer(torrent, part, piece_layer)
-        self._availability = Availability()
-        self._offers = Offers()
+        self._layer = PieceLayer(torrent, part, piece_layer, settings.ask_every_s)
+        self._availability = _Availability(clock, settings.ask_every_s)
+        self._offers = _Offers()
         self._wake = asyncio.Event()
         self._complete = self._finished = False
         self._error: ShoalError | None = None
@@ -57,9 +62,17 @@ class Download:
         self._task: asyncio.Task[None] | None = None
 
     @classmethod
-    def finished(cls, session: Session, torrent: Torrent, path: Path, part: PartFile) -> Download:
-        """The download of a file that is here already."""
-        download = cls(session, torrent, path, part, piece_layer=b"", stall_s=1.0)
+    def finished(
+        cls,
+        session: TorrentSession,
+        torrent: Torrent,
+        path: Path,
+        part: PartFile,
+        settings: SwarmSettings,
+        clock: Clock,
+    ) -> Download:
+        """The download of a file that is complete already."""
+        download = cls(session, torrent, path, part, settings, clock)
         download._complete = download._finished = True
         download._ready.set()
         download._done.set_result(path)
@@ -80,17 +93,17 @@ class Download:
         return DownloadProgress(min(max(checked, done), size), size, rate, peers)
 
     async def ready(self) -> None:
-        """Wait until the part file was looked through: from then on `missing_pieces()` is right, or it has ended."""
+        """Wait until the part file was checked: from then on `missing_pieces()` is right, or the download has ended."""
         await self._ready.wait()
 
     def missing_pieces(self) -> tuple[Piece, ...]:
-        """The pieces that did not pass their check yet, in order."""
+        """The pieces that have not passed their check yet, in order."""
         if self._finished:
             return ()
         return tuple(self.torrent.piece(index) for index in range(self.torrent.pieces) if index not in self._have)
 
     def add_peers(self, peers: Iterable[PeerAddress]) -> None:
-        """Tell it whom to ask. Known ones are dialled again; above MAX_PEERS the rest is left out."""
+        """Add peers to ask. Known ones are dialed again; above MAX_PEERS the rest is left out."""
         first = not self._peers
         for peer in peers:
             if peer not in self._peers and len(self._peers) >= MAX_PEERS:
@@ -104,13 +117,13 @@ class Download:
 
     @property
     def piece_layer(self) -> bytes:
-        """32 bytes a piece; empty while it is not known, and where there is none: a file of one piece."""
+        """32 bytes a piece; empty while it is not known, and for a file of one piece, which has none."""
         return self._layer.known
 
     async def take_layer(self, layer: bytes) -> None:
-        """Give it the piece layer, had from elsewhere after the download began; needless where it is known.
+        """Give it the piece layer after the download began; does nothing if it is known.
 
-        Raises InvalidShardError where it is not that of the content id.
+        Raises InvalidShardError if it does not fit the content id.
         """
         await self._ready.wait()
         if not self._done.done() and self._layer.take(layer):
@@ -123,13 +136,16 @@ class Download:
         return await self._availability.pieces(self._handle)
 
     async def add_piece(self, index: int, data: bytes) -> bool:
-        """Give a piece that was fetched elsewhere. True: it passed its check and is kept, or was here already.
+        """Give a piece that was fetched elsewhere. True if it passed its check and is kept, or was here already.
 
-        Raises InvalidParamsError for a piece that the file has not, or of a wrong size. While nobody has given the
-        piece layer, a piece cannot be checked alone: the call returns when all are here.
+        Raises InvalidParamsError for an index that the file does not have, or a wrong size. While the piece layer
+        is not known, a piece cannot be checked alone: the call returns when all are here.
         """
         if not 0 <= index < self.torrent.pieces or len(data) != self.torrent.piece(index).size:
-            raise InvalidParamsError(f"{self.torrent.name!r} has no piece {index} of {len(data)} bytes")
+            raise InvalidParamsError(
+                f"{self.torrent.name!r} has {self.torrent.pieces} pieces of {self.torrent.piece_length} bytes, "
+                f"the last one shorter; piece {index} with {len(data)} bytes is not one of them"
+            )
         await self._ready.wait()
         if self._done.done():
             self._done.result()
@@ -139,25 +155,25 @@ class Download:
         return await self._offers.give(self._handle, index, data)
 
     async def verified(self) -> Path:
-        """The file, under its final name: flushed and every piece checked. It is seeded from now on.
+        """The file, under its final name: flushed and every piece checked. It is seeded from then on.
 
-        Raises InsufficientDiskError where the disk is full, CancelledRequestError where the download was
-        cancelled or the node stops. A caller that is cancelled leaves the download running.
+        Raises InsufficientDiskError if the disk is full, CancelledRequestError if the download is cancelled or the
+        node stops. A caller that is cancelled leaves the download running.
         """
         return await asyncio.shield(self._done)
 
     async def cancel(self, delete: bool = False) -> None:
-        """Stop. What came is kept for another time, unless `delete`. Does nothing to a finished download."""
+        """Stop. What was received is kept for the next time, unless `delete`. Does nothing to a finished download."""
         if self._task and not self._done.done():
             self._task.cancel()
             await asyncio.wait([self._task])
         if delete and not self._finished:
             await self._part.forget(delete=True)
 
-    # What the swarm does with it.
+    # ---- for the swarm
 
     async def run(self) -> Handle | None:
-        """Carry the download to its end; the handle of the torrent, which seeds from then on, or None."""
+        """Run the download to its end. Returns the torrent's handle, which seeds from then on; None if it failed."""
         self._task = asyncio.current_task()
         try:
             handle = await self._fetch()
@@ -182,7 +198,7 @@ class Download:
         fresh = await self._part.reserve()
         self._layer.known = self._layer.known or layer
         if not resume and self._layer.missing:
-            fresh = True  # what a crash left cannot be checked without its piece layer
+            fresh = True  # without its piece layer, what a crash left cannot be checked
         self._handle = await self._add(resume, have=() if fresh else None)
         await self._layer.keep()
         self.add_peers(tuple(self._peers))
@@ -191,14 +207,14 @@ class Download:
         while not self._complete:
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_TICK_S):
+                async with self._clock.timeout(_TICK_S):
                     await self._wake.wait()
             if self._error:
                 raise self._error
             if self._layer.is_new_to_session:
                 await self._restart(self._handle)
             elif self._have:
-                await self._layer.learn(self._handle, time.monotonic())
+                await self._layer.learn(self._handle, self._clock.now())
             if not self._complete:
                 await self._watch(self._handle)
         await self._handle.flush()
@@ -223,7 +239,7 @@ class Download:
         return handle
 
     async def _watch(self, handle: Handle) -> None:
-        now = time.monotonic()
+        now = self._clock.now()
         if self._status:
             self._watchdog.progressed(now, self._status.bytes_done)
         verdict = self._watchdog.verdict(now, self._peers)
@@ -234,7 +250,7 @@ class Download:
 
     async def _restart(self, handle: Handle) -> None:
         """Take the torrent out and put it back: after a stall, or to give the session a piece layer."""
-        _log.info("%s: begun anew, %d peers known", self.torrent.name, len(self._peers))
+        _log.info("%s: restarted, %d peers known", self.torrent.name, len(self._peers))
         self._ready.clear()
         self._handle = None
         resume, have = b"", None
@@ -247,7 +263,7 @@ class Download:
         self._layer.is_new_to_session = False
         await self._session.remove(handle)
         self._offers.answer_all(kept=False)
-        self._watchdog.restarted(time.monotonic())
+        self._watchdog.restarted(self._clock.now())
         await self._add(resume, have=have)
         if self._watchdog.careful:
             self._connect_next()
@@ -255,18 +271,18 @@ class Download:
             self.add_peers(tuple(self._peers))
 
     def _connect_next(self) -> None:
-        peer = self._watchdog.next_peer(time.monotonic(), self._peers)
+        peer = self._watchdog.next_peer(self._clock.now(), self._peers)
         if peer and self._handle:
             self._handle.connect(peer)
             if self._watchdog.alone:
                 self._handle.hurry()
 
     async def _leave(self, *, clean: bool) -> None:
-        """Take the torrent out; after a clean stop what came is taken up again without a check."""
-        self._ready.clear()  # `run` sets it: who gives a piece meanwhile gets the download's own error
+        """Take the torrent out. After a clean stop, what was received is continued without a check."""
+        self._ready.clear()  # `run` sets it: a caller that gives a piece meanwhile gets the download's own error
         handle, self._handle = self._handle, None
         if handle:
-            resume = await handle.resume_data(_STOP_TIMEOUT_S) if clean else b""
+            resume = await handle.resume_data(self._settings.stop_timeout_s) if clean else b""
             await self._session.remove(handle)
             with contextlib.suppress(OSError):
                 await self._part.keep_resume(resume)
@@ -294,7 +310,71 @@ class Download:
                 self._wake.set()
 
 
+class _Availability:
+    """Which pieces connected peers have, asked for at most every `ask_every_s`."""
+
+    def __init__(self, clock: Clock, ask_every_s: float) -> None:
+        self._clock = clock
+        self._ask_every_s = ask_every_s
+        self._pieces: frozenset[int] = frozenset()
+        self._due = 0.0
+
+    async def pieces(self, handle: Handle | None) -> frozenset[int]:
+        """The pieces that some connected peer has."""
+        now = self._clock.now()
+        if handle and now >= self._due:
+            self._due = now + self._ask_every_s
+            with contextlib.suppress(ShoalError):  # the torrent is being restarted, or has just ended
+                counts = await handle.availability()
+                self._pieces = frozenset(index for index, peers in enumerate(counts) if peers)
+        return self._pieces
+
+
+class _Offers:
+    """Pieces that were given by callers, and the callers that wait for their check."""
+
+    def __init__(self) -> None:
+        self._waiting: defaultdict[int, list[asyncio.Future[bool]]] = defaultdict(list)
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._waiting
+
+    async def give(self, handle: Handle, index: int, data: bytes) -> bool:
+        """Give a piece to the session. Returns whether it was kept."""
+        answer = self.wait(index)
+        try:
+            handle.add_piece(index, data)
+            return await answer
+        finally:
+            self.forget(index, answer)
+
+    def wait(self, index: int) -> asyncio.Future[bool]:
+        """A future that tells whether the piece was kept."""
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._waiting[index].append(future)
+        return future
+
+    def forget(self, index: int, future: asyncio.Future[bool]) -> None:
+        """The caller gave up, or has the answer."""
+        waiting = self._waiting.get(index, [])
+        if future in waiting:
+            waiting.remove(future)
+        if not waiting:
+            self._waiting.pop(index, None)
+
+    def answer(self, index: int, *, kept: bool) -> None:
+        """A piece was checked."""
+        for future in self._waiting.pop(index, ()):
+            if not future.done():
+                future.set_result(kept)
+
+    def answer_all(self, *, kept: bool) -> None:
+        """Answer every caller: no further check will come."""
+        for index in tuple(self._waiting):
+            self.answer(index, kept=kept)
+
+
 def _retrieved(future: asyncio.Future[Path]) -> None:
-    # A download that nobody waits for may fail without a warning from asyncio.
+    # A download that no caller waits for may fail without a warning from asyncio.
     if not future.cancelled():
         future.exception()

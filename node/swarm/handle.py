@@ -40,7 +40,7 @@ class Handle:
         self.path = path
         """Where its file is now."""
         self.listener = listener
-        """Told of every event."""
+        """Called with every event."""
         self._raw: Any = None
         self._waiting: defaultdict[type[Any], list[asyncio.Future[Any]]] = defaultdict(list)
 
@@ -58,7 +58,7 @@ class Handle:
         self.listener(event)
 
     def fail(self, error: ShoalError) -> None:
-        """End every wait with `error`, but that for the torrent to be gone, which comes all the same."""
+        """End every wait with `error`, except waits for Removed, which still comes."""
         for kind in [kind for kind in self._waiting if kind is not Removed]:
             for future in self._waiting.pop(kind):
                 if not future.done():
@@ -105,7 +105,7 @@ class Handle:
         return await self._answer(ResumeSaved, lambda: self._raw.save_resume_data(flags), timeout_s)
 
     async def resume_data(self, timeout_s: float = 10.0) -> bytes:
-        """What continues it, everything received being in the file; empty where that could not be had."""
+        """Resume data, after everything received was written to the file; empty if libtorrent gives none."""
         try:
             return (await self.save(flush=True, timeout_s=timeout_s)).data
         except ShoalError:
@@ -124,7 +124,7 @@ class Handle:
         return (await self._answer(PiecesAvailable, self._raw.post_piece_availability, timeout_s)).peers
 
     def connect(self, peer: PeerAddress) -> None:
-        """Dial a peer; what comes of it shows in events."""
+        """Dial a peer; events show the result."""
         try:
             self._raw.connect_peer((peer.host, peer.port))
         except (RuntimeError, OverflowError) as err:
@@ -135,7 +135,7 @@ class Handle:
         self._raw.set_max_uploads(slots)
 
     def hurry(self) -> None:
-        """Dial the known peers now, and not at libtorrent's next full second; before any is connected."""
+        """Dial the known peers now instead of at libtorrent's next full second. Call it before any is connected."""
         self._raw.pause()
         self._raw.resume()
 
@@ -150,17 +150,17 @@ class Handle:
 
 
 def file_error(path: Path, number: int, message: str) -> ShoalError:
-    """What a failed read or write means to who asked for the shard."""
+    """The error to raise for a failed read or write of the file."""
     if number in NO_SPACE:
         return InsufficientDiskError(
-            f"the disk of {path.parent} is full while {path.name!r} is written: free some space and ask again",
+            f"the disk of {path.parent} is full while {path.name!r} is written: free some space, then fetch again",
             {"path": str(path)},
         )
     return InternalError(f"cannot read or write {path.name!r}: {message}", {"path": str(path), "errno": number})
 
 
 def translated(path: Path, err: Exception) -> ShoalError:
-    """What ended a download, as an error of ours; one that no one foresaw is logged."""
+    """The ShoalError for what ended a download; an unexpected exception is logged."""
     if isinstance(err, ShoalError):
         return err
     if isinstance(err, OSError):

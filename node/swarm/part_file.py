@@ -1,7 +1,7 @@
 """A download on disk: the part file, the space kept for it, and what continues it after a stop or a crash.
 
 Two small files stand beside it in the state folder. `<info hash>.layer` is the piece layer as peers gave it: with
-it a part file that a crash left can be checked. `<info hash>.resume` is written at a clean stop and taken away when
+it a part file that a crash left can be checked. `<info hash>.resume` is written at a clean stop and deleted when
 the download goes on, so that after a crash there is none and the part file is checked instead.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from node.files import atomic_write
 from node.swarm.handle import file_error
 from node.swarm.torrent import Torrent
 
@@ -33,9 +34,9 @@ class PartFile:
         self._resume = state_dir / f"{torrent.info_hash}.resume"
 
     async def reserve(self) -> bool:
-        """Take the space that the file needs. True: the part file is new.
+        """Allocate the space that the file needs. True if the part file is new.
 
-        Raises InsufficientDiskError where there is no space; then a new part file is taken away again.
+        Raises InsufficientDiskError if there is no space; a new part file is then deleted again.
         """
         return await asyncio.to_thread(self._reserve_now)
 
@@ -55,7 +56,7 @@ class PartFile:
         return created
 
     async def load(self) -> tuple[bytes, bytes]:
-        """(resume data of a clean stop, piece layer), each empty where none fits. The first is taken away."""
+        """(resume data of a clean stop, piece layer), each empty if none fits. The file of resume data is deleted."""
         return await asyncio.to_thread(self._load_now)
 
     def _load_now(self) -> tuple[bytes, bytes]:
@@ -75,7 +76,7 @@ class PartFile:
 
     async def keep_layer(self, layer: bytes) -> None:
         """Keep the piece layer, whole or not at all."""
-        await asyncio.to_thread(_replace, self._layer, layer)
+        await asyncio.to_thread(atomic_write, self._layer, layer)
 
     async def keep_resume(self, data: bytes) -> None:
         """Keep the resume data of a clean stop, if there is any; the part file must be flushed."""
@@ -85,10 +86,10 @@ class PartFile:
 
     def _keep_resume_now(self, data: bytes) -> None:
         kept = _Resume(data, self.path.stat().st_mtime_ns)
-        _replace(self._resume, msgspec.msgpack.encode(kept))
+        atomic_write(self._resume, msgspec.msgpack.encode(kept))
 
     async def forget(self, *, delete: bool) -> None:
-        """Take the companions away, and with `delete` the part file too."""
+        """Delete the companions, and with `delete` the part file too."""
         await asyncio.to_thread(self._forget_now, delete)
 
     def _forget_now(self, delete: bool) -> None:
@@ -96,9 +97,3 @@ class PartFile:
         self._resume.unlink(missing_ok=True)
         if delete:
             self.path.unlink(missing_ok=True)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_bytes(data)
-    fresh.replace(path)

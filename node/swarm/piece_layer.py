@@ -1,6 +1,6 @@
 """The piece layer of a download: with it a piece can be checked alone, and a part file after a crash.
 
-Peers give it, or it is handed over by who has it from elsewhere (a torrent file at an origin).
+Peers give it, or the caller hands it over (from a torrent file at an origin).
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ from node.swarm.torrent import Torrent
 from protocol.content import LEAF_BYTES, merkle_root
 from protocol.errors import InvalidShardError
 
-ASK_EVERY_S = 1.0
-
 
 class PieceLayer:
-    """What is known of it. Time is in seconds of any steady clock."""
+    """The piece layer of one download, as far as it is known. Time is in seconds of any steady clock."""
 
-    def __init__(self, torrent: Torrent, part: PartFile, known: bytes = b"") -> None:
+    def __init__(self, torrent: Torrent, part: PartFile, known: bytes, ask_every_s: float) -> None:
         self.known = known
-        """32 bytes a piece; empty while it is not known, and where there is none: a file of one piece."""
+        """32 bytes a piece; empty while it is not known, and for a file of one piece, which has none."""
         self.is_new_to_session = False
         """Whether it was handed over after the torrent was added without it."""
         self._torrent = torrent
         self._part = part
+        self._ask_every_s = ask_every_s
         self._due = 0.0
 
     @property
@@ -38,7 +37,10 @@ class PieceLayer:
         return self._due > 0
 
     def take(self, layer: bytes) -> bool:
-        """It came from elsewhere. True: it was not known. Raises InvalidShardError for one of other content."""
+        """Take one from another source than peers. True if it was not known.
+
+        Raises InvalidShardError if it does not fit the content id.
+        """
         if not self._torrent.has_layer(layer):
             raise InvalidShardError(
                 f"the piece layer of {self._torrent.name!r} does not belong to content id {self._torrent.content_id}"
@@ -50,7 +52,7 @@ class PieceLayer:
         return True
 
     async def keep(self) -> None:
-        """Write it beside the part file: a crash from then on costs little."""
+        """Write it beside the part file: with it the part file can be checked after a crash."""
         if self.known:
             await self._part.keep_layer(self.known)
 
@@ -58,7 +60,7 @@ class PieceLayer:
         """Ask the session, now and then, whether peers have given all of it."""
         if not self.missing or now < self._due:
             return
-        self._due = now + ASK_EVERY_S
+        self._due = now + self._ask_every_s
         layer = (await handle.save(flush=False)).piece_layer
         if self.missing and self._torrent.has_layer(layer):
             self.known = layer

@@ -21,7 +21,7 @@ from protocol.ids import InfoHash
 _CHECK_TIMEOUT_S = 3600.0
 
 
-class Session:
+class TorrentSession:
     """Torrents by info hash, and the session's counters."""
 
     def __init__(self, raw: Any, port: int) -> None:
@@ -33,13 +33,15 @@ class Session:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def open(cls, settings: SwarmSettings) -> AsyncIterator[Session]:
-        """Raises UnreachableError where the address cannot be listened on."""
+    async def open(cls, settings: SwarmSettings) -> AsyncIterator[TorrentSession]:
+        """Open a session. Raises UnreachableError if it cannot listen on the address."""
         # One reference in one place: dropping it ends libtorrent's threads, which takes a moment and a thread of ours.
-        held = [await asyncio.to_thread(lt.session, session_params(settings))]
+        # A worker thread keeps what its call was made of and returned for a moment longer than the call: so not that.
+        held: list[Any] = []
+        await asyncio.to_thread(lambda: held.append(lt.session(session_params(settings))))
         with contextlib.ExitStack() as last:
             try:
-                port = await asyncio.to_thread(held[0].listen_port)
+                port = await asyncio.to_thread(lambda: int(held[0].listen_port()))
                 if not port or (settings.port and port != settings.port):
                     raise UnreachableError(
                         f"cannot listen for BitTorrent on {settings.listen_host}:{settings.port}: is the port taken?"
@@ -74,11 +76,11 @@ class Session:
         slots: int = -1,
         exchange_peers: bool = True,
     ) -> Handle:
-        """Add a torrent whose file is `path`, and return when that file, if it is there, was looked through.
+        """Add a torrent whose file is `path`, and return when that file, if it is there, was checked.
 
-        With `seed` the file is taken to be whole, and each piece checked at its first upload. Nothing is looked
-        through with `resume`, nor with `have`, which says which pieces the file holds. At most `slots` peers are sent
-        to at once. Raises InvalidShardError where the piece layer is not the content id's.
+        With `seed` the file is taken to be whole, and each piece checked at its first upload. Nothing is checked
+        with `resume`, nor with `have`, which says which pieces the file holds. At most `slots` peers are sent
+        to at once. Raises InvalidShardError if the piece layer does not fit the content id.
         """
         if torrent.info_hash in self._handles:
             raise BusyError(f"{torrent.name!r} is already in the swarm")
@@ -116,7 +118,7 @@ class Session:
         handle.attach(self._raw.add_torrent(params))
 
     async def remove(self, handle: Handle) -> None:
-        """Take a torrent out of the session; its file stays. Returns when libtorrent has let go of it."""
+        """Take a torrent out of the session; its file stays. Returns when libtorrent has removed it."""
         if self._handles.get(handle.torrent.info_hash) is not handle:
             return
         removed = handle.expect(Removed)
@@ -140,7 +142,7 @@ def _params(torrent: Torrent, path: Path, piece_layer: bytes, resume: bytes) -> 
     try:
         if resume:
             params = lt.read_resume_data(resume)
-            # Only what is on disk is continued; whom it came from, and who was banned, is found anew.
+            # Only what is on disk is continued; the peers and bans of the last run are not.
             params.peers = []
             params.banned_peers = []
         else:

@@ -32,7 +32,13 @@ class SwarmSettings:
     download_limit_bytes_s: int = 0
     """0 for none."""
     stall_s: float = 3.0
-    """A download that gets nothing for so long after a bad piece is begun anew, its peers tried one at a time."""
+    """A download that gets nothing for so long after a bad piece is restarted, its peers tried one at a time."""
+    stop_timeout_s: float = 2.0
+    """How long a download that is stopped waits for its resume data."""
+    refresh_s: float = 0.5
+    """How often totals and the status of torrents are asked for."""
+    ask_every_s: float = 1.0
+    """How often a download asks for the piece layer, and which pieces peers have, at most."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -79,8 +85,8 @@ def session_params(settings: SwarmSettings) -> Any:
         # Encryption without authentication costs half the speed and protects nothing.
         "out_enc_policy": int(lt.enc_policy.pe_disabled),
         "in_enc_policy": int(lt.enc_policy.pe_disabled),
-        # The bound on slots is each file's own (slots.py). Without any here (-1) libtorrent never looks again at who
-        # has one.
+        # The bound on slots is each file's own (upload_slots.py). With -1 here libtorrent never reconsiders which peers
+        # have one.
         "unchoke_slots_limit": 10_000,
         "active_seeds": -1,
         "active_downloads": -1,
@@ -89,7 +95,7 @@ def session_params(settings: SwarmSettings) -> Any:
         # What is asked for is not asked for elsewhere: a short queue keeps downloaders from asking one seed for the
         # same pieces.
         "request_queue_time": 1,
-        # A downloader whose last missing pieces are all asked for drops its seeds as uninteresting; where such a piece
+        # A downloader whose last missing pieces are all asked for drops its seeds as uninteresting; if such a piece
         # does not come it needs them again. With the default minute six of eight nodes stood still for 20 s.
         "min_reconnect_time": 1,
         # Connect to peers at once, not one a tick.

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from node.background import FirstErrorGroup
+from node.clock import Clock
 from node.swarm.alerts import Event, FileFailed, StateChanged, TorrentStatus
 from node.swarm.download import Download
 from node.swarm.handle import Handle
 from node.swarm.part_file import PartFile
-from node.swarm.session import Session
+from node.swarm.session import TorrentSession
 from node.swarm.settings import SwarmSettings
 from node.swarm.torrent import Torrent
 from node.swarm.upload_slots import MIN_SLOTS, UploadSlots
@@ -23,7 +24,6 @@ from protocol.ids import InfoHash
 
 _log = logging.getLogger(__name__)
 
-_REFRESH_S = 0.5
 _SEED_SLOTS = 1
 
 
@@ -44,41 +44,38 @@ class SwarmStats:
 class Swarm:
     """Seeds and downloads of one node. Opened by `async with Swarm.open(settings)`."""
 
-    def __init__(self, settings: SwarmSettings, session: Session, tasks: asyncio.TaskGroup) -> None:
+    def __init__(
+        self, settings: SwarmSettings, session: TorrentSession, tasks: asyncio.TaskGroup, clock: Clock
+    ) -> None:
         self.on_invalid: Callable[[Torrent, str], None] | None = None
         """Called with a torrent whose file was found changed or unreadable, and why; it is not seeded any more."""
         self._settings = settings
         self._session = session
         self._tasks = tasks
+        self._clock = clock
         self._seeds: dict[InfoHash, Handle] = {}
         self._downloads: dict[InfoHash, Download] = {}
         self._slots: dict[InfoHash, UploadSlots] = {}
         self._leaving: dict[InfoHash, asyncio.Task[None]] = {}
-        """Found wrong, and on their way out of the session: until then it takes no other of this info hash."""
+        """Seeds found wrong, while they are removed: until then the session takes no other of this info hash."""
         self._seeding = asyncio.Lock()
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def open(cls, settings: SwarmSettings) -> AsyncIterator[Swarm]:
+    async def open(cls, settings: SwarmSettings, clock: Clock | None = None) -> AsyncIterator[Swarm]:
         """Listen and serve until the context ends; unfinished downloads are kept for the next time.
 
-        Raises UnreachableError where the address cannot be listened on.
+        Raises UnreachableError if it cannot listen on the address.
         """
         await asyncio.to_thread(settings.state_dir.mkdir, parents=True, exist_ok=True)
-        failure: Exception | None = None
-        async with Session.open(settings) as session:
-            async with asyncio.TaskGroup() as tasks:
-                swarm = cls(settings, session, tasks)
-                ticker = tasks.create_task(swarm._refresh())
-                try:
-                    yield swarm
-                except Exception as err:  # the task group would wrap it
-                    failure = err
-                finally:
-                    ticker.cancel()
-                    await asyncio.gather(*(download.cancel() for download in swarm._downloads.values()))
-            if failure:
-                raise failure
+        async with TorrentSession.open(settings) as session, FirstErrorGroup() as tasks:
+            swarm = cls(settings, session, tasks, clock or Clock())
+            refreshing = tasks.create_task(swarm._refresh())
+            try:
+                yield swarm
+            finally:
+                refreshing.cancel()
+                await asyncio.gather(*(download.cancel() for download in swarm._downloads.values()))
 
     @property
     def port(self) -> int:
@@ -96,13 +93,13 @@ class Swarm:
         )
 
     async def seed(self, torrent: Torrent, path: Path, piece_layer: bytes) -> None:
-        """Serve a file that was hashed before; it is not read again but piece by piece, as peers first ask.
+        """Serve a file that was hashed before; each piece is read and checked again when a peer first asks for it.
 
-        Raises InvalidShardError where the file is missing or has another size, or where the piece layer is not
-        the content id's. A torrent that is seeded already goes on as it is.
+        Raises InvalidShardError if the file is missing or has another size, or if the piece layer does not fit the
+        content id. A torrent that is seeded already goes on as it is.
         """
         async with self._seeding:
-            await self._left(torrent.info_hash)
+            await self._removed(torrent.info_hash)
             if torrent.info_hash in self._seeds:
                 return
             size = await asyncio.to_thread(_size, path)
@@ -120,36 +117,36 @@ class Swarm:
             self._begin_seeding(handle, _SEED_SLOTS)
 
     async def download(self, torrent: Torrent, path: Path, piece_layer: bytes = b"") -> Download:
-        """Begin, or go on, to fetch a file to `path`; until it is whole it is `path` with `.part` added.
+        """Begin, or go on, to fetch a file to `path`; until it is complete it is named `path` with `.part` added.
 
-        Without `piece_layer` peers give it. Two calls for one info hash return the same download.
+        Without `piece_layer` it comes from peers. Two calls for one info hash return the same download.
         """
-        await self._left(torrent.info_hash)
+        await self._removed(torrent.info_hash)
         if download := self._downloads.get(torrent.info_hash):
             return download
         part = PartFile(torrent, path, self._settings.state_dir)
         if handle := self._seeds.get(torrent.info_hash):
-            return Download.finished(self._session, torrent, handle.path, part)
-        download = Download(self._session, torrent, path, part, piece_layer=piece_layer, stall_s=self._settings.stall_s)
+            return Download.finished(self._session, torrent, handle.path, part, self._settings, self._clock)
+        download = Download(self._session, torrent, path, part, self._settings, self._clock, piece_layer)
         self._downloads[torrent.info_hash] = download
-        self._tasks.create_task(self._carry(download), name=f"download {torrent.name}")
+        self._tasks.create_task(self._run(download), name=f"download {torrent.name}")
         await asyncio.sleep(0)  # it begins: a task that is cancelled before would never tell
         return download
 
     async def remove(self, info_hash: InfoHash) -> None:
-        """Stop to seed or download a torrent; its file stays. Nothing happens where there is none."""
+        """Stop seeding or downloading a torrent; its file stays. Does nothing if there is none."""
         if download := self._downloads.get(info_hash):
             await download.cancel()
         self._slots.pop(info_hash, None)
         if handle := self._seeds.pop(info_hash, None):
             await self._session.remove(handle)
-        await self._left(info_hash)
+        await self._removed(info_hash)
 
-    async def _left(self, info_hash: InfoHash) -> None:
+    async def _removed(self, info_hash: InfoHash) -> None:
         if leaving := self._leaving.get(info_hash):
             await asyncio.wait([leaving])
 
-    async def _carry(self, download: Download) -> None:
+    async def _run(self, download: Download) -> None:
         torrent = download.torrent
         try:
             handle = await download.run()
@@ -188,13 +185,13 @@ class Swarm:
     def _serve(self, status: TorrentStatus) -> None:
         handle, slots = self._seeds.get(status.info_hash), self._slots.get(status.info_hash)
         uploaded = self._session.counters.uploaded_bytes
-        if handle and slots and slots.observe(time.monotonic(), uploaded, status.served):
+        if handle and slots and slots.observe(self._clock.now(), uploaded, status.served):
             handle.serve(slots.slots)
 
     async def _refresh(self) -> None:
         while True:
             self._session.refresh()
-            await asyncio.sleep(_REFRESH_S)
+            await self._clock.sleep(self._settings.refresh_s)
 
 
 def _size(path: Path) -> int | None:

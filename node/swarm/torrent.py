@@ -1,4 +1,4 @@
-"""A shard as a torrent: which torrent follows from a shard, and the plain values that speak of it."""
+"""A shard as a torrent: the torrent that follows from a shard, and plain values for its peers and pieces."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PeerAddress(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of a file, as who fetches it from elsewhere needs it."""
+    """A piece of a file: the range of bytes to fetch."""
 
     index: int
     offset: int
@@ -71,7 +71,7 @@ class Torrent:
         return -(-self.size // self.piece_length)
 
     def piece(self, index: int) -> Piece:
-        """Raises IndexError where the file has no such piece."""
+        """Raises IndexError if the file has no such piece."""
         if not 0 <= index < self.pieces:
             raise IndexError(f"{self.name!r} has pieces 0 to {self.pieces - 1}, not {index}")
         offset = index * self.piece_length

@@ -1,8 +1,8 @@
-"""When a download is begun anew, and which of its peers it may then speak to: decided here, done elsewhere.
+"""When a download is restarted, and which of its peers it then connects: decided here, done in `download`.
 
-libtorrent bans a peer whose bytes made a piece fail. Where a good and a bad peer both gave to that piece, the good
-one is banned too now and then, and the download stands still. The cure, measured: take the torrent out, put it back,
-and connect its peers one at a time, so that whoever is connected when a piece fails is the one to blame.
+libtorrent bans a peer whose bytes made a piece fail. If a good and a bad peer both gave to that piece, the good one is
+sometimes banned too, and the download stalls. The cure, measured: take the torrent out, put it back, and connect its
+peers one at a time, so that the peer that is connected when a piece fails is the one to blame.
 
 Pure: time is an argument, in seconds of any steady clock.
 """
@@ -44,7 +44,7 @@ class Watchdog:
         self._restarts = 0
 
     def progressed(self, now: float, bytes_done: int) -> None:
-        """The download has `bytes_done`; fewer than before, after a piece failed, is no progress."""
+        """The download has `bytes_done`; fewer than before, after a piece failed, is not progress."""
         if bytes_done > self._best:
             self._best = bytes_done
             self._moved = now
@@ -66,7 +66,7 @@ class Watchdog:
         if not self.careful and not self._trouble:
             patience_s = max(patience_s, IDLE_S)
         elif self.careful and self._trouble and not all(self._blame[peer] for peer in peers):
-            patience_s = min(patience_s, 1.0)  # who is to blame is known, and others are left
+            patience_s = min(patience_s, 1.0)  # the peers to blame are known, and others are left
         if now - self._moved < patience_s:
             return Verdict.GO_ON
         if self.careful and not self._trouble and peers - set(self._trial):

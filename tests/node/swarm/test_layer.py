@@ -35,7 +35,7 @@ async def test_a_layer_handed_over_late_lets_pieces_be_checked_alone(tmp_path: P
 async def test_what_peers_gave_before_a_late_layer_is_kept(tmp_path: Path) -> None:
     source = source_of(tmp_path, 8 * MIB)
     async with node(tmp_path) as swarm:
-        async with seeding(tmp_path, source, upload_limit=4 * MIB) as seed:
+        async with seeding(tmp_path, source, upload_limit=8 * MIB) as seed:
             download = await swarm.download(source.torrent, tmp_path / "got.bin")
             download._layer._due = 1e12  # Peers' layer is not noticed.
             download.add_peers(at(seed))
@@ -61,8 +61,8 @@ async def test_which_pieces_peers_have(tmp_path: Path) -> None:
         second.add_peers(at(a))
         async with asyncio.timeout(10):
             while await second.available_pieces() != frozenset(half):  # noqa: ASYNC110 - it happens on the network
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.02)
             while len(second.missing_pieces()) > len(half):  # noqa: ASYNC110 - it happens on the network
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.02)
             while await first.available_pieces() != frozenset(half):  # noqa: ASYNC110 - it happens on the network
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.02)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from node.swarm import SwarmSettings, Torrent
-from node.swarm.session import Session
+from node.swarm.session import TorrentSession
 from protocol.content import hash_file
 
 
@@ -28,7 +28,7 @@ async def test_an_error_inside_leaves_nothing_open(tmp_path: Path) -> None:
     before, its = sockets(), set[str]()
 
     async def fail() -> None:
-        async with Session.open(SwarmSettings(tmp_path)):
+        async with TorrentSession.open(SwarmSettings(tmp_path)):
             its.update(sockets() - before)
             raise LookupError
 
@@ -42,7 +42,7 @@ async def test_a_close_that_is_cancelled_is_carried_to_its_end(tmp_path: Path) -
     before, its, inside = sockets(), set[str](), asyncio.Event()
 
     async def serve() -> None:
-        async with Session.open(SwarmSettings(tmp_path)):
+        async with TorrentSession.open(SwarmSettings(tmp_path)):
             its.update(sockets() - before)
             inside.set()
             await asyncio.Event().wait()
@@ -64,7 +64,7 @@ async def test_a_torrent_whose_adding_is_cancelled_does_not_stay(tmp_path: Path,
     path.write_bytes(random.Random(turns).randbytes(1 << 20))
     hashed = hash_file(path)
     torrent = Torrent.of("shard.bin", hashed.size, hashed.content_id)
-    async with Session.open(SwarmSettings(tmp_path / "state")) as session:
+    async with TorrentSession.open(SwarmSettings(tmp_path / "state")) as session:
         adding = asyncio.create_task(session.add(torrent, path, lambda _: None, piece_layer=hashed.piece_layer))
         for _ in range(turns):
             await asyncio.sleep(0)
