@@ -4,8 +4,8 @@
     ...
     <!-- end generated -->
 
-What may stand after `generated:` is a key of SECTIONS, with what it asks for. `--check` writes nothing and exits 1
-where a page is out of date. In both modes a command, task type or notification without a section is an error.
+After `generated:` comes a key of SECTIONS, with its argument. `--check` writes nothing and exits with 1 if a page is out
+of date. In both modes a command, task type or notification without a section is an error.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ _PATTERNS = {
 
 
 def commands() -> dict[str, tuple[Struct, Struct] | None]:
-    """Command -> (parameters, result); None where the task type decides."""
-    # Only the handlers' declarations are looked at, so the classes stand for their instances.
+    """Command -> (parameters, result); None if the task type decides."""
+    # Only the declarations of handlers are needed, so classes are passed in place of instances.
     parts: list[Any] = [kind for name, kind in typing.get_type_hints(command_table).items() if name != "return"]
     return {
         name: (command.params, typing.get_type_hints(command.handler)["return"]) if command.params else None
@@ -76,7 +76,7 @@ def notifications() -> dict[str, Struct]:
     return {match[1]: value for match, value in named if match}
 
 
-# What the source says of it
+# What the source says of a declaration
 
 
 @functools.cache
@@ -104,7 +104,7 @@ def _assigned(body: list[ast.stmt]) -> dict[str, tuple[str, str]]:
 
 
 def field_doc(kind: type[Any], name: str) -> str:
-    """The docstring below a field; where there is none, that of the named type in its annotation."""
+    """The docstring below a field; if there is none, that of the named type in its annotation."""
     for owner in kind.__mro__:
         if name not in inspect.get_annotations(owner):
             continue
@@ -252,7 +252,7 @@ SECTIONS = {
 
 
 def render(page: str) -> str:
-    """The page with its generated sections as they should be. Raises KeyError for one that nothing is declared for."""
+    """The page with its generated sections up to date. Raises KeyError for a section without a declaration."""
 
     def fill(found: re.Match[str]) -> str:
         what, *subject = found[2].split()
@@ -262,7 +262,7 @@ def render(page: str) -> str:
 
 
 def missing(page: str) -> list[str]:
-    """Sections that docs/rpc.md should have and has not."""
+    """Sections that docs/rpc.md lacks."""
     wanted = {f"command {name}" for name, exchange in commands().items() if exchange} | {"errors", "limits"}
     wanted |= {f"task {name}" for name in task_types()} | {f"notification {name}" for name in notifications()}
     return sorted(wanted - {found[2] for found in _BLOCK.finditer(page)})
@@ -270,7 +270,7 @@ def missing(page: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
     check = parser.parse_args(argv).check
     old = {name: (ROOT / name).read_text() for name in PAGES}
     problems = [f"{RPC_PAGE} has no section for: {section}" for section in missing(old[RPC_PAGE])]
