@@ -4,8 +4,8 @@
     ...
     <!-- end generated -->
 
-After `generated:` comes a key of SECTIONS, with its argument. `--check` writes nothing and exits with 1 if a page is out
-of date. In both modes a command, task type or notification without a section is an error.
+After `generated:` comes a key of SECTIONS, with its argument. `--check` writes nothing and exits with 1 if a page is
+out of date. In both modes a command, task type or notification without a section is an error.
 """
 
 from __future__ import annotations
