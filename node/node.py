@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 
 from node.background import Background
+from node.clock import Clock
 from node.config import KEY_FILENAME, Assignment, Settings
 from node.discovery import Discovery, DiscoverySettings, FoundProvider
 from node.handlers.info import InfoHandlers, NodeParts, current_info
@@ -27,7 +28,7 @@ from node.pipeline.engine.settings import EngineSettings
 from node.pipeline.stage.process import StageSettings
 from node.pipeline.stage.stages import Stages
 from node.rpc import Command, RpcServer
-from node.shards.pinned_manifests import keep_held
+from node.shards.pinned_manifests import PinnedManifests
 from node.shards.service import Shards
 from node.shards.settings import ShardsSettings
 from node.swarm import Swarm, SwarmSettings
@@ -137,8 +138,9 @@ async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callabl
                 )
             )
         background.start(_announce_node(discovery, here), name="announcing the node")
+        pinned = PinnedManifests(shards, settings.shards_dir, Clock())
         for url in settings.manifests:
-            background.start(keep_held(shards, settings.shards_dir, url), name=f"manifest {url}")
+            background.start(pinned.keep(url), name=f"manifest {url}")
         for assignment in settings.assign:
             for shard_id in assignment.shard_ids:
                 background.start(

@@ -19,8 +19,8 @@ from node.origin.interface import ObjectStore
 from node.origin.publishing import PublishResult, refusal_by_others
 from node.origin.settings import origin_settings
 from node.origin.url import OriginUrl
-from node.shards.publish.manifest_builder import Chosen, compose, files_of, held_in
-from node.shards.publish.placement import held_at, place_all, place_of
+from node.shards.publish.manifest_builder import Publication, build_manifest, list_publishable, read_publication
+from node.shards.publish.placement import manifest_at, place_files, target_folder
 from node.shards.publish.uploader import upload
 from node.shards.store.hasher import Hasher
 from protocol.content import hash_file
@@ -78,10 +78,10 @@ def publish(
     except InvalidParamsError as error:
         fail(error.message, code=2)
     manifest = chosen.manifest
-    target, loose = place_of(manifest, settings.shards_dir, keep_manifest=bool(origin))
+    target, loose = target_folder(manifest, settings.shards_dir, keep_manifest=bool(origin))
     signed = _signed(chosen, None if only_origin else target, settings, origin) if origin else None
     if not only_origin:
-        place_all(
+        place_files(
             manifest,
             chosen.files,
             target,
@@ -96,24 +96,24 @@ def publish(
         _show_published(published)
 
 
-def _chosen(paths: Sequence[Path], name: str | None) -> Chosen:
-    held = held_in(paths[0], name) if len(paths) == 1 else None
+def _chosen(paths: Sequence[Path], name: str | None) -> Publication:
+    held = read_publication(paths[0], name) if len(paths) == 1 else None
     if held is not None:
         return held
     if name is None and len(paths) > 1:
         fail("several paths need a --name for the data set that they become", code=2)
-    files = files_of(paths, _tell_left_out)
+    files = list_publishable(paths, _tell_left_out)
     if name is None and not paths[0].is_file():
         name = paths[0].resolve().name
     return asyncio.run(_composed(name, files))
 
 
-async def _composed(name: str | None, files: dict[str, Path]) -> Chosen:
+async def _composed(name: str | None, files: dict[str, Path]) -> Publication:
     hasher = Hasher()
     with bytes_progress() as progress:
         bar = progress.add_task("", total=sum(file.stat().st_size for file in files.values()))
         try:
-            return await compose(
+            return await build_manifest(
                 name,
                 files,
                 hasher,
@@ -125,7 +125,7 @@ async def _composed(name: str | None, files: dict[str, Path]) -> Chosen:
             await hasher.close()
 
 
-def _signed(chosen: Chosen, target: Path | None, settings: Settings, urls: Sequence[str]) -> SignedManifest:
+def _signed(chosen: Publication, target: Path | None, settings: Settings, urls: Sequence[str]) -> SignedManifest:
     """The manifest, signed by this machine's node, with these origins and those that were named before, also by what
     lies at `target`.
     """
@@ -134,7 +134,7 @@ def _signed(chosen: Chosen, target: Path | None, settings: Settings, urls: Seque
         key = SigningKey.load_or_create(settings.data_dir / KEY_FILENAME)
     except ValueError as error:
         fail(error)
-    held = held_at(target, chosen.manifest) if target else None
+    held = manifest_at(target, chosen.manifest) if target else None
     before = held.origins if held else ()
     return sign_manifest(chosen.manifest, key, _named_origins(urls, [*before, *chosen.origins]))
 
@@ -172,7 +172,7 @@ def _named_origins(urls: Sequence[str], before: Sequence[str]) -> list[str]:
     return list(named)[:MAX_ORIGINS]
 
 
-def _upload_to_all(signed: SignedManifest, chosen: Chosen, stores: Sequence[Opener]) -> list[PublishResult]:
+def _upload_to_all(signed: SignedManifest, chosen: Publication, stores: Sequence[Opener]) -> list[PublishResult]:
     """Bring shards, torrent files and the manifest to each origin; what is there already is skipped.
 
     Raises OriginError, InvalidShardError.
@@ -183,7 +183,7 @@ def _upload_to_all(signed: SignedManifest, chosen: Chosen, stores: Sequence[Open
         fail("interrupted; the same command goes on from there", code=130)
 
 
-async def _upload_each(signed: SignedManifest, chosen: Chosen, stores: Sequence[Opener]) -> list[PublishResult]:
+async def _upload_each(signed: SignedManifest, chosen: Publication, stores: Sequence[Opener]) -> list[PublishResult]:
     published = []
     hasher = Hasher()
     try:
@@ -200,8 +200,8 @@ async def _upload_each(signed: SignedManifest, chosen: Chosen, stores: Sequence[
 
 
 async def _upload(
-    store: ObjectStore, signed: SignedManifest, chosen: Chosen, hasher: Hasher
-) -> tuple[PublishResult, Chosen]:
+    store: ObjectStore, signed: SignedManifest, chosen: Publication, hasher: Hasher
+) -> tuple[PublishResult, Publication]:
     with bytes_progress() as progress:
         hashing = progress.add_task("hashing", total=signed.manifest.total_bytes, visible=False)
         bar = progress.add_task("uploading", total=None, visible=False)

@@ -24,7 +24,13 @@ from node.origin.publishing import refusal_by_others
 from node.origin.settings import origin_settings
 from node.origin.url import OriginUrl
 from node.rpc import Call
-from node.shards.publish.manifest_builder import Chosen, compose, files_of, held_in, of_manifest
+from node.shards.publish.manifest_builder import (
+    Publication,
+    build_manifest,
+    list_publishable,
+    publication_of,
+    read_publication,
+)
 from node.shards.publish.publisher import Publisher
 from node.shards.publish.uploader import upload
 from node.shards.store.hasher import Hasher
@@ -152,19 +158,19 @@ class PublishHandlers:
         hasher = Hasher()
         async with self.turns:
             try:
-                chosen = await self._chosen(params, paths, hasher, call)
-                signed = self._signed(chosen, urls)
-                folder, chosen = await self.publisher.take_up(chosen, signed if urls else None, hasher)
+                publication = await self._publication(params, paths, hasher, call)
+                signed = self._signed(publication, urls)
+                folder, publication = await self.publisher.publish(publication, signed if urls else None, hasher)
                 uploaded, manifest_urls = 0, []
                 for url in urls:
-                    published, chosen = await self._upload(url, signed, chosen, hasher, call)
+                    published, publication = await self._upload(url, signed, publication, hasher, call)
                     uploaded += published[0]
                     manifest_urls.append(published[1])
             except OSError as error:
                 raise InvalidParamsError(f"{error.filename or params.path}: {error.strerror}") from None
             finally:
                 await hasher.close()
-        manifest = chosen.manifest
+        manifest = publication.manifest
         return PublishResult(
             status="published",
             name=manifest.name,
@@ -177,32 +183,32 @@ class PublishHandlers:
             manifest_urls=manifest_urls,
         )
 
-    async def _chosen(self, params: PublishParams, paths: list[Path], hasher: Hasher, call: Call) -> Chosen:
+    async def _publication(self, params: PublishParams, paths: list[Path], hasher: Hasher, call: Call) -> Publication:
         path = Path(params.path)
         if params.manifest is not None:
             if params.name not in (None, params.manifest.name):
                 raise InvalidParamsError(f"the manifest has the name {params.manifest.name!r}: leave the name out")
-            return await asyncio.to_thread(of_manifest, path, params.manifest)
-        held = await asyncio.to_thread(held_in, path, params.name)
+            return await asyncio.to_thread(publication_of, path, params.manifest)
+        held = await asyncio.to_thread(read_publication, path, params.name)
         if held is not None:
             return held
-        files = files_of(paths, lambda *_: None)
+        files = list_publishable(paths, lambda *_: None)
         name = params.name if params.name is not None or path.is_file() else path.name
         total = sum(file.lstat().st_size for file in files.values())
-        return await compose(
+        return await build_manifest(
             name,
             files,
             hasher,
             lambda shard_id, done, before: ProgressReport(call, shard_id).send("verifying", before + done, total),
         )
 
-    def _signed(self, chosen: Chosen, urls: Sequence[str]) -> SignedManifest:
-        named = dict.fromkeys(url for url in (*urls, *chosen.origins) if refusal_by_others(url) is None)
-        return sign_manifest(chosen.manifest, self.key, list(named)[:MAX_ORIGINS])
+    def _signed(self, publication: Publication, urls: Sequence[str]) -> SignedManifest:
+        named = dict.fromkeys(url for url in (*urls, *publication.origins) if refusal_by_others(url) is None)
+        return sign_manifest(publication.manifest, self.key, list(named)[:MAX_ORIGINS])
 
     async def _upload(
-        self, url: str, signed: SignedManifest, chosen: Chosen, hasher: Hasher, call: Call
-    ) -> tuple[tuple[int, str], Chosen]:
+        self, url: str, signed: SignedManifest, publication: Publication, hasher: Hasher, call: Call
+    ) -> tuple[tuple[int, str], Publication]:
         total = sent = 0
 
         def count(more: int) -> None:
@@ -213,7 +219,9 @@ class PublishHandlers:
         store = self.open_origin(url)
         try:
             total = signed.manifest.total_bytes
-            published, chosen = await upload(store, signed, chosen, hasher, lambda *_: None, lambda _: None, count)
+            published, publication = await upload(
+                store, signed, publication, hasher, lambda *_: None, lambda _: None, count
+            )
         finally:
             await store.close()
-        return (published.uploaded_bytes, published.manifest_url), chosen
+        return (published.uploaded_bytes, published.manifest_url), publication

@@ -21,10 +21,11 @@ from node.pipeline.engine.memory import check_memory
 from node.pipeline.engine.settings import EngineSettings
 from node.pipeline.stage.stages import Stages
 from node.rpc import Call
-from node.shards.fetch.job import FetchedShard, FetchProgress
+from node.shards.fetch.job import FetchedShard
 from node.shards.leases import Term
 from node.shards.resolver import Kind
 from node.shards.service import Shards
+from node.swarm.torrent import DownloadProgress
 from protocol.commands.shards import (
     EvictShardParams,
     FetchShardParams,
@@ -79,7 +80,7 @@ class ProgressReport:
             )
             self.call.notify("PROGRESS", progress)
 
-    def send_fetch(self, progress: FetchProgress) -> None:
+    def send_fetch(self, progress: DownloadProgress) -> None:
         """Send how far a fetch is."""
         self.send(
             progress.phase,
@@ -127,8 +128,7 @@ class ShardLoader:
         report.send("loading", entry.size, entry.size)
         async with self._one_load:
             if not self.is_loaded(signed, entry):
-                # A process of the store's parses the header, which a stranger may have written.
-                check_memory(entry.filename, await self._shards.model_sizes(fetched.path), self._engine)
+                await asyncio.to_thread(check_memory, fetched.path, self._engine)
                 await self._stages.load(signed.digest, entry.shard_id, fetched.path, name=signed.manifest.name)
                 log.info("loaded shard %d of %s", entry.shard_id, signed.manifest.name)
         await self.tell_loaded(signed.digest)
@@ -247,7 +247,7 @@ class ShardHandlers:
 
 
 def _refuse_above(available: int, entry: ShardEntry) -> None:
-    """Before any byte moves: the weights alone. `check_memory` counts the rest, from the file's header."""
+    """Before any byte moves: the weights alone. `check_memory` counts the rest, from the file."""
     if entry.size > available:
         raise InsufficientMemoryError(
             f"shard {entry.shard_id} ({entry.filename}) has {entry.size >> 20} MiB of weights, {available >> 20} MiB "

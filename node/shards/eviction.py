@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from node.shards.fetch.fetcher import Loader
+from node.shards.fetch.fetcher import Fetcher
 from node.shards.leases import LeasedId, Leases
 from node.shards.store.catalog import Catalog, ShardFile
 from node.shards.store.disk_space import invalid_of, part_of, whole_part_of
@@ -31,7 +31,7 @@ class Custody:
         index: Index,
         seeds: Seeds,
         admission: Admission,
-        loader: Loader,
+        fetcher: Fetcher,
         hasher: Hasher,
         leases: Leases,
         tasks: asyncio.TaskGroup,
@@ -40,7 +40,7 @@ class Custody:
         self._index = index
         self._seeds = seeds
         self._admission = admission
-        self._loader = loader
+        self._fetcher = fetcher
         self._hasher = hasher
         self._leases = leases
         self._tasks = tasks
@@ -59,10 +59,10 @@ class Custody:
         """Delete a shard's file, and what an unfinished download or a bad file left of it. Returns where it was."""
         if shard.entry.shard_id in self._catalog.loaded(shard.digest):
             raise ShardInUseError(f"{shard.label} is loaded: unload it first")
-        if self._loader.is_fetching(shard.ref):
+        if self._fetcher.is_fetching(shard.ref):
             raise ShardInUseError(f"{shard.label} is being fetched: cancel that first")
         self._check_leases(shard)
-        async with self._loader.alone_with(shard.entry.content_id):
+        async with self._fetcher.alone_with(shard.entry.content_id):
             self._check_leases(shard)
             folder = self._catalog.folder_of(shard.digest)
             gone: list[Path] = []
@@ -80,7 +80,7 @@ class Custody:
                 gone += [path] if left_over else []
             if not gone:
                 raise ShardNotFoundError(f"{shard.label} is not on this node; LIST_FILES shows what is")
-            await self._loader.tidy(shard.digest)
+            await self._fetcher.remove_unused_folder(shard.digest)
         return gone[0]
 
     def _check_leases(self, shard: Shard) -> None:

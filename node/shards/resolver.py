@@ -1,15 +1,15 @@
-"""What a name, a digest, or a description of a shard means: here first, then in the cluster, then at the origins."""
+"""Which manifest a name or digest stands for, and which shard a selector: here, in the cluster, or at the origins."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from node.shards.interfaces import Discovery, FetchManifest, FoundProvider, Origin
+from node.clock import Clock
+from node.shards.interfaces import Discovery, FetchManifest, Origin
 from node.shards.settings import ShardsSettings
 from node.shards.store.catalog import Catalog
 from protocol.commands.common import ShardSelector
@@ -22,21 +22,21 @@ from protocol.errors import (
     UnknownNameError,
 )
 from protocol.ids import ManifestDigest
-from protocol.manifest import ShardEntry, SignedManifest, split_name
+from protocol.manifest import Shard, ShardEntry, SignedManifest, split_name
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["model", "dataset"]
 FETCHED_MANIFESTS = 64
-"""Kept in memory, of which this node holds no shard."""
+"""Kept in memory, beside those of which this node has a shard."""
 SEARCHED_MANIFESTS = 100
-"""Of the cluster, at most, for a shard of which only the file name or the content is known."""
+"""At most so many of the cluster, for a shard of which only the file name or the content is known."""
 SHOWN_NAMES = 20
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Candidate:
-    """A manifest that a name may mean."""
+    """A manifest for which a name may stand."""
 
     name: str
     kind: str
@@ -46,7 +46,7 @@ class Candidate:
         return f"{self.name}@{self.digest[:12]}"
 
 
-class Names:
+class ManifestResolver:
     """Resolves names against the catalog, discovery and origins."""
 
     def __init__(
@@ -55,53 +55,54 @@ class Names:
         catalog: Catalog,
         discovery: Discovery,
         fetch_manifest: FetchManifest,
-        origin: Origin | None = None,
+        origin: Origin | None,
+        clock: Clock,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
         self._discovery = discovery
         self._fetch_manifest = fetch_manifest
         self._origin = origin
+        self._clock = clock
         self._fetched: OrderedDict[ManifestDigest, SignedManifest] = OrderedDict()
 
     async def resolve(self, kind: Kind | None, name: str | None) -> SignedManifest:
         """The manifest of `name`, `name@digest`, a digest or a manifest's URL; without a name, of the only model of the
         cluster.
 
-        Raises UnknownNameError, AmbiguousNameError, NoSourceError where nobody gives the manifest out, and, of a URL,
-        what the origin raises.
+        Raises UnknownNameError, AmbiguousNameError, NoSourceError if no provider or origin gives the manifest, and, for
+        a URL, what the origin raises.
         """
         if name is None:
             return await self._only(kind or "model")
         if "://" in name:
-            return await self._at(kind, name)
+            return await self._at_url(kind, name)
         plain, digest = split_name(name)
         failures: list[str] = []
         chosen = await self._find(kind, plain, digest) or await self._find_at_origins(kind, name, failures)
         if not chosen:
-            chosen = await self._insist(lambda: self._find(kind, plain, digest))
+            chosen = await self._retry(lambda: self._find(kind, plain, digest))
         if not chosen:
             known = ", ".join(await self._known(kind)) or "none"
-            where = "here, in the cluster or at its origins" if self._origin else "here or in the cluster"
             raise UnknownNameError(
-                f"no {kind or 'model, data set or file'} {name!r} is known {where}; known are: {known}"
+                f"no {kind or 'model, data set or file'} {name!r} is known {self._searched}; known are: {known}"
                 + "".join(f"; {failure}" for failure in failures),
                 {"name": name},
             )
         digest = _the_one(chosen, f"{name!r} is the name of")
         return await self.manifest(ManifestDigest(digest), plain)
 
-    async def _at(self, kind: Kind | None, url: str) -> SignedManifest:
+    async def _at_url(self, kind: Kind | None, url: str) -> SignedManifest:
         if self._origin is None:
             raise InvalidParamsError(f"{url!r} is the URL of a manifest, and this node has no origins")
         signed = await self._origin.manifest_at(url)
         found = signed.manifest.kind
         if kind is not None and found != kind:
-            raise InvalidParamsError(f"at {url} is the {found} {signed.manifest.name}, no {kind}: ask for a {found}")
-        return self._remember(signed)
+            raise InvalidParamsError(f"at {url} is the {found} {signed.manifest.name}, not a {kind}: ask for a {found}")
+        return self._keep(signed)
 
     async def _find_at_origins(self, kind: Kind | None, name: str, failures: list[str]) -> set[Candidate]:
-        """What the name means at the origins; why nothing could be learnt there goes to `failures`."""
+        """What the name stands for at the origins; the message of an origin that fails is appended to `failures`."""
         if self._origin is None:
             return set()
         try:
@@ -109,13 +110,13 @@ class Names:
         except ShoalError as err:
             failures.append(err.message)
             return set()
-        return {_candidate(self._remember(signed)) for signed in found}
+        return {_candidate(self._keep(signed)) for signed in found}
 
-    def _remember(self, signed: SignedManifest) -> SignedManifest:
-        """Keep a manifest that came from elsewhere, so that its digest finds it; the one held here, where one is."""
-        held = self._catalog.manifest(signed.digest)
-        if held:
-            return held
+    def _keep(self, signed: SignedManifest) -> SignedManifest:
+        """Keep a manifest that came from elsewhere, so that its digest finds it. This node's own comes first."""
+        local = self._catalog.manifest(signed.digest)
+        if local:
+            return local
         self._fetched[signed.digest] = signed
         self._fetched.move_to_end(signed.digest)
         while len(self._fetched) > FETCHED_MANIFESTS:
@@ -123,7 +124,7 @@ class Names:
         return signed
 
     async def _only(self, kind: Kind) -> SignedManifest:
-        chosen = await self._insist(lambda: self._all(kind))
+        chosen = await self._retry(lambda: self._all(kind))
         if not chosen:
             raise UnknownNameError(f"the cluster has no {kind} yet: publish one, or wait for its node to be found")
         return await self.manifest(_the_one(chosen, f"name the {kind}: the cluster has"))
@@ -133,28 +134,28 @@ class Names:
         found |= {_candidate(signed) for signed in self._catalog.manifests()}
         return {candidate for candidate in found if candidate.kind == kind}
 
-    def _here(self, kind: Kind | None, plain: str, digest: str) -> set[Candidate]:
-        held = [_candidate(signed) for signed in self._catalog.manifests()]
+    def _find_local(self, kind: Kind | None, plain: str, digest: str) -> set[Candidate]:
+        local = [_candidate(signed) for signed in self._catalog.manifests()]
         fetched = [_candidate(signed) for signed in self._fetched.values()] if digest else []
-        return _fitting(held, kind, plain, digest) or _fitting(fetched, kind, plain, digest)
+        return _matching(local, kind, plain, digest) or _matching(fetched, kind, plain, digest)
 
     async def _find(self, kind: Kind | None, plain: str, digest: str) -> set[Candidate]:
-        if here := self._here(kind, plain, digest):
-            return here
+        if local := self._find_local(kind, plain, digest):
+            return local
         named = [*await self._discovery.find_name(plain)]
         if digest and digest != plain:  # or the name itself ends like this
             named += await self._discovery.find_name(f"{plain}@{digest}")
-        chosen = _fitting([Candidate(item.name, item.kind, item.digest) for item in named], kind, plain, digest)
+        chosen = _matching([Candidate(item.name, item.kind, item.digest) for item in named], kind, plain, digest)
         if not chosen and len(digest) == 64 and await self._discovery.find_providers(ManifestDigest(digest)):
             return {Candidate(plain, kind or "manifest", ManifestDigest(digest))}
         return chosen
 
-    async def _insist(self, look: Callable[[], Awaitable[set[Candidate]]]) -> set[Candidate]:
-        """Look again for a while: an announcement may be on its way, or a file not yet looked at."""
-        loop, pause_s = asyncio.get_running_loop(), 0.1
-        give_up = loop.time() + self._settings.name_timeout_s
-        while not (found := await look()) and (left_s := give_up - loop.time()) > 0:
-            await asyncio.sleep(min(pause_s, left_s))
+    async def _retry(self, look_up: Callable[[], Awaitable[set[Candidate]]]) -> set[Candidate]:
+        """Look again for `name_timeout_s`: an announcement may be on its way, or a file not scanned yet."""
+        pause_s = 0.1
+        give_up_at = self._clock.now() + self._settings.name_timeout_s
+        while not (found := await look_up()) and (left_s := give_up_at - self._clock.now()) > 0:
+            await self._clock.sleep(min(pause_s, left_s))
             pause_s *= 2
         return found
 
@@ -167,78 +168,77 @@ class Names:
     async def manifest(
         self, digest: ManifestDigest, name: str | None = None, *, ask_origins: bool = True
     ) -> SignedManifest:
-        """The manifest with this digest, from here, a provider or an origin; its name, where known, helps to find it.
+        """The manifest with this digest, from here, a provider or an origin; its name, if known, helps to find it.
 
-        Raises NoSourceError where nobody gives it out.
+        Raises NoSourceError if no provider or origin gives it.
         """
-        held = self._catalog.manifest(digest)
-        if held:
-            return held
+        local = self._catalog.manifest(digest)
+        if local:
+            return local
         if digest in self._fetched:
-            return self._remember(self._fetched[digest])
+            return self._keep(self._fetched[digest])
         failures: list[str] = []
-        for provider in await self._providers(digest):
+        for provider in await self._discovery.find_providers(digest):
             try:
-                return self._remember(await self._fetch_manifest(provider, digest))
+                return self._keep(await self._fetch_manifest(provider, digest))
             except ShoalError as err:
                 failures.append(f"{provider.host}:{provider.rpc_port}: {err.message}")
-        # A record outlives its node for a while, and then the name is known and nobody there to ask.
+        # A record outlives its node for a while: then the name is known, and no node can be asked.
         wanted = digest if name in (None, digest) else f"{name}@{digest}"
         if ask_origins:
             await self._find_at_origins(None, wanted, failures)
         if digest in self._fetched:
             return self._fetched[digest]
         raise NoSourceError(
-            f"nobody gives out manifest {digest}: {'; '.join(failures[:5]) or 'it has no provider now'}; try again",
+            f"no node gives manifest {digest}: {'; '.join(failures[:5]) or 'it has no provider now'}; try again",
             {"digest": digest},
         )
 
-    async def _providers(self, digest: ManifestDigest) -> list[FoundProvider]:
-        return list(await self._discovery.find_providers(digest))
-
-    async def select(self, selector: ShardSelector) -> tuple[SignedManifest, ShardEntry]:
-        """The shard that a selector means: by manifest and id, by content id, or by file name.
+    async def select(self, selector: ShardSelector) -> Shard:
+        """The shard that a selector names: by manifest and number, by content id, or by file name.
 
         Raises InvalidParamsError for another combination, AmbiguousNameError, UnknownNameError, ShardNotFoundError.
         """
         name = selector.model or selector.dataset
-        by_place = selector.shard_id is not None
+        by_number = selector.shard_id is not None
         by_content, by_file = selector.content_id is not None, selector.filename is not None
-        if (selector.model and selector.dataset) or (by_place + by_content + by_file) != 1 or (name and not by_place):
+        if (selector.model and selector.dataset) or (by_number + by_content + by_file) != 1 or (name and not by_number):
             raise InvalidParamsError(
                 "name a shard by `model` or `dataset` and `shard_id`, or by `content_id` alone, or by `filename` alone"
             )
         if selector.shard_id is not None:
             kind: Kind = "dataset" if selector.dataset else "model"
-            signed = await self.resolve(kind, name)
-            return signed, signed.manifest.shard(selector.shard_id)
+            return (await self.resolve(kind, name)).shard(selector.shard_id)
 
-        def fits(entry: ShardEntry) -> bool:
+        def is_selected(entry: ShardEntry) -> bool:
             return entry.content_id == selector.content_id if by_content else entry.filename == selector.filename
 
-        what = f"content {selector.content_id}" if by_content else f"file {selector.filename!r}"
-        found = _matches(self._catalog.manifests(), fits)
-        if not found and by_content:
-            found = _matches(self._fetched.values(), fits)
-        if not found:
-            found = _matches(await self._cluster(selector.filename), fits)
         failures: list[str] = []
+        found = _shards(self._catalog.manifests(), is_selected)
+        if not found and by_content:
+            found = _shards(self._fetched.values(), is_selected)
+        if not found:
+            found = _shards(await self._search_cluster(selector.filename), is_selected)
         if not found and selector.filename is not None and self._origin:
             await self._find_at_origins(None, selector.filename, failures)
-            found = _matches(self._fetched.values(), fits)
+            found = _shards(self._fetched.values(), is_selected)
+        selected = f"content {selector.content_id}" if by_content else f"file {selector.filename!r}"
         if not found:
-            where = "here, in the cluster or at its origins" if self._origin else "here or in the cluster"
             raise ShardNotFoundError(
-                "; ".join([f"no shard {where} is {what}", *failures, "LIST_FILES shows what is here"])
+                "; ".join([f"no shard {self._searched} is {selected}", *failures, "LIST_FILES shows what is here"])
             )
-        if len({entry.content_id for _, entry in found}) > 1:
+        if len({shard.entry.content_id for shard in found}) > 1:
             raise AmbiguousNameError(
-                f"{what} is a shard of several manifests: name one of them and its shard_id",
-                {"candidates": [_described(signed, entry) for signed, entry in found[:SHOWN_NAMES]]},
+                f"{selected} is a shard of several manifests: name one of them and its shard_id",
+                {"candidates": [_description(shard) for shard in found[:SHOWN_NAMES]]},
             )
         return found[0]
 
-    async def _cluster(self, filename: str | None) -> list[SignedManifest]:
+    @property
+    def _searched(self) -> str:
+        return "here, in the cluster or at its origins" if self._origin else "here or in the cluster"
+
+    async def _search_cluster(self, filename: str | None) -> list[SignedManifest]:
         """Manifests of the cluster that may have a shard of that file name, or any."""
         found = {item.digest: item.name for item in await self._discovery.list_names()}
         if filename is not None:
@@ -249,7 +249,7 @@ class Names:
             try:
                 manifests.append(await self.manifest(digest, name, ask_origins=ask_origins))
             except ShoalError as err:
-                # Where origins cannot say it of one name, a hundred more questions would take very long.
+                # If origins cannot tell it of one name, a hundred more questions would take very long.
                 ask_origins = False
                 log.info("left out of a search: %s", err)
         return manifests
@@ -259,7 +259,7 @@ def _candidate(signed: SignedManifest) -> Candidate:
     return Candidate(signed.manifest.name, signed.manifest.kind, signed.digest)
 
 
-def _fitting(candidates: Collection[Candidate], kind: Kind | None, plain: str, digest: str) -> set[Candidate]:
+def _matching(candidates: Collection[Candidate], kind: Kind | None, plain: str, digest: str) -> set[Candidate]:
     return {
         candidate
         for candidate in candidates
@@ -282,17 +282,14 @@ def _the_one(candidates: set[Candidate], found: str) -> ManifestDigest:
     return next(iter(candidates)).digest
 
 
-def _matches(
-    manifests: Iterable[SignedManifest], fits: Callable[[ShardEntry], bool]
-) -> list[tuple[SignedManifest, ShardEntry]]:
-    return [(signed, entry) for signed in manifests for entry in signed.manifest.shards if fits(entry)]
+def _shards(manifests: Iterable[SignedManifest], is_selected: Callable[[ShardEntry], bool]) -> list[Shard]:
+    return [Shard(signed, entry) for signed in manifests for entry in signed.manifest.shards if is_selected(entry)]
 
 
-def _described(signed: SignedManifest, entry: ShardEntry) -> dict[str, object]:
-    manifest = signed.manifest
+def _description(shard: Shard) -> dict[str, object]:
     return {
-        manifest.kind: f"{manifest.name}@{signed.digest[:12]}",
-        "shard_id": entry.shard_id,
-        "filename": entry.filename,
-        "content_id": entry.content_id,
+        shard.manifest.kind: f"{shard.manifest.name}@{shard.digest[:12]}",
+        "shard_id": shard.entry.shard_id,
+        "filename": shard.entry.filename,
+        "content_id": shard.entry.content_id,
     }

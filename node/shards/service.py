@@ -11,21 +11,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from node.formats.hyperparameters import ModelSizes
+from node.clock import Clock
 from node.shards.eviction import Custody
-from node.shards.fetch.fetcher import Loader
+from node.shards.fetch.download import FetchNetwork, FetchStore
+from node.shards.fetch.fetcher import Fetcher
+from node.shards.fetch.folders import ManifestFolders
 from node.shards.fetch.job import FetchedShard, OnProgress
 from node.shards.interfaces import Discovery, FetchManifest, Origin, Swarm
 from node.shards.leases import LeasedId, Leases, Term
 from node.shards.publish.publisher import Publisher
-from node.shards.resolver import Kind, Names
+from node.shards.resolver import Kind, ManifestResolver
 from node.shards.settings import ShardsSettings
 from node.shards.store.announcer import Announcer
 from node.shards.store.backfill import Remember
 from node.shards.store.catalog import Catalog, ShardFile
+from node.shards.store.disk_space import Space
 from node.shards.store.file_info import file_info
 from node.shards.store.hash_cache import Index
-from node.shards.store.hasher import FileChangedError, Hasher
+from node.shards.store.hasher import Hasher
 from node.shards.store.scanner import Survey
 from node.shards.store.seeding import Seeds
 from node.shards.store.verifier import Admission
@@ -33,7 +36,6 @@ from node.shards.store.watch import watch
 from protocol.commands.common import ShardSelector
 from protocol.commands.nodes import DownloadStatus
 from protocol.commands.shards import FileInfo
-from protocol.errors import InvalidShardError
 from protocol.ids import ContentId, ManifestDigest
 from protocol.manifest import Shard, ShardEntry, ShardRef, SignedManifest
 from protocol.signing import SigningKey
@@ -65,14 +67,15 @@ class Shards:
         key: SigningKey,
         rpc_port: int,
         index: Index,
-        hashers: tuple[Hasher, Hasher, Hasher],
+        hashers: tuple[Hasher, Hasher],
         origin: Origin | None,
         tasks: asyncio.TaskGroup,
+        clock: Clock,
     ) -> None:
         self._settings = settings
         self._tasks = tasks
         self._index = index
-        self._reader, self._urgent, self._headers = hashers
+        self._reader, self._urgent = hashers
         self._catalog = Catalog()
         self._seeds = Seeds(swarm, index)
         self._admission = Admission(settings, self._catalog, index, self._reader, self._seeds, key)
@@ -80,19 +83,18 @@ class Shards:
         self._remember = Remember(index, self._reader)
         self._announcer = Announcer(self._catalog, discovery, rpc_port, swarm.port)
         self.publisher = Publisher(settings, self._catalog, index, self._survey, self._announcer)
-        self._names = Names(settings, self._catalog, discovery, fetch_manifest, origin=origin)
-        self._loader = Loader(
-            settings,
+        self._resolver = ManifestResolver(settings, self._catalog, discovery, fetch_manifest, origin, clock)
+        store = FetchStore(
             self._catalog,
             self._survey,
             self._seeds,
             self._remember,
             self._urgent,
-            swarm,
-            discovery,
-            origin,
-            tasks,
+            Space(settings.shards_dir, settings.min_free_disk),
+            ManifestFolders(settings.shards_dir, self._catalog),
         )
+        network = FetchNetwork(swarm, discovery, origin)
+        self._fetcher = Fetcher(settings, store, network, tasks, clock)
         self.leases = Leases()
         """On the clock of `time.monotonic`."""
         self._custody = Custody(
@@ -100,7 +102,7 @@ class Shards:
             index,
             self._seeds,
             self._admission,
-            self._loader,
+            self._fetcher,
             self._urgent,
             self.leases,
             tasks,
@@ -119,6 +121,7 @@ class Shards:
         key: SigningKey,
         rpc_port: int,
         origin: Origin | None = None,
+        clock: Clock | None = None,
     ) -> AsyncIterator[Shards]:
         """Begin to look at the shards folder, and go on with it until the context ends.
 
@@ -128,11 +131,23 @@ class Shards:
         """
         settings = await asyncio.to_thread(_with_folders, settings)
         index = await asyncio.to_thread(Index, settings.data_dir / INDEX_FILENAME)
-        hashers = Hasher(), Hasher(), Hasher()
+        hashers = Hasher(), Hasher()
         failure: Exception | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
-                shards = cls(settings, swarm, discovery, fetch_manifest, key, rpc_port, index, hashers, origin, tasks)
+                shards = cls(
+                    settings,
+                    swarm,
+                    discovery,
+                    fetch_manifest,
+                    key,
+                    rpc_port,
+                    index,
+                    hashers,
+                    origin,
+                    tasks,
+                    clock or Clock(),
+                )
                 background = [
                     tasks.create_task(shards._survey.run(), name="survey"),
                     tasks.create_task(shards._admission.run(shards._survey.poke), name="admission"),
@@ -146,8 +161,7 @@ class Shards:
                     failure = err  # The group would wrap it.
                 finally:
                     swarm.on_invalid = None
-                    for fetch in shards._loader.fetches():
-                        fetch.abandon()
+                    shards._fetcher.cancel_all()
                     for task in background:
                         task.cancel()
             if failure:
@@ -193,14 +207,14 @@ class Shards:
     def downloads(self) -> list[DownloadStatus]:
         return [
             DownloadStatus(
-                filename=fetch.entry.filename,
-                content_id=fetch.entry.content_id,
-                bytes_done=fetch.progress.bytes_done,
-                bytes_total=fetch.progress.bytes_total,
-                rate_bytes_s=fetch.progress.rate_bytes_s,
-                peers=fetch.progress.peers,
+                filename=job.shard.entry.filename,
+                content_id=job.shard.entry.content_id,
+                bytes_done=job.progress.bytes_done,
+                bytes_total=job.progress.bytes_total,
+                rate_bytes_s=job.progress.rate_bytes_s,
+                peers=job.progress.peers,
             )
-            for fetch in self._loader.fetches()
+            for job in self._fetcher.jobs()
         ]
 
     @property
@@ -227,12 +241,13 @@ class Shards:
     # What is meant
 
     async def resolve(self, kind: Kind | None, name_or_digest: str | None) -> SignedManifest:
-        """See `Names.resolve`."""
-        return await self._names.resolve(kind, name_or_digest)
+        """See `ManifestResolver.resolve`."""
+        return await self._resolver.resolve(kind, name_or_digest)
 
     async def select(self, selector: ShardSelector) -> tuple[SignedManifest, ShardEntry]:
-        """See `Names.select`."""
-        return await self._names.select(selector)
+        """See `ManifestResolver.select`."""
+        shard = await self._resolver.select(selector)
+        return shard.signed, shard.entry
 
     # What is done
 
@@ -252,11 +267,11 @@ class Shards:
         """
         shard = Shard(self._catalog.manifest(signed.digest) or signed, entry)
         if term is None:
-            return await self._loader.fetch(shard, on_progress)
+            return await self._fetcher.fetch(shard, on_progress)
         leased, ttl_s = leased_id(signed, entry), None
         number = self.leases.begin(term.lease, leased, time.monotonic())
         try:
-            fetched = await self._loader.fetch(shard, on_progress)
+            fetched = await self._fetcher.fetch(shard, on_progress)
             ttl_s = term.ttl_s
         finally:
             self.leases.end(number, term.lease, leased, time.monotonic(), ttl_s)
@@ -275,18 +290,6 @@ class Shards:
         Raises ShardNotFoundError where it is not here.
         """
         return await self._custody.verify(Shard(signed, entry))
-
-    async def model_sizes(self, path: Path) -> ModelSizes:
-        """The sizes in the header of a shard's GGUF, by which its memory is estimated. A process of its own parses it.
-
-        Raises InvalidShardError for a header that llama.cpp could not load, or a file that is written to meanwhile.
-        """
-        try:
-            return await self._headers.model_sizes(path)
-        except FileChangedError:
-            raise InvalidShardError(f"{path.name} is written to by somebody else; try again when it is whole") from None
-        except OSError as err:
-            raise InvalidShardError(f"{path.name} cannot be read: {err}") from None
 
     async def set_loaded(self, digest: ManifestDigest, shard_ids: frozenset[int]) -> None:
         """A stage has exactly these shards of a manifest loaded now; returns when others were told, or tried to be."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from protocol.content import is_piece_layer, piece_length
 from protocol.errors import InvalidShardError
@@ -32,14 +32,15 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class DownloadProgress:
-    """How far a download is, at most a second old."""
+    """How far a download is, at most a second old; `phase` says what the node does for it."""
 
     bytes_done: int
     bytes_total: int
-    rate_bytes_s: int
-    """Payload from peers."""
-    peers: int
+    rate_bytes_s: float = 0.0
+    """Payload that arrives."""
+    peers: int = 0
     """Connected now."""
+    phase: Literal["finding", "downloading", "verifying"] = "downloading"
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ async def test_names_from_a_peer_never_lead_out_of_the_shards_folder(tmp_path: P
 
             for signed in [*map(manifest, EVIL_FILES), *(manifest(name=name) for name in EVIL_NAMES)]:
                 digest = await peer.offer(signed)
-                with pytest.raises(NoSourceError, match="nobody gives out manifest"):
+                with pytest.raises(NoSourceError, match="no node gives manifest"):
                     await ask(node, "FETCH_SHARD", {"dataset": digest, "shard_id": 0})
                 assert digest in peer.given, "it was not even asked: the test sees nothing"
             assert everything(home / "shards") == set()

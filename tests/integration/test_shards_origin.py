@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from node.shards.fetch.block_assignment import blocks_of
-from node.shards.fetch.job import FetchedShard, FetchProgress
+from node.shards.fetch.job import FetchedShard
 from node.shards.store.catalog import torrent_of
 from node.shards.store.manifests import folder_names
+from node.swarm.torrent import DownloadProgress
 from protocol.content import hash_file
 from protocol.errors import OriginCorruptError, OriginDeniedError, OriginNotFoundError, OriginUnavailableError
 from protocol.manifest import Manifest, ModelInfo, ShardEntry, SignedManifest, sign_manifest
@@ -64,7 +65,7 @@ def shard(tmp_path: Path) -> Published:
     return publish(tmp_path / "origin")
 
 
-async def fetch(node: Node, shard: Published, seen: list[FetchProgress] | None = None) -> FetchedShard:
+async def fetch(node: Node, shard: Published, seen: list[DownloadProgress] | None = None) -> FetchedShard:
     fetched = await node.shards.fetch(shard.signed, shard.entry, seen.append if seen is not None else None)
     assert fetched.path.read_bytes() == shard.path.read_bytes()
     return fetched
@@ -74,7 +75,7 @@ async def test_one_node_without_peers_takes_a_shard_from_the_origin_and_seeds_it
     tmp_path: Path, shard: Published
 ) -> None:
     place, network = shard.place(rate_bytes_s=5 * MB), Network()
-    seen: list[FetchProgress] = []
+    seen: list[DownloadProgress] = []
     async with open_node(tmp_path / "a", network, origin=GivenOrigins(place)) as a:
         fetched = await fetch(a, shard, seen)
         assert (fetched.source, fetched.bytes_by_source) == ("origin", {"origin": shard.entry.size})
@@ -121,7 +122,7 @@ async def test_three_cold_nodes_take_one_copy_from_the_origin(tmp_path: Path) ->
 async def test_the_origin_gives_the_rest_when_all_peers_are_killed_in_the_middle(tmp_path: Path) -> None:
     shard = publish(tmp_path / "origin", 8 * MB)
     place, network = shard.place(), Network()
-    seen: list[FetchProgress] = []
+    seen: list[DownloadProgress] = []
     async with open_node(tmp_path / "b", network, origin=GivenOrigins(place)) as b, AsyncExitStack() as stack:
         a = await stack.enter_async_context(
             open_node(tmp_path / "a", network, bootstrap=(b,), upload_limit=2 * MB, origin=GivenOrigins(shard.place()))
@@ -161,7 +162,7 @@ async def test_the_origin_may_be_gone_for_a_while(
 ) -> None:
     caplog.set_level(logging.INFO, "node.shards")
     place = shard.place(rate_bytes_s=2 * MB)
-    seen: list[FetchProgress] = []
+    seen: list[DownloadProgress] = []
     async with open_node(tmp_path / "a", Network(), restart_s=1.0, origin=GivenOrigins(place)) as a:
         fetching = asyncio.create_task(fetch(a, shard, seen))
         await eventually(lambda: place.out_bytes > 2 * MB)
@@ -170,7 +171,7 @@ async def test_the_origin_may_be_gone_for_a_while(
         assert not fetching.done()
         place.gone = False
         assert (await fetching).bytes_by_source["origin"] == shard.entry.size
-    assert "beginning anew" not in caplog.text, "a download that the origin feeds is left alone"
+    assert "is restarted" not in caplog.text, "a download that the origin feeds is left alone"
     assert place.out_bytes == shard.entry.size
 
 

@@ -11,7 +11,9 @@ from typing import Any
 from node.clock import Clock
 
 _PAUSE_S = 0.001
-"""Of real time after each step: threads and sockets get on."""
+"""Of real time before each step: threads and sockets get on."""
+_LONGEST_STEP_S = 0.25
+"""What a thread works on for longer than a pause is not overtaken by much."""
 
 
 class MovedClock(Clock):
@@ -41,12 +43,16 @@ class MovedClock(Clock):
         self._timeouts.append((self._now + seconds, timeout))
         return timeout
 
+    def set(self, now: float) -> None:
+        """Go to a moment, for code that only asks what time it is: who sleeps is not woken."""
+        self._now = now
+
     async def move(self, seconds: float) -> None:
         """Let so much time pass; whatever is due meanwhile happens at its moment, in order."""
-        await asyncio.sleep(_PAUSE_S)
         end = self._now + seconds
         while self._now < end:
             await self._step(end)
+        await asyncio.sleep(_PAUSE_S)
 
     async def move_until(self, condition: Callable[[], Any], within_s: float, real_s: float = 20.0) -> None:
         """Let time pass until the answer is true. It must be within `within_s` of this clock's time.
@@ -67,8 +73,9 @@ class MovedClock(Clock):
 
     async def _step(self, end: float) -> None:
         """Go to the next moment at which something is due, at the latest to `end`."""
-        due = [when for when, _ in (*self._sleepers, *self._timeouts)]
-        self._now = min([when for when in due if when > self._now] + [end])
+        await asyncio.sleep(_PAUSE_S)
+        due = [when for when, _ in (*self._sleepers, *self._timeouts) if when > self._now]
+        self._now = min([*due, end, self._now + _LONGEST_STEP_S])
         for when, sleeping in self._sleepers:
             if when <= self._now and not sleeping.done():
                 sleeping.set_result(None)
@@ -77,19 +84,3 @@ class MovedClock(Clock):
                 with suppress(RuntimeError):  # it has ended
                     timeout.reschedule(asyncio.get_running_loop().time())
         self._timeouts = [(when, timeout) for when, timeout in self._timeouts if when > self._now]
-        await asyncio.sleep(_PAUSE_S)
-
-
-class LeapingClock(Clock):
-    """A clock on which a sleep takes no real time: it moves the clock, and lets other tasks run."""
-
-    def __init__(self) -> None:
-        self.slept_s: list[float] = []
-        """Every sleep, in order."""
-
-    def now(self) -> float:
-        return super().now() + sum(self.slept_s)
-
-    async def sleep(self, seconds: float) -> None:
-        self.slept_s.append(seconds)
-        await super().sleep(0)

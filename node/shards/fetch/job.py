@@ -1,29 +1,21 @@
-"""A fetch as those who wait for it see it: shared, with progress, and ended when the last of them leaves."""
+"""One run of a fetch for all who ask for the shard: progress, one result, and an end when the last of them leaves."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
+from node.swarm.torrent import DownloadProgress
 from protocol.commands.shards import ShardSource
 from protocol.manifest import Shard
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class FetchProgress:
-    """How far a fetch is."""
-
-    phase: Literal["finding", "downloading", "verifying"]
-    bytes_done: int
-    bytes_total: int
-    rate_bytes_s: float = 0.0
-    peers: int = 0
+OnProgress = Callable[[DownloadProgress], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,59 +24,71 @@ class FetchedShard:
 
     path: Path
     source: ShardSource
-    """Where most of the bytes came from; "local" where none moved."""
+    """Where most of the bytes came from; "local" if none moved."""
     seconds: float
     bytes_by_source: dict[str, int] = field(default_factory=dict)
-    """Payload that moved; empty where none did."""
+    """Payload that moved; empty if none did."""
 
 
-OnProgress = Callable[[FetchProgress], None]
-
-
-class Fetch:
-    """One shard on its way, for any number of callers."""
+class FetchJob:
+    """One shard's fetch, for any number of callers."""
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
-        self.entry = entry = shard.entry
-        self.progress = FetchProgress("finding", 0, entry.size)
-        self.result: asyncio.Future[FetchedShard] = asyncio.get_running_loop().create_future()
-        self.result.add_done_callback(_retrieved)
-        self.abandon: Callable[[], object] = lambda: None
-        """Called when nobody waits any more."""
+        self.progress = DownloadProgress(0, shard.entry.size, phase="finding")
+        self._result: asyncio.Future[FetchedShard] = asyncio.get_running_loop().create_future()
+        self._result.add_done_callback(_retrieve)
         self._listeners: list[OnProgress | None] = []
+        """One for each caller that waits."""
+        self._task: asyncio.Task[None] | None = None
 
-    def tell(self, progress: FetchProgress) -> None:
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether it goes on and no caller waits for it."""
+        return not self._listeners and not self._result.done()
+
+    def start(self, tasks: asyncio.TaskGroup, work: Coroutine[Any, Any, None]) -> None:
+        """Do the work, which calls `finish` or `fail`, in a task of the group."""
+        self._task = tasks.create_task(work, name=f"fetch {self.shard.entry.filename}")
+
+    def cancel(self) -> None:
+        """End the work; who still waits gets the error that the work gives to `fail`."""
+        if self._task:
+            self._task.cancel()
+
+    async def join(self, on_progress: OnProgress | None) -> FetchedShard:
+        """Wait for the result, with `on_progress` called until then. A cancelled caller leaves the others theirs."""
+        self._listeners.append(on_progress)
+        if on_progress:
+            _call(on_progress, self.progress)
+        try:
+            return await asyncio.shield(self._result)
+        finally:
+            self._listeners.remove(on_progress)
+
+    def report(self, progress: DownloadProgress) -> None:
+        """Tell all callers how far the fetch is."""
         self.progress = progress
         for listener in self._listeners:
             if listener:
                 _call(listener, progress)
 
-    async def join(self, on_progress: OnProgress | None) -> FetchedShard:
-        """Wait for the end. Cancelling one caller leaves the others theirs; the last one takes the fetch along."""
-        self._listeners.append(on_progress)
-        if on_progress:
-            _call(on_progress, self.progress)
-        try:
-            return await asyncio.shield(self.result)
-        finally:
-            self._listeners.remove(on_progress)
-            if not self._listeners and not self.result.done():
-                self.abandon()
+    def finish(self, fetched: FetchedShard) -> None:
+        self._result.set_result(fetched)
 
     def fail(self, error: Exception) -> None:
-        if not self.result.done():
-            self.result.set_exception(error)
+        if not self._result.done():
+            self._result.set_exception(error)
 
 
-def _call(listener: OnProgress, progress: FetchProgress) -> None:
+def _call(listener: OnProgress, progress: DownloadProgress) -> None:
     try:
         listener(progress)
     except Exception:
-        # Who listens may be gone; the bytes are wanted all the same.
+        # The connection of a caller may be gone; the others wait for the shard all the same.
         log.exception("a progress callback failed")
 
 
-def _retrieved(result: asyncio.Future[FetchedShard]) -> None:
+def _retrieve(result: asyncio.Future[FetchedShard]) -> None:
     if not result.cancelled():
         result.exception()

@@ -1,4 +1,4 @@
-"""Puts published files into the shards folder of a daemon: links where it can, copies where it must.
+"""Puts published files into the shards folder of a daemon: links if it can, copies if it must.
 
 Every function blocks on the disk.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from node.files import TEMPORARY_SUFFIX, atomic_file, atomic_write, replace_file
 from node.shards.store.listing import LOOSE_KINDS
 from node.shards.store.manifests import folder_names, read_manifest, write_manifest
 from protocol.errors import InvalidParamsError, InvalidShardError
@@ -24,20 +25,20 @@ IsSame = Callable[[Path, ShardEntry], bool]
 """Whether a file that is in place already, and has the shard's size, is the shard."""
 
 
-def place_of(manifest: Manifest, root: Path, *, keep_manifest: bool) -> tuple[Path, bool]:
-    """The folder under the shards folder `root` for what is published, and whether it lies there loose.
+def target_folder(manifest: Manifest, root: Path, *, keep_manifest: bool) -> tuple[Path, bool]:
+    """The folder under the shards folder `root` for what is published, and whether it is loose: without a manifest.
 
-    `keep_manifest`: it has to lie beside its files, since it says more than they do.
+    `keep_manifest`: the manifest has to lie beside its files, since it says more than they do.
     """
     if manifest.kind != "file":
         return root / manifest.name.replace("/", "--"), False
     if manifest.shards[0].kind in LOOSE_KINDS.values() and not keep_manifest:
         return root, True
-    # A daemon shares a loose file that is neither GGUF nor parquet only where a manifest names it.
+    # A daemon shares a loose file that is neither GGUF nor parquet only if a manifest names it.
     return root / folder_names(manifest.name, manifest.digest)[0], False
 
 
-def place_all(
+def place_files(
     manifest: Manifest,
     files: Mapping[str, Path],
     target: Path,
@@ -47,37 +48,38 @@ def place_all(
     is_same: IsSame,
     follow_links: bool = True,
 ) -> None:
-    """Put the files and, unless they are loose, their manifest into `target`; nothing where something is in the way.
+    """Put the files and, unless they are loose, their manifest into `target`; none if one cannot have its place.
 
     The manifest comes first, so that a daemon which looks meanwhile knows what the files are. Raises
-    InvalidParamsError for what is in the way, InvalidShardError for a link where links are not followed, OSError.
+    InvalidParamsError if another file or manifest has the place, InvalidShardError for a link if links are not
+    followed, OSError.
     """
     target.mkdir(parents=True, exist_ok=True)
-    held = None if loose else held_at(target, manifest)
-    missing = [entry.filename for entry in manifest.shards if not _is_there(entry, files, target, is_same)]
+    present = None if loose else manifest_at(target, manifest)
+    missing = [entry.filename for entry in manifest.shards if not _is_placed(entry, files, target, is_same)]
     if signed is not None:
         write_manifest(target, signed)
-    elif not loose and held is None:
+    elif not loose and present is None:
         body = json.dumps({"manifest": msgspec.to_builtins(manifest)}, indent=1)
-        _write(target / MANIFEST_FILENAME, body)
+        atomic_write(target / MANIFEST_FILENAME, body)
     for filename in missing:
         _place(files[filename], target / filename, follow_links=follow_links)
 
 
-def held_at(target: Path, manifest: Manifest) -> SignedManifest | None:
-    """The same manifest, where it lies there already. Raises InvalidParamsError where another one does."""
+def manifest_at(target: Path, manifest: Manifest) -> SignedManifest | None:
+    """The same manifest, if it is in `target` already. Raises InvalidParamsError if another one is."""
     path = target / MANIFEST_FILENAME
     if not path.exists():
         return None
-    held = read_manifest(path, SigningKey.generate())
-    if held is not None and held.digest == manifest.digest:
-        return held
-    there = "manifest" if held is None else f"{held.manifest.kind} {held.manifest.name}@{held.digest[:12]}"
-    raise InvalidParamsError(f"{target} holds another {there}: publish under another name, or remove that folder first")
+    present = read_manifest(path, SigningKey.generate())
+    if present is not None and present.digest == manifest.digest:
+        return present
+    other = "manifest" if present is None else f"{present.manifest.kind} {present.manifest.name}@{present.digest[:12]}"
+    raise InvalidParamsError(f"{target} has another {other}: publish under another name, or remove that folder first")
 
 
-def _is_there(entry: ShardEntry, files: Mapping[str, Path], target: Path, is_same: IsSame) -> bool:
-    """Whether the file is in place already. Raises InvalidParamsError where another is."""
+def _is_placed(entry: ShardEntry, files: Mapping[str, Path], target: Path, is_same: IsSame) -> bool:
+    """Whether the file is in place already. Raises InvalidParamsError if another one is."""
     path = target / entry.filename
     if not path.exists():
         return False
@@ -90,33 +92,26 @@ def _is_there(entry: ShardEntry, files: Mapping[str, Path], target: Path, is_sam
 
 def _place(file: Path, target: Path, *, follow_links: bool) -> None:
     source = file.resolve() if follow_links else file  # a link to a link would be published as a link
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    linked = target.with_name(f".{target.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         try:
-            os.link(source, temporary, follow_symlinks=False)
+            os.link(source, linked, follow_symlinks=False)
         except OSError:
-            _copy(source, temporary)
-        if not stat.S_ISREG(temporary.lstat().st_mode):
-            raise InvalidShardError(f"{file} is no regular file any more")
-        temporary.rename(target)
+            _copy(source, target)
+            return
+        if not stat.S_ISREG(linked.lstat().st_mode):
+            raise InvalidShardError(f"{file} is not a regular file any more")
+        replace_file(linked, target)
     except OSError as error:
         raise OSError(error.errno, f"cannot be put at {target}: {error.strerror}", str(file)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        linked.unlink(missing_ok=True)
 
 
 def _copy(source: Path, target: Path) -> None:
     descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as file, target.open("wb") as out:
+    with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise InvalidShardError(f"{source} is no regular file")
-        shutil.copyfileobj(file, out, 1 << 20)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            raise InvalidShardError(f"{source} is not a regular file")
+        with atomic_file(target) as out:
+            shutil.copyfileobj(file, out, 1 << 20)

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from node.clock import Clock
 from node.files import Fingerprint
-from node.shards.resolver import Names
+from node.shards.resolver import ManifestResolver
 from node.shards.settings import ShardsSettings
 from node.shards.store.catalog import Catalog
 from node.shards.store.manifests import LocalManifest, write_manifest
@@ -73,10 +74,12 @@ class MemoryOrigin:
         return self.at[url]
 
 
-def names_of(tmp_path: Path, origin: MemoryOrigin | None, *, patience_s: float = PATIENCE_S) -> tuple[Names, Any]:
+def names_of(
+    tmp_path: Path, origin: MemoryOrigin | None, *, patience_s: float = PATIENCE_S
+) -> tuple[ManifestResolver, Any]:
     settings = ShardsSettings(shards_dir=tmp_path, data_dir=tmp_path, name_timeout_s=patience_s)
     discovery = MemoryDiscovery()
-    return Names(settings, Catalog(), discovery, discovery.fetch_manifest, origin), discovery
+    return ManifestResolver(settings, Catalog(), discovery, discovery.fetch_manifest, origin, Clock()), discovery
 
 
 async def test_an_origin_is_asked_at_once_and_only_where_the_cluster_does_not_know(tmp_path: Path) -> None:
@@ -136,8 +139,8 @@ async def test_an_address_is_a_manifest_whose_digest_then_is_known(tmp_path: Pat
     names, _ = names_of(tmp_path, MemoryOrigin(at={url: signed}))
     assert await names.resolve("dataset", url) == signed
     assert await names.resolve("dataset", f"set@{signed.digest}") == signed
-    assert await names.select(ShardSelector(content_id=ContentId("a" * 64))) == (signed, signed.manifest.shards[0])
-    with pytest.raises(InvalidParamsError, match="dataset set, no model"):
+    assert await names.select(ShardSelector(content_id=ContentId("a" * 64))) == signed.shard(0)
+    with pytest.raises(InvalidParamsError, match="dataset set, not a model"):
         await names.resolve("model", url)
     names, _ = names_of(tmp_path, None)
     with pytest.raises(InvalidParamsError, match="no origins"):
@@ -147,7 +150,7 @@ async def test_an_address_is_a_manifest_whose_digest_then_is_known(tmp_path: Pat
 async def test_a_loose_file_is_found_at_an_origin_by_its_name(tmp_path: Path) -> None:
     loose = published("rows.bin", "a", kind="file", filename="rows.bin")
     names, _ = names_of(tmp_path, MemoryOrigin([loose]), patience_s=0.0)
-    assert await names.select(ShardSelector(filename="rows.bin")) == (loose, loose.manifest.shards[0])
+    assert await names.select(ShardSelector(filename="rows.bin")) == loose.shard(0)
 
 
 async def test_a_manifest_that_is_signed_anew_with_origins_is_what_the_node_gives_out(tmp_path: Path) -> None:

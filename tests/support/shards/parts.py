@@ -105,7 +105,7 @@ class MemorySwarm:
         assert hash_file(path)[:2] == (torrent.size, torrent.content_id), f"{path} is not what it is seeded as"
         self.seeds[torrent.info_hash] = (torrent, path, piece_layer)
 
-    async def download(self, torrent: Torrent, path: Path) -> MemoryDownload:
+    async def download(self, torrent: Torrent, path: Path, piece_layer: bytes = b"") -> MemoryDownload:
         assert torrent.info_hash not in self.seeds, f"{path.name} is seeded still: the real swarm says it is there"
         self.downloads.append(MemoryDownload(self, torrent, path))
         return self.downloads[-1]

@@ -8,7 +8,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.shards.fetch.block_assignment import MISSES, UNITS_A_BLOCK, Block, Lease, blocks_of, choose, owner
+from node.shards.fetch.block_assignment import MISSES, UNITS_A_BLOCK, Block, BlockAssignment, blocks_of, owner
 from node.swarm.torrent import Torrent
 from protocol.content import MAX_PIECE_BYTES
 from protocol.ids import ContentId, NodeId
@@ -24,17 +24,21 @@ def node(number: int) -> NodeId:
 nodes = st.sets(st.integers(0, 10_000), min_size=1, max_size=12).map(lambda found: {node(n) for n in found})
 
 
-def leases(of: set[NodeId], blocks: int) -> dict[NodeId, Lease]:
-    """Every node's, each having heard of all the others."""
-    found = {own: Lease(own, CONTENT, blocks) for own in of}
-    for lease in found.values():
-        lease.heard(of)
+def assignment_of(own: NodeId, blocks: int) -> BlockAssignment:
+    return BlockAssignment(own, CONTENT, [Block(first, first + 4) for first in range(0, 4 * blocks, 4)])
+
+
+def assignments(of: set[NodeId], blocks: int) -> dict[NodeId, BlockAssignment]:
+    """Every node's, after a look-up that found all the others."""
+    found = {own: assignment_of(own, blocks) for own in of}
+    for assignment in found.values():
+        assignment.update_others(of)
     return found
 
 
 @given(nodes, st.integers(1, 80))
 def test_every_block_has_exactly_one_owner(of: set[NodeId], blocks: int) -> None:
-    taken = [block for lease in leases(of, blocks).values() for block in lease.mine()]
+    taken = [block for assignment in assignments(of, blocks).values() for block in assignment.own_blocks()]
     assert sorted(taken) == list(range(blocks))
 
 
@@ -57,37 +61,37 @@ def test_the_blocks_of_a_lost_node_spread_over_the_others() -> None:
 
 @given(nodes, st.integers(1, 80))
 def test_a_node_begins_with_what_it_wins_of_most_others(of: set[NodeId], blocks: int) -> None:
-    for own, lease in leases(of, blocks).items():
-        alone = Lease(own, CONTENT, blocks)
-        assert alone.mine() == list(alone.order)
+    for own, assignment in assignments(of, blocks).items():
+        alone = assignment_of(own, blocks)
+        assert alone.own_blocks() == list(alone.order)
         assert sorted(alone.order) == list(range(blocks))
-        assert [block for block in alone.order if block in set(lease.mine())] == lease.mine()
+        assert [block for block in alone.order if block in set(assignment.own_blocks())] == assignment.own_blocks()
 
 
 def test_what_nodes_begin_with_before_they_know_each_other_is_mostly_theirs() -> None:
     of = {node(n) for n in range(4)}
-    whole = leases(of, 64)
-    first = [(own, block) for own in of for block in Lease(own, CONTENT, 64).order[:4]]
+    whole = assignments(of, 64)
+    first = [(own, block) for own in of for block in assignment_of(own, 64).order[:4]]
     assert sum(whole[own].owns(block) for own, block in first) >= 14
 
 
 def test_a_wish_that_is_found_no_more_is_over_soon() -> None:
-    lease = Lease(node(0), CONTENT, 64)
-    lease.heard([node(0), node(1)])
-    assert lease.others == {node(1)}
-    shared = len(lease.mine())
+    assignment = assignment_of(node(0), 64)
+    assignment.update_others([node(0), node(1)])
+    assert assignment.others == {node(1)}
+    shared = len(assignment.own_blocks())
     for _ in range(2):
         for _ in range(MISSES - 1):
-            lease.heard([])
-            assert len(lease.mine()) == shared
-        lease.heard([node(1)])
+            assignment.update_others([])
+            assert len(assignment.own_blocks()) == shared
+        assignment.update_others([node(1)])
     for _ in range(MISSES):
-        lease.heard([])
-    assert (lease.others, len(lease.mine())) == (frozenset(), 64)
+        assignment.update_others([])
+    assert (assignment.others, len(assignment.own_blocks())) == (frozenset(), 64)
     assert shared < 64
-    lease.heard([node(1)])
-    lease.forget()
-    assert len(lease.mine()) == 64
+    assignment.update_others([node(1)])
+    assignment.forget_others()
+    assert len(assignment.own_blocks()) == 64
 
 
 @given(st.integers(1, 20_000_000_000))
@@ -116,41 +120,41 @@ BLOCKS = [Block(first, first + 4) for first in range(0, 64, 4)]
 ALL = frozenset(range(64))
 
 
-def pick(lease: Lease, **options: object) -> int | None:
+def pick(assignment: BlockAssignment, **options: object) -> int | None:
     given: dict[str, object] = {"missing": ALL, "available": (), "busy": (), "peers_fail": False, "stuck": False}
-    return choose(lease, BLOCKS, **(given | options))  # type: ignore[arg-type]
+    return assignment.next_block(**(given | options))  # type: ignore[arg-type]
 
 
-def shared() -> Lease:
-    lease = Lease(node(0), CONTENT, len(BLOCKS))
-    lease.heard([node(1), node(2)])
-    return lease
+def shared() -> BlockAssignment:
+    assignment = assignment_of(node(0), len(BLOCKS))
+    assignment.update_others([node(1), node(2)])
+    return assignment
 
 
 def test_own_blocks_are_chosen_one_after_the_other_and_no_others() -> None:
-    lease = shared()
+    assignment = shared()
     taken: list[int] = []
-    while (block := pick(lease, busy=taken)) is not None:
+    while (block := pick(assignment, busy=taken)) is not None:
         taken.append(block)
-    assert taken == lease.mine()
+    assert taken == assignment.own_blocks()
     assert 0 < len(taken) < len(BLOCKS)
 
 
 def test_what_a_peer_has_is_left_to_it_while_peers_give() -> None:
-    lease = shared()
-    assert pick(lease, available=ALL) is None
-    assert pick(lease, available=ALL, peers_fail=True) == lease.mine()[0]
-    first = BLOCKS[lease.mine()[0]]
-    assert pick(lease, available=ALL - {first.first}) == lease.mine()[0]
-    assert pick(lease, available=frozenset(first.pieces)) == lease.mine()[1]
+    assignment = shared()
+    assert pick(assignment, available=ALL) is None
+    assert pick(assignment, available=ALL, peers_fail=True) == assignment.own_blocks()[0]
+    first = BLOCKS[assignment.own_blocks()[0]]
+    assert pick(assignment, available=ALL - {first.first}) == assignment.own_blocks()[0]
+    assert pick(assignment, available=frozenset(first.pieces)) == assignment.own_blocks()[1]
 
 
 def test_blocks_of_others_are_taken_only_where_nothing_moves_and_none_of_ones_own_is_left() -> None:
-    lease = shared()
-    own = {piece for block in lease.mine() for piece in BLOCKS[block].pieces}
-    assert pick(lease, missing=ALL - own) is None
-    foreign = pick(lease, missing=ALL - own, stuck=True)
+    assignment = shared()
+    own = {piece for block in assignment.own_blocks() for piece in BLOCKS[block].pieces}
+    assert pick(assignment, missing=ALL - own) is None
+    foreign = pick(assignment, missing=ALL - own, stuck=True)
     assert foreign is not None
-    assert not lease.owns(foreign)
-    assert pick(lease, stuck=True) == lease.mine()[0]
-    assert pick(lease, missing=frozenset(), stuck=True, peers_fail=True) is None
+    assert not assignment.owns(foreign)
+    assert pick(assignment, stuck=True) == assignment.own_blocks()[0]
+    assert pick(assignment, missing=frozenset(), stuck=True, peers_fail=True) is None

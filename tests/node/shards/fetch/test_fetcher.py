@@ -10,10 +10,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from node.shards.fetch.job import FetchProgress
 from node.shards.store import disk_space as space_module
 from node.shards.store.disk_space import Space
 from node.shards.store.manifests import write_manifest
+from node.swarm.torrent import DownloadProgress
 from protocol.errors import (
     CancelledRequestError,
     InsufficientDiskError,
@@ -54,7 +54,7 @@ async def test_a_fetched_shard_lies_in_a_folder_of_its_own_and_is_known_after_a_
     tmp_path: Path, made: Path, cluster: MemoryDiscovery, signed: SignedManifest
 ) -> None:
     entry = signed.manifest.shards[0]
-    seen: list[FetchProgress] = []
+    seen: list[DownloadProgress] = []
     async with open_room(tmp_path, cluster) as room:
         task = asyncio.create_task(room.shards.fetch(signed, entry, seen.append))
         await downloading(room)
