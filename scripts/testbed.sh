@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Builds the images, runs docker-compose.yml once, and always takes it down again. Exit status: the coordinator's;
-# 69 where this machine has no engine, BuildKit, compose or base image, with one line that says which.
+# Builds the images, runs docker-compose.yml once, and always removes its containers. Exit status: the coordinator's; 69 if
+# this machine has no engine, BuildKit, compose or base image, with one line that says which.
 #
-# A build gets the pip configuration and the CA bundle of this machine where there are any: PIP_CONF, CA_BUNDLE.
+# A build gets the pip configuration and the CA bundle of this machine, if there are any: PIP_CONF, CA_BUNDLE.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PIP_CONF=${PIP_CONF-/etc/pip.conf}
