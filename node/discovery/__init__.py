@@ -1,16 +1,16 @@
-"""Discovery: which node has which shard, what names mean, and which nodes there are. The only room that knows kademlia.
+"""Discovery by a Kademlia DHT: which node has which shard, what names stand for, which nodes there are.
 
-discovery     `Discovery`: what the floors above call
-values        settings, and the frozen values that come out
-announcer     our own records: sealed, pushed, refreshed, handed to new neighbours, withdrawn
-membership    being part of the DHT: join, prove who a contact is, stay, join again
-overlay       look up and store at the nodes that are closest to a key
-crawl         one walk towards a key that merges what every holder says
-dht_protocol  kademlia's protocol over datagrams, with hostile input in mind
-routing       kademlia's routing table, bounded
-storage       records kept for others, bounded, each one checked
-sampling      which records of a key go into an answer of one datagram
-wire          datagrams to requests and answers, and back
+The only package that imports kademlia.
+
+discovery         Discovery: announce, find, withdraw
+values            settings, and the frozen values that lookups return
+record_publisher  this node's own records: sealed, pushed, refreshed, handed to new neighbours, withdrawn
+membership        join the DHT, prove contacts, drop dead ones, join again
+overlay           look up and store at the nodes that are closest to a key
+crawl             one walk towards a key that merges what every holder answers
+dht_protocol      kademlia's protocol over datagrams and its routing table, with hostile input in mind
+storage           records kept for others: checked, bounded, answered by fair samples
+wire              datagrams to requests and answers, and back
 """
 
 from node.discovery.discovery import Discovery

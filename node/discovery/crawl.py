@@ -7,6 +7,8 @@ soon as any answers. The stock crawl stops at the first value; this one asks all
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 from typing import Any
 
 from kademlia.crawling import SpiderCrawl
@@ -17,8 +19,6 @@ from node.discovery.values import ALPHA, KSIZE
 from node.discovery.wire import parse_contacts
 from protocol.records import Record, RecordKey, open_value
 
-DEADLINE_S = 4.0
-"""Of one walk, then what was found counts: a hostile peer could name ever nearer nodes that do not answer."""
 MAX_ASKED = 4 * KSIZE
 MAX_FOUND = 1_024
 """Records of one walk that are opened."""
@@ -29,7 +29,15 @@ _MORE_ROUNDS = 3
 class Crawl(SpiderCrawl):  # type: ignore[misc]
     """Find the nodes closest to a key and, with `values`, the records that they keep under it."""
 
-    def __init__(self, protocol: DhtProtocol, key: RecordKey, peers: list[Node], *, values: bool) -> None:
+    def __init__(
+        self,
+        protocol: DhtProtocol,
+        key: RecordKey,
+        peers: list[Node],
+        *,
+        values: bool,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
         super().__init__(protocol, Node(key), peers, KSIZE, ALPHA)
         self.records: dict[bytes, Record] = {}
         """By their packed bytes; not yet merged."""
@@ -37,14 +45,18 @@ class Crawl(SpiderCrawl):  # type: ignore[misc]
         """Those that answered, nearest first, at most k."""
         self._key = key
         self._values = values
+        self._wall_clock = wall_clock
         self._method = "find_value" if values else "find_node"
         self._asked = 0
         self._holders: dict[bytes, Node] = {}  # that have more records than they sent
         self._deadline = 0.0
 
-    async def find(self) -> None:
-        """Walk until the closest nodes have all been asked, or the deadline has come."""
-        self._deadline = asyncio.get_running_loop().time() + DEADLINE_S
+    async def find(self, deadline_s: float) -> None:
+        """Walk until the closest nodes have all been asked, for at most `deadline_s`; then what was found counts.
+
+        Without the bound a hostile peer could name ever nearer nodes that do not answer.
+        """
+        self._deadline = asyncio.get_running_loop().time() + deadline_s
         answered = await self._ask_nearest()
         for _ in range(_MORE_ROUNDS):
             before = len(self.records)
@@ -106,7 +118,7 @@ class Crawl(SpiderCrawl):  # type: ignore[misc]
     def _take_value(self, peer: Node, answer: dict[Any, Any]) -> None:
         if not self._values or len(self.records) >= MAX_FOUND:
             return
-        sample = open_value(self._key, answer.get("value"), seen=self.records)
+        sample = open_value(self._key, answer.get("value"), now=self._wall_clock(), seen=self.records)
         self.records.update((record.packed, record) for record in sample)
         total = answer.get("total")
         if type(total) is int and total > len(sample) > 0:

@@ -1,8 +1,8 @@
 """kademlia's protocol over datagrams, with hostile input in mind.
 
 The requests are kademlia's, and one more: `identify(id, nonce)` -> `[public key, signature]`. A contact id is the
-SHA-1 of a node's public key, and only who proves to own it comes into the routing table. `find_value` answers
-`{value, nodes, total}`: what is kept, who is nearer, and how many records there are beyond the sample.
+SHA-1 of a node's public key, and only a node that proves to own it comes into the routing table. `find_value` answers
+`{value, nodes, total}`: a sample of the records, nearer nodes, and how many records there are.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 from kademlia.node import Node
 from kademlia.protocol import KademliaProtocol
+from kademlia.routing import RoutingTable
 
-from node.discovery.routing import Routing
 from node.discovery.storage import RecordStorage
-from node.discovery.values import KSIZE, Address
-from node.discovery.wire import MAX_DATAGRAM_BYTES, Answer, Request, is_id, pack_answer, pack_request, parse
+from node.discovery.values import KSIZE, UdpAddress
+from node.discovery.wire import MAX_DATAGRAM_BYTES, DhtAnswer, DhtRequest, is_id, pack_answer, pack_request, parse
 from protocol.ids import NodeId
 from protocol.records import MAX_VALUE_BYTES, RecordKey
 from protocol.signing import SigningKey, is_signed_by
@@ -29,6 +29,8 @@ from protocol.signing import SigningKey, is_signed_by
 log = logging.getLogger(__name__)
 
 NONCE_BYTES = 16
+MAX_BUCKETS = 192
+"""An honest table has about log2 of the network's size; a hostile peer could split one bucket 150 times."""
 MAX_OUTSTANDING = 2_048
 _MAX_WRITE_BUFFER_BYTES = 1 << 20
 _ANSWER_ROOM_BYTES = 160
@@ -45,33 +47,73 @@ Reply = tuple[bool, Any]
 
 class _Call(NamedTuple):
     reply: asyncio.Future[Reply]
-    address: Address
+    address: UdpAddress
     datagram: bytes
     deadline: float
 
 
 def contact_id(node_id: NodeId) -> bytes:
-    """The kademlia id of a node: SHA-1 of its public key, so that nobody takes the place of another."""
+    """The kademlia id of a node: SHA-1 of its public key, so that no node can take another's id."""
     return hashlib.sha1(bytes.fromhex(node_id), usedforsecurity=False).digest()
 
 
+class BoundedRoutingTable(RoutingTable):  # type: ignore[misc]
+    """kademlia's routing table with a bound, and with contacts that can be looked up by id."""
+
+    def __init__(self, own: Node, ksize: int) -> None:
+        super().__init__(None, ksize, own)
+        self.crowded: Callable[[Node], None] = lambda oldest: None
+        """Called with the longest unheard contact of a full bucket; it makes room if it no longer answers."""
+
+    def add_contact(self, node: Node) -> None:
+        """Add, or move to the end of its bucket with the address it has now (Kademlia paper, section 4.2)."""
+        while True:
+            index = self.get_bucket_for(node)
+            bucket = self.buckets[index]
+            if bucket.add_node(node):
+                return
+            splits = bucket.has_in_range(self.node) or bucket.depth() % 5 != 0
+            if not splits or len(self.buckets) >= MAX_BUCKETS:
+                self.crowded(bucket.head())
+                return
+            self.split_bucket(index)
+
+    def contact(self, contact_id: bytes) -> Node | None:
+        """The contact of that id, also one that waits for room in its bucket."""
+        bucket = self.buckets[self.get_bucket_for(Node(contact_id))]
+        found: Node | None = bucket.nodes.get(contact_id) or bucket.replacement_nodes.get(contact_id)
+        return found
+
+    def touch(self, contact_id: bytes) -> None:
+        """A contact was heard: the others of its bucket are asked first whether they are still there."""
+        bucket = self.buckets[self.get_bucket_for(Node(contact_id))]
+        if contact_id in bucket.nodes:
+            bucket.nodes.move_to_end(contact_id)
+
+    def contacts(self) -> list[Node]:
+        return [node for bucket in self.buckets for node in bucket.get_nodes()]
+
+    def __len__(self) -> int:
+        return sum(len(bucket) for bucket in self.buckets)
+
+
 class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
-    """One UDP socket of the DHT. Its callbacks are set by whoever keeps the routing table."""
+    """One UDP socket of the DHT. Membership sets its callbacks."""
 
     def __init__(self, key: SigningKey, storage: RecordStorage, *, timeout_s: float) -> None:
         own = Node(contact_id(key.node_id))
         super().__init__(own, storage, KSIZE)
-        self.router = Routing(own, KSIZE)
-        self.seen: Callable[[bytes, Address], None] = lambda contact_id, address: None
-        """Told of every peer that asks or answers."""
+        self.router = BoundedRoutingTable(own, KSIZE)
+        self.seen: Callable[[bytes, UdpAddress], None] = lambda contact_id, address: None
+        """Called with every peer that asks or answers."""
         self.lost: Callable[[], None] = lambda: None
-        """Told when the last contact is gone."""
+        """Called when the last contact is gone."""
         self.dropped = 0
-        """Datagrams that were malformed, or that no request of ours waited for."""
+        """Datagrams that were malformed, or that no request waited for."""
         self._key = key
         self._timeout_s = timeout_s
         self._calls: dict[bytes, _Call] = {}
-        self._suspects: OrderedDict[Address, float] = OrderedDict()
+        self._suspects: OrderedDict[UdpAddress, float] = OrderedDict()
         self._answers: dict[str, Callable[..., Any]] = {
             "ping": self.rpc_ping,
             "identify": self.rpc_identify,
@@ -80,23 +122,23 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
             "find_value": self.rpc_find_value,
         }
 
-    # What comes in. Nothing may raise out of here: asyncio would close the socket or log a traceback a datagram.
+    # ---- incoming. Nothing may raise out of here: asyncio would close the socket or log a traceback a datagram.
 
-    def datagram_received(self, data: bytes, addr: Address) -> None:
+    def datagram_received(self, data: bytes, addr: UdpAddress) -> None:
         message = parse(data)
-        if isinstance(message, Answer):
+        if isinstance(message, DhtAnswer):
             call = self._calls.get(message.message_id)
             if call is not None and call.address == addr:
                 del self._calls[message.message_id]
                 if not call.reply.done():
                     call.reply.set_result((True, message.result))
                 return
-        elif isinstance(message, Request) and message.method in self._answers and message.args:
+        elif isinstance(message, DhtRequest) and message.method in self._answers and message.args:
             sender_id, *args = message.args
             if is_id(sender_id):
                 try:
                     result = self._answers[message.method](addr, sender_id, *args)
-                except Exception as err:  # whatever it is, it came from outside; one line a datagram is too much
+                except Exception as err:  # it comes from outside; a warning a datagram would flood the log
                     log.debug("a request %s from %s failed: %r", message.method, addr, err)
                 else:
                     self._send(pack_answer(message.message_id, result), addr)
@@ -114,35 +156,35 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
                 call.reply.set_result((False, None))
         self._calls.clear()
 
-    def rpc_ping(self, sender: Address, sender_id: bytes) -> bytes:
+    def rpc_ping(self, sender: UdpAddress, sender_id: bytes) -> bytes:
         return bytes(self.source_node.id)
 
-    def rpc_identify(self, sender: Address, sender_id: bytes, nonce: bytes) -> list[bytes]:
+    def rpc_identify(self, sender: UdpAddress, sender_id: bytes, nonce: bytes) -> list[bytes]:
         if not isinstance(nonce, bytes) or len(nonce) != NONCE_BYTES:
-            raise ValueError("no nonce")
+            raise ValueError(f"the nonce must be {NONCE_BYTES} bytes")
         return [bytes.fromhex(self._key.node_id), self._key.sign(_identity_bytes(nonce, sender_id))]
 
-    def rpc_store(self, sender: Address, sender_id: bytes, key: bytes, value: bytes) -> bool:
+    def rpc_store(self, sender: UdpAddress, sender_id: bytes, key: bytes, value: bytes) -> bool:
         if not is_id(key) or not isinstance(value, bytes) or len(value) > MAX_VALUE_BYTES:
-            raise ValueError("no key and value")
+            raise ValueError("store takes a key of 20 bytes and a value")
         kept: bool = self.storage.merge(RecordKey(key), value)
         return kept
 
-    def rpc_find_node(self, sender: Address, sender_id: bytes, key: bytes) -> list[tuple[bytes, str, int]]:
+    def rpc_find_node(self, sender: UdpAddress, sender_id: bytes, key: bytes) -> list[tuple[bytes, str, int]]:
         if not is_id(key):
-            raise ValueError("no key")
+            raise ValueError("the key must be 20 bytes")
         near = self.router.find_neighbors(Node(key), exclude=Node(sender_id, *sender))
         return [(node.id, node.ip, node.port) for node in near]
 
-    def rpc_find_value(self, sender: Address, sender_id: bytes, key: bytes) -> Any:
+    def rpc_find_value(self, sender: UdpAddress, sender_id: bytes, key: bytes) -> Any:
         near = self.rpc_find_node(sender, sender_id, key)
         room = MAX_DATAGRAM_BYTES - _ANSWER_ROOM_BYTES - sum(32 + len(host) for _, host, _ in near)
         found = self.storage.answer(RecordKey(key), room)
         return near if found is None else {"value": found[0], "total": found[1], "nodes": near}
 
-    # What goes out.
+    # ---- outgoing
 
-    def request(self, address: Address, method: str, *args: Any) -> asyncio.Future[Reply]:
+    def request(self, address: UdpAddress, method: str, *args: Any) -> asyncio.Future[Reply]:
         """Ask; the reply is `(False, None)` after the timeout. Sent twice, for a network that loses datagrams."""
         loop = asyncio.get_running_loop()
         reply: asyncio.Future[Reply] = loop.create_future()
@@ -159,20 +201,20 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
 
     # kademlia's `call_...` go through these; without them rpcudp's `__getattr__` would send by itself.
 
-    def ping(self, address: Address, *args: Any) -> asyncio.Future[Reply]:
+    def ping(self, address: UdpAddress, *args: Any) -> asyncio.Future[Reply]:
         return self.request(address, "ping", *args[1:])
 
-    def store(self, address: Address, *args: Any) -> asyncio.Future[Reply]:
+    def store(self, address: UdpAddress, *args: Any) -> asyncio.Future[Reply]:
         return self.request(address, "store", *args[1:])
 
-    def find_node(self, address: Address, *args: Any) -> asyncio.Future[Reply]:
+    def find_node(self, address: UdpAddress, *args: Any) -> asyncio.Future[Reply]:
         return self.request(address, "find_node", *args[1:])
 
-    def find_value(self, address: Address, *args: Any) -> asyncio.Future[Reply]:
+    def find_value(self, address: UdpAddress, *args: Any) -> asyncio.Future[Reply]:
         return self.request(address, "find_value", *args[1:])
 
-    async def identify(self, address: Address) -> Node | None:
-        """The node at an address, its id proven; None where nobody answers or the proof is wrong."""
+    async def identify(self, address: UdpAddress) -> Node | None:
+        """The node at an address, its id proven; None if no node answers or the proof is wrong."""
         nonce = os.urandom(NONCE_BYTES)
         happened, answer = await self.request(address, "identify", nonce)
         if not happened or not isinstance(answer, list) or len(answer) != 2:
@@ -186,7 +228,7 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
         return Node(contact_id(node_id), *address)
 
     def handle_call_response(self, result: Reply, node: Node) -> Reply:
-        """Note whether a peer answered. One that did not leaves the table, and comes back when it is heard again."""
+        """Note whether a peer answered. One that did not is removed from the table until it is heard again."""
         address = (node.ip, node.port)
         if result[0]:
             self._suspects.pop(address, None)
@@ -195,7 +237,7 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
         known = self.router.contact(node.id)
         if known is not None and (known.ip, known.port) == address:
             self.router.remove_contact(known)
-            log.debug("%s:%d does not answer and is no contact any more", *address)
+            log.debug("%s:%d does not answer and is no longer a contact", *address)
             if not len(self.router):
                 self.lost()
         self._suspects[address] = asyncio.get_running_loop().time() + _SUSPECT_S
@@ -205,17 +247,18 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
         return result
 
     def welcome_if_new(self, node: Node) -> None:
-        """kademlia would add a contact unproven here, and hand it records under wrong keys."""
+        """kademlia would add an unproven contact here, and send it records under wrong keys."""
         self.seen(node.id, (node.ip, node.port))
 
     def is_suspect(self, node: Node) -> bool:
+        """Whether the node failed to answer in the last 15 s."""
         until = self._suspects.get((node.ip, node.port))
         return until is not None and until > asyncio.get_running_loop().time()
 
-    def forgive(self, address: Address) -> None:
+    def clear_suspicion(self, address: UdpAddress) -> None:
         self._suspects.pop(address, None)
 
-    def _send(self, datagram: bytes, address: Address) -> None:
+    def _send(self, datagram: bytes, address: UdpAddress) -> None:
         if len(datagram) > MAX_DATAGRAM_BYTES:
             log.warning("a datagram of %d bytes to %s:%d was not sent: too long", len(datagram), *address)
         elif not self.transport.is_closing() and self.transport.get_write_buffer_size() < _MAX_WRITE_BUFFER_BYTES:

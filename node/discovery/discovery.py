@@ -1,4 +1,4 @@
-"""What the floors above call: announce, find, withdraw."""
+"""Announce, find and withdraw: what the packages above call."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import asyncio
 import logging
 import random
 import socket
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from node.discovery.announcer import Announcer, Subject
+from node.background import FirstErrorGroup
+from node.clock import Clock
 from node.discovery.dht_protocol import DhtProtocol, contact_id
 from node.discovery.membership import Membership
 from node.discovery.overlay import Overlay
+from node.discovery.record_publisher import RecordPublisher, Subject
 from node.discovery.storage import RecordStorage
 from node.discovery.values import DhtStats, DiscoverySettings, FoundName, FoundNode, FoundProvider, FoundWant
 from protocol.ids import ContentId, ManifestDigest, NodeId
@@ -37,18 +40,16 @@ from protocol.signing import SigningKey
 
 log = logging.getLogger(__name__)
 
-WITHDRAW_S = 2.0
-"""How long leaving may take."""
 _PROVIDER_OVERHEAD_BYTES = 160
 """Of a provider record, without host and bitmaps: key, signature, numbers, headers."""
 _RECEIVE_BUFFER_BYTES = 1 << 20
 
 
 class Discovery:
-    """One node of the DHT. Lookups find what this node announced itself, too, and also while it is alone.
+    """One node of the DHT. Lookups also find what this node announced itself, even without a contact.
 
-    No method raises for what peers do or do not do: a lookup gives what was found, an announcement that nobody
-    took is repeated until somebody does.
+    No method raises for what peers do: a lookup returns what was found, an announcement that no node took is repeated
+    until one does.
     """
 
     def __init__(
@@ -58,14 +59,14 @@ class Discovery:
         protocol: DhtProtocol,
         overlay: Overlay,
         membership: Membership,
-        announcer: Announcer,
+        publisher: RecordPublisher,
     ) -> None:
         self.node_id = key.node_id
         self._settings = settings
         self._protocol = protocol
         self._overlay = overlay
         self._membership = membership
-        self._announcer = announcer
+        self._publisher = publisher
         self._shards: dict[ManifestDigest, set[Subject]] = {}
         self._node: set[Subject] = set()
         self._wants: dict[ContentId, Subject] = {}
@@ -73,48 +74,53 @@ class Discovery:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, settings: DiscoverySettings, key: SigningKey) -> AsyncIterator[Discovery]:
+    async def open(
+        cls,
+        settings: DiscoverySettings,
+        key: SigningKey,
+        *,
+        clock: Clock | None = None,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> AsyncIterator[Discovery]:
         """Bind the port, join once, and stay joined in the background; on exit withdraw what was announced.
 
-        No bootstrap node needs to be there yet. Raises OSError where the address cannot be bound.
+        No bootstrap node needs to be there yet. `clock` times refreshes and attempts to join, `wall_clock` (Unix time
+        in seconds) the expiry of records. Raises OSError if the address cannot be bound.
         """
-        discovery = await cls._bind(settings, key)
-        failure: Exception | None = None
+        discovery = await cls._bind(settings, key, clock or Clock(), wall_clock)
         try:
-            async with asyncio.TaskGroup() as tasks:
+            async with FirstErrorGroup() as tasks:
                 await discovery._membership.join()
-                work = [*discovery._membership.start(tasks), *discovery._announcer.start(tasks)]
+                work = [*discovery._membership.start(tasks), *discovery._publisher.start(tasks)]
                 try:
                     yield discovery
-                except Exception as err:
-                    failure = err  # the user's own: it must not leave here inside the task group's ExceptionGroup
                 finally:
                     for task in work:
                         task.cancel()
-                    await discovery._announcer.withdraw_all(WITHDRAW_S)
+                    await discovery._publisher.withdraw_all(settings.withdraw_timeout_s)
         finally:
             discovery._protocol.transport.close()
-        if failure is not None:
-            raise failure
 
     @classmethod
-    async def _bind(cls, settings: DiscoverySettings, key: SigningKey) -> Discovery:
+    async def _bind(
+        cls, settings: DiscoverySettings, key: SigningKey, clock: Clock, wall_clock: Callable[[], float]
+    ) -> Discovery:
         # kademlia names every peer of every walk at INFO.
         logging.getLogger("kademlia.crawling").setLevel(logging.WARNING)
-        storage = RecordStorage(contact_id(key.node_id))
+        storage = RecordStorage(contact_id(key.node_id), clock=wall_clock)
         protocol = DhtProtocol(key, storage, timeout_s=settings.rpc_timeout_s)
         transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
             lambda: protocol, local_addr=(settings.listen_host, settings.port), family=socket.AF_INET
         )
         # Twenty holders may answer with 8 KiB each at one moment.
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
-        overlay = Overlay(protocol, storage)
-        membership = Membership(settings, protocol, overlay)
-        announcer = Announcer(overlay, key, settings.record_ttl_s)
+        overlay = Overlay(protocol, storage, walk_deadline_s=settings.walk_deadline_s, wall_clock=wall_clock)
+        membership = Membership(settings, protocol, overlay, clock)
+        publisher = RecordPublisher(overlay, key, settings.record_ttl_s, clock, wall_clock=wall_clock)
         protocol.seen, protocol.lost = membership.seen, membership.alone
         protocol.router.crowded = membership.crowded
-        membership.joined = announcer.welcome
-        return cls(settings, key, protocol, overlay, membership, announcer)
+        membership.joined = publisher.welcome
+        return cls(settings, key, protocol, overlay, membership, publisher)
 
     @property
     def port(self) -> int:
@@ -122,11 +128,12 @@ class Discovery:
         return int(self._protocol.transport.get_extra_info("sockname")[1])
 
     def stats(self) -> DhtStats:
+        """Contacts and records of this node now."""
         return DhtStats(nodes=len(self._protocol.router), records=self._overlay.storage.count())
 
     async def announce_node(self, info: NodeInfo) -> None:
-        """Say where this node is and what it has; refreshed with the latest that was given."""
-        self._node.add(await self._announcer.announce(nodes_key(self._settings.cluster), info))
+        """Announce this node's addresses and resources; the latest call is refreshed."""
+        self._node.add(await self._publisher.announce(nodes_key(self._settings.cluster), info))
 
     async def announce_shards(
         self,
@@ -138,10 +145,10 @@ class Discovery:
         *,
         fetching: frozenset[int] = frozenset(),
     ) -> None:
-        """Say which shards of a manifest this node has, which are on their way to it, and how the manifest is called.
+        """Announce which shards of a manifest this node has and which it is fetching, and the manifest's name.
 
-        One provider record a manifest: each call replaces what the one before said. A model's or data set's name
-        also goes into the cluster's directory; a loose file is found by its file name.
+        There is one provider record a manifest: each call replaces the one before. A model's or data set's name also
+        goes into the cluster's directory; a single file is found by its file name.
         """
         manifest, digest, cluster = signed.manifest, signed.digest, self._settings.cluster
         name = manifest.shards[0].filename if manifest.kind == "file" else manifest.name
@@ -152,15 +159,15 @@ class Discovery:
         bitmaps = self._bitmaps(digest, on_disk, loaded, fetching)
         provider = Provider(self._settings.advertise_host, rpc_port, bt_port, *bitmaps)
         subjects = await asyncio.gather(
-            self._announcer.announce(manifest_key(cluster, digest), provider),
-            *(self._announcer.announce(key, naming) for key in keys),
+            self._publisher.announce(manifest_key(cluster, digest), provider),
+            *(self._publisher.announce(key, naming) for key in keys),
         )
         self._shards.setdefault(digest, set()).update(subjects)
 
     async def withdraw_shards(self, digest: ManifestDigest) -> None:
-        """Take back what `announce_shards` said of this manifest; nothing happens where it said nothing."""
+        """Withdraw what `announce_shards` announced of this manifest; does nothing if it announced nothing."""
         self._cut.discard(digest)
-        await self._announcer.withdraw(self._shards.pop(digest, set()))
+        await self._publisher.withdraw(self._shards.pop(digest, set()))
 
     async def find_providers(self, digest: ManifestDigest) -> list[FoundProvider]:
         """The other nodes that have shards of a manifest, in random order; of very many a fair sample."""
@@ -183,21 +190,27 @@ class Discovery:
     async def announce_want(
         self, content_id: ContentId, bt_port: int, *, block_pieces: int = 0, ttl_s: int = 12
     ) -> None:
-        """Say that this node takes its part of a content from the origin, in blocks of so many pieces. It is a lease:
-        refreshed until withdrawn, and over `ttl_s` after a node that died without a word.
+        """Announce that this node fetches its part of a content from the origin, in blocks of so many pieces.
+
+        The record is refreshed until it is withdrawn, and expires `ttl_s` after the node has died.
+
         """
         want = Want(self._settings.advertise_host, bt_port, block_pieces)
         key = wanted_key(self._settings.cluster, content_id)
-        self._wants[content_id] = (key, self.node_id, b"")  # before: who is cancelled meanwhile withdraws it too
-        await self._announcer.announce(key, want, ttl_s=ttl_s)
+        self._wants[content_id] = (
+            key,
+            self.node_id,
+            b"",
+        )  # before the call: a caller that is cancelled meanwhile withdraws it too
+        await self._publisher.announce(key, want, ttl_s=ttl_s)
 
     async def withdraw_want(self, content_id: ContentId) -> None:
-        """Take that back; nothing happens where it was not said."""
+        """Withdraw that announcement; does nothing if there is none."""
         if subject := self._wants.pop(content_id, None):
-            await self._announcer.withdraw([subject])
+            await self._publisher.withdraw([subject])
 
     async def find_wants(self, content_id: ContentId) -> list[FoundWant]:
-        """The other nodes that take parts of a content from the origin now; by node id."""
+        """The other nodes that fetch parts of a content from the origin now; by node id."""
         found = [
             FoundWant(record.publisher, record.payload.host, record.payload.bt_port, record.payload.block_pieces)
             for record in await self._records(wanted_key(self._settings.cluster, content_id))
@@ -206,7 +219,7 @@ class Discovery:
         return sorted(found, key=lambda want: want.node_id)
 
     async def find_name(self, name: str) -> list[FoundName]:
-        """What a model, data set or file name means; several where publishers differ."""
+        """What a model, data set or file name stands for; several if publishers differ."""
         return [found for found in await self._names(name_key(self._settings.cluster, name)) if found.name == name]
 
     async def list_names(self) -> list[FoundName]:
@@ -235,7 +248,7 @@ class Discovery:
     def _bitmaps(
         self, digest: ManifestDigest, on_disk: frozenset[int], loaded: frozenset[int], fetching: frozenset[int]
     ) -> tuple[bytes, bytes, bytes]:
-        """The bitmaps of a record, that of what is on disk cut where the record would get too large."""
+        """The bitmaps of a record; that of the shards on disk is cut if the record would be too large."""
         room = MAX_RECORD_BYTES - _PROVIDER_OVERHEAD_BYTES - len(self._settings.advertise_host)
         loaded_bits = bitmap_from_ids(loaded)[:room]
         fetching_bits = bitmap_from_ids(fetching)[: room - len(loaded_bits)]

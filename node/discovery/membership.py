@@ -1,4 +1,4 @@
-"""Being part of the DHT: join through the bootstrap nodes, prove contacts, notice who is gone, join again."""
+"""Membership of the DHT: join through the bootstrap nodes, prove contacts, drop dead ones, join again."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from collections.abc import Callable, Collection
 
 from kademlia.node import Node
 
+from node.clock import Clock
 from node.discovery.dht_protocol import DhtProtocol
 from node.discovery.overlay import Overlay
-from node.discovery.values import Address, DiscoverySettings
+from node.discovery.values import DiscoverySettings, UdpAddress
 from protocol.records import RecordKey
 
 log = logging.getLogger(__name__)
 
 _WORKERS = 8
 _MAX_WAITING = 256
-"""Peers whose identity is still to be checked; beyond it a peer waits for its next datagram."""
+"""Peers whose identity is still to be checked; further ones are checked at their next datagram."""
 _MAX_REMEMBERED = 64
-_FIRST_RETRY_S = 0.5
 _LAST_RETRY_S = 10.0
-_UPKEEP_S = 30.0
-"""Between walks towards our own id, which find new neighbours and drop dead ones."""
 _RESOLVE_S = 2.0
 _FRESH_S = 3.0
 """How long a failed attempt to join keeps lookups from trying once more themselves."""
-_LONELY_WALKS = 8
+_REFRESH_WALKS = 8
 """Buckets without a lookup for an hour (Kademlia paper, section 2.3) that are refreshed at a time."""
 
 
 class Membership:
-    """The routing table's keeper. `joined(contact)` is called for every contact that is new, or came back elsewhere."""
+    """Keeps the routing table."""
 
-    def __init__(self, settings: DiscoverySettings, protocol: DhtProtocol, overlay: Overlay) -> None:
+    def __init__(self, settings: DiscoverySettings, protocol: DhtProtocol, overlay: Overlay, clock: Clock) -> None:
         self.joined: Callable[[Node], None] = lambda node: None
-        self._bootstrap = settings.bootstrap
+        """Called with every contact that is new or has a new address."""
+        self._settings = settings
+        self._clock = clock
         self._protocol = protocol
         self._overlay = overlay
-        self._waiting: asyncio.Queue[tuple[bytes, Address]] = asyncio.Queue(_MAX_WAITING)
+        self._waiting: asyncio.Queue[tuple[bytes, UdpAddress]] = asyncio.Queue(_MAX_WAITING)
         self._pending: set[bytes] = set()
-        self._remembered: OrderedDict[Address, None] = OrderedDict()
+        self._remembered: OrderedDict[UdpAddress, None] = OrderedDict()
         self._alone = asyncio.Event()
         self._joining = asyncio.Lock()
         self._warned = False
@@ -56,9 +56,9 @@ class Membership:
         work = [tasks.create_task(self._prove_contacts()) for _ in range(_WORKERS)]
         return [*work, tasks.create_task(self._keep_joined())]
 
-    def seen(self, contact_id: bytes, address: Address) -> None:
-        """A peer asked or answered. If it is no contact yet, it is asked to prove its id."""
-        self._protocol.forgive(address)
+    def seen(self, contact_id: bytes, address: UdpAddress) -> None:
+        """A peer asked or answered. If it is not a contact yet, it is asked to prove its id."""
+        self._protocol.clear_suspicion(address)
         known = self._protocol.router.contact(contact_id)
         if known is not None and (known.ip, known.port) == address:
             self._protocol.router.touch(contact_id)
@@ -70,28 +70,28 @@ class Membership:
         self._prove_later(oldest.id, (oldest.ip, oldest.port))
 
     def alone(self) -> None:
-        """The last contact is gone: join again, now."""
+        """The last contact is gone: join again now."""
         self._alone.set()
 
     async def join(self) -> bool:
-        """Try the bootstrap nodes and former contacts once, all at the same time. Whether there is a contact now."""
+        """Try the bootstrap nodes and former contacts once, all at the same time. True if there is a contact now."""
         async with self._joining:
             if len(self._protocol.router):
                 return True
             await self._admit_all([*await self._bootstrap_addresses(), *self._remembered])
-            self._tried_at = asyncio.get_running_loop().time()
+            self._tried_at = self._clock.now()
             if not len(self._protocol.router):
                 return False
-            await self._walk_home()
+            await self._walk_to_own_id()
             return True
 
     async def join_if_alone(self) -> None:
-        """For a lookup: try to join first where there is no contact, unless that has just failed."""
-        if not len(self._protocol.router) and asyncio.get_running_loop().time() > self._tried_at + _FRESH_S:
+        """For a lookup: try to join first if there is no contact, unless that has just failed."""
+        if not len(self._protocol.router) and self._clock.now() > self._tried_at + _FRESH_S:
             await self.join()
 
     async def _keep_joined(self) -> None:
-        retry_s = _FIRST_RETRY_S
+        retry_s = self._settings.retry_s
         while True:
             try:
                 if not len(self._protocol.router):
@@ -102,49 +102,49 @@ class Membership:
                         retry_s = min(retry_s * 1.5, _LAST_RETRY_S)
                         continue
                 self._warned = False
-                retry_s = _FIRST_RETRY_S
-                await self._pause(_UPKEEP_S)
+                retry_s = self._settings.retry_s
+                await self._pause(self._settings.upkeep_s)
                 await self._look_for_missing()
-                await self._walk_home()
-                for contact_id in self._protocol.get_refresh_ids()[:_LONELY_WALKS]:
+                await self._walk_to_own_id()
+                for contact_id in self._protocol.get_refresh_ids()[:_REFRESH_WALKS]:
                     await self._overlay.closest(RecordKey(contact_id))
                 self._overlay.storage.sweep()
             except Exception:
                 # A defect here must not end discovery for good; the pause keeps it from flooding the log.
                 log.exception("keeping the DHT's routing table failed; it goes on in %.0f s", _LAST_RETRY_S)
-                await asyncio.sleep(_LAST_RETRY_S)
+                await self._clock.sleep(_LAST_RETRY_S)
 
     async def _pause(self, seconds: float) -> None:
         # With jitter, so that nodes that lost the same bootstrap node do not all come back at one moment.
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds * random.uniform(0.7, 1.3)):
+            async with self._clock.timeout(seconds * random.uniform(0.7, 1.3)):
                 await self._alone.wait()
 
     def _warn_alone(self) -> None:
-        if self._bootstrap and not self._warned:
-            names = ", ".join(f"{host}:{port}" for host, port in self._bootstrap)
+        if self._settings.bootstrap and not self._warned:
+            names = ", ".join(f"{host}:{port}" for host, port in self._settings.bootstrap)
             log.warning("no DHT node answers at %s; trying again in the background", names)
             self._warned = True
 
     async def _look_for_missing(self) -> None:
-        """Ask bootstrap nodes and former contacts that are no contacts now.
+        """Ask bootstrap nodes and former contacts that are not contacts now.
 
-        Groups that joined through different bootstrap nodes become one, and who was dropped wrongly comes back.
+        So groups that joined through different bootstrap nodes become one, and a wrongly dropped contact comes back.
         """
         known = {(node.ip, node.port) for node in self._protocol.router.contacts()}
         missing = {*await self._bootstrap_addresses(), *self._remembered} - known
         for address in missing - await self._admit_all(missing):
             self._remembered.pop(address, None)
 
-    async def _admit_all(self, addresses: Collection[Address]) -> set[Address]:
-        """Ask all at once who they are; gives the addresses that proved it."""
+    async def _admit_all(self, addresses: Collection[UdpAddress]) -> set[UdpAddress]:
+        """Ask all at once for their identity. Returns the addresses that proved it."""
         found = await asyncio.gather(*map(self._protocol.identify, set(addresses)))
         admitted = [node for node in found if node is not None]
         for node in admitted:
             self._admit(node)
         return {(node.ip, node.port) for node in admitted}
 
-    async def _walk_home(self) -> None:
+    async def _walk_to_own_id(self) -> None:
         await self._overlay.closest(RecordKey(self._protocol.source_node.id))
 
     async def _prove_contacts(self) -> None:
@@ -161,7 +161,7 @@ class Membership:
             finally:
                 self._pending.discard(contact_id)
 
-    def _prove_later(self, contact_id: bytes, address: Address) -> None:
+    def _prove_later(self, contact_id: bytes, address: UdpAddress) -> None:
         if contact_id not in self._pending and not self._waiting.full():
             self._pending.add(contact_id)
             self._waiting.put_nowait((contact_id, address))
@@ -175,7 +175,7 @@ class Membership:
         is_new = known is None or (known.ip, known.port) != address
         first = not len(router)
         router.add_contact(node)
-        self._protocol.forgive(address)
+        self._protocol.clear_suspicion(address)
         self._remembered[address] = None
         self._remembered.move_to_end(address)
         if len(self._remembered) > _MAX_REMEMBERED:
@@ -185,13 +185,13 @@ class Membership:
         if is_new:
             self.joined(node)
 
-    async def _bootstrap_addresses(self) -> list[Address]:
-        found = await asyncio.gather(*(_resolve(host, port) for host, port in self._bootstrap))
+    async def _bootstrap_addresses(self) -> list[UdpAddress]:
+        found = await asyncio.gather(*(_resolve(host, port) for host, port in self._settings.bootstrap))
         return [address for address in found if address is not None]
 
 
-async def _resolve(host: str, port: int) -> Address | None:
-    """IPv4 address of a host. None where there is none now: names may resolve later."""
+async def _resolve(host: str, port: int) -> UdpAddress | None:
+    """IPv4 address of a host. None if it does not resolve now; it may later."""
     with contextlib.suppress(ValueError):
         return str(ipaddress.IPv4Address(host)), port
     try:

@@ -1,4 +1,4 @@
-"""Records that this node keeps for the DHT: only valid ones, merged by subject, and no more than fit its bounds."""
+"""Records that this node keeps for the DHT: only valid ones, merged by subject, bounded, answered by fair samples."""
 
 from __future__ import annotations
 
@@ -6,28 +6,37 @@ import bisect
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgpack
 from kademlia.storage import IStorage
 
-from node.discovery.sampling import fair_sample
 from protocol.ids import NodeId
-from protocol.records import MAX_VALUE_BYTES, Record, RecordKey, open_record, open_value
+from protocol.records import MAX_RECORDS, MAX_VALUE_BYTES, Record, RecordKey, open_record, open_value
 
-MAX_BYTES = 32 * 1024 * 1024
-"""Of all records, each with `_RECORD_OVERHEAD_BYTES`."""
-MAX_RECORDS_PER_KEY = 256
-MAX_RECORDS_PER_PUBLISHER = 4_096
-MAX_SUBJECTS_PER_KEY = 128
-"""Of one publisher under one key: names in the directory; of provider and node records there is one."""
 _RECORD_OVERHEAD_BYTES = 1_024
+_HEADER_BYTES = 3
+"""MessagePack's header of one record in a value."""
 
 Subject = tuple[NodeId, bytes]
 
 
-class Kept(NamedTuple):
-    """A record as it is kept. Its payload stays packed: that is half the memory, and reading checks it again."""
+@dataclass(frozen=True, slots=True)
+class StorageBounds:
+    """How much a node keeps for others."""
+
+    max_bytes: int = 32 * 1024 * 1024
+    """Of all records, each with 1 KiB for the dictionaries around it."""
+    records_per_key: int = 256
+    records_per_publisher: int = 4_096
+    subjects_per_key: int = 128
+    """Of one publisher under one key: names in the directory; of provider and node records there is one."""
+
+
+class StoredRecord(NamedTuple):
+    """A record in the storage. Its payload stays packed: that is half the memory, and reading checks it again."""
 
     publisher: NodeId
     sequence: int
@@ -39,16 +48,19 @@ class Kept(NamedTuple):
 class RecordStorage(IStorage):  # type: ignore[misc]
     """kademlia's storage as a set of records a key. Nothing in it is older than its expiry, as seen from outside.
 
-    When it is full, the records of keys that are far from `own_id` make room for those of nearer keys: others
-    are more responsible for them. Above `MAX_RECORDS_PER_KEY` a random one goes, so that holders of a popular key
-    come to hold different samples. Our own records (`pin`) never make room.
+    A full storage drops records of keys that are far from `own_id` for those of nearer keys: other nodes are closer
+    to the far ones. Above `records_per_key` it drops a random one, so that the holders of a popular key hold
+    different samples. This node's own records (`pin`) are never dropped.
     """
 
-    def __init__(self, own_id: bytes, *, max_bytes: int = MAX_BYTES, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, own_id: bytes, bounds: StorageBounds | None = None, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        """`clock` gives Unix time in seconds."""
         self._own = int.from_bytes(own_id, "big")
-        self._max_bytes = max_bytes
+        self._bounds = bounds or StorageBounds()
         self._clock = clock
-        self._keys: dict[RecordKey, dict[Subject, Kept]] = {}
+        self._keys: dict[RecordKey, dict[Subject, StoredRecord]] = {}
         self._distances: list[int] = []  # of every key from own_id, ascending; the key is distance ^ own_id
         self._pinned: set[tuple[RecordKey, Subject]] = set()
         self._per_publisher: Counter[NodeId] = Counter()
@@ -56,13 +68,13 @@ class RecordStorage(IStorage):  # type: ignore[misc]
         self._random = random.Random()
 
     def merge(self, key: RecordKey, value: object) -> bool:
-        """Keep the valid records of a value. False if none was valid, or none found room."""
+        """Keep the valid records of a value. False if none was valid, or there was no room for any."""
         records = open_value(key, value, now=self._clock())
         return sum(self._keep(key, record) for record in records) > 0
 
     def pin(self, key: RecordKey, record: Record) -> None:
-        """Keep a record of our own: bounds do not refuse it, and it does not make room for others."""
-        self._put(key, record.subject, _kept(record))
+        """Keep a record of this node's own: bounds do not apply to it, and it is not dropped for others."""
+        self._put(key, record.subject, _stored(record))
         self._pinned.add((key, record.subject))
 
     def answer(self, key: RecordKey, size_bytes: int = MAX_VALUE_BYTES) -> tuple[bytes, int] | None:
@@ -73,12 +85,12 @@ class RecordStorage(IStorage):  # type: ignore[misc]
         return fair_sample(live.values(), min(size_bytes, MAX_VALUE_BYTES), self._random), len(live)
 
     def records(self, key: RecordKey) -> list[Record]:
-        """Everything that is kept under a key, opened and checked again."""
+        """All records under a key, opened and checked again."""
         now = self._clock()
         return [open_record(key, kept.packed, now=now) for kept in self._live(key).values()]
 
     def sweep(self) -> None:
-        """Let go of everything that has expired."""
+        """Drop everything that has expired."""
         for key in list(self._keys):
             self._live(key)
 
@@ -115,35 +127,35 @@ class RecordStorage(IStorage):  # type: ignore[misc]
         return iter(())
 
     def _keep(self, key: RecordKey, record: Record) -> bool:
-        subject, kept = record.subject, _kept(record)
+        subject, kept = record.subject, _stored(record)
         subjects = self._live(key)
         old = subjects.get(subject)
         if old is not None:
             if kept.sequence > old.sequence:
                 self._put(key, subject, kept)
             return kept.sequence >= old.sequence
-        if self._per_publisher[record.publisher] >= MAX_RECORDS_PER_PUBLISHER:
+        if self._per_publisher[record.publisher] >= self._bounds.records_per_publisher:
             return False
-        if sum(publisher == record.publisher for publisher, _ in subjects) >= MAX_SUBJECTS_PER_KEY:
+        if sum(publisher == record.publisher for publisher, _ in subjects) >= self._bounds.subjects_per_key:
             return False
         if not self._make_room(key, _cost(kept)):
             return False
-        if len(subjects) >= MAX_RECORDS_PER_KEY and not self._drop_one(key):
+        if len(subjects) >= self._bounds.records_per_key and not self._drop_one(key):
             return False
         self._put(key, subject, kept)
         return True
 
     def _make_room(self, key: RecordKey, cost: int) -> bool:
-        if self._size_bytes + cost > self._max_bytes:
+        if self._size_bytes + cost > self._bounds.max_bytes:
             self.sweep()
         own_distance = self._distance(key)
-        place = len(self._distances) - 1
-        while self._size_bytes + cost > self._max_bytes:
-            if place < 0 or self._distances[place] <= own_distance:
+        index = len(self._distances) - 1
+        while self._size_bytes + cost > self._bounds.max_bytes:
+            if index < 0 or self._distances[index] <= own_distance:
                 return False
-            far = RecordKey((self._distances[place] ^ self._own).to_bytes(20, "big"))
+            far = RecordKey((self._distances[index] ^ self._own).to_bytes(20, "big"))
             if not self._drop_one(far) or far not in self._keys:
-                place -= 1
+                index -= 1
         return True
 
     def _drop_one(self, key: RecordKey) -> bool:
@@ -152,14 +164,14 @@ class RecordStorage(IStorage):  # type: ignore[misc]
             self._drop(key, self._random.choice(loose))
         return bool(loose)
 
-    def _live(self, key: RecordKey) -> dict[Subject, Kept]:
+    def _live(self, key: RecordKey) -> dict[Subject, StoredRecord]:
         now = self._clock()
         subjects = self._keys.get(key, {})
         for subject in [s for s, kept in subjects.items() if kept.expires <= now]:
             self._drop(key, subject)
         return subjects
 
-    def _put(self, key: RecordKey, subject: Subject, kept: Kept) -> None:
+    def _put(self, key: RecordKey, subject: Subject, kept: StoredRecord) -> None:
         subjects = self._keys.get(key)
         if subjects is None:
             subjects = self._keys[key] = {}
@@ -186,9 +198,33 @@ class RecordStorage(IStorage):  # type: ignore[misc]
         return int.from_bytes(key, "big") ^ self._own
 
 
-def _kept(record: Record) -> Kept:
-    return Kept(record.publisher, record.sequence, record.expires, record.withdrawn, record.packed)
+def _stored(record: Record) -> StoredRecord:
+    return StoredRecord(record.publisher, record.sequence, record.expires, record.withdrawn, record.packed)
 
 
-def _cost(kept: Kept) -> int:
+def _cost(kept: StoredRecord) -> int:
     return len(kept.packed) + _RECORD_OVERHEAD_BYTES
+
+
+def fair_sample(records: Iterable[StoredRecord | Record], size_bytes: int, rng: random.Random) -> bytes:
+    """A value of a random choice of records, at most `size_bytes` long.
+
+    Every publisher gets one record in before any gets a second. Withdrawn ones come last: they only matter to a
+    reader that found an older record elsewhere.
+    """
+    by_publisher: dict[tuple[bool, NodeId], list[StoredRecord | Record]] = {}
+    for record in records:
+        by_publisher.setdefault((record.withdrawn, record.publisher), []).append(record)
+    ranked: list[tuple[bool, int, float, StoredRecord | Record]] = []
+    for (withdrawn, _), own in by_publisher.items():
+        rng.shuffle(own)
+        ranked += [(withdrawn, turn, rng.random(), record) for turn, record in enumerate(own)]
+    ranked.sort(key=lambda item: item[:3])
+    chosen: list[bytes] = []
+    room = size_bytes - _HEADER_BYTES
+    for *_, record in ranked:
+        size = len(record.packed) + _HEADER_BYTES
+        if size <= room and len(chosen) < MAX_RECORDS:
+            chosen.append(record.packed)
+            room -= size
+    return bytes(msgpack.packb(chosen))

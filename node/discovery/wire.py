@@ -1,4 +1,4 @@
-"""Datagrams to requests and answers, and back. No I/O; whatever comes in, nothing is raised.
+"""Datagrams to requests and answers, and back. No I/O; nothing raises, whatever comes in.
 
 The format is rpcudp's: a byte (0 request, 1 answer), 20 bytes of message id, MessagePack (a request is
 `[method, args]`). A datagram is at most 8,192 bytes in either direction: rpcudp refuses to send longer requests.
@@ -21,7 +21,7 @@ _MAX_ARRAY = 256
 _MAX_MAP = 16
 
 
-class Request(NamedTuple):
+class DhtRequest(NamedTuple):
     """A peer asks."""
 
     message_id: bytes
@@ -29,7 +29,7 @@ class Request(NamedTuple):
     args: list[Any]
 
 
-class Answer(NamedTuple):
+class DhtAnswer(NamedTuple):
     """A peer's answer to the request of that message id."""
 
     message_id: bytes
@@ -44,8 +44,8 @@ def pack_answer(message_id: bytes, result: Any) -> bytes:
     return b"\x01" + message_id + bytes(msgpack.packb(result))
 
 
-def parse(datagram: bytes) -> Request | Answer | None:
-    """None for what is neither, or longer than a datagram of ours can be."""
+def parse(datagram: bytes) -> DhtRequest | DhtAnswer | None:
+    """None for anything else, and for more than MAX_DATAGRAM_BYTES."""
     if not _HEADER_BYTES < len(datagram) <= MAX_DATAGRAM_BYTES:
         return None
     try:
@@ -54,13 +54,13 @@ def parse(datagram: bytes) -> Request | Answer | None:
         return None
     message_id = datagram[1:_HEADER_BYTES]
     if datagram[0] == 1:
-        return Answer(message_id, body)
+        return DhtAnswer(message_id, body)
     if datagram[0] != 0 or not isinstance(body, list) or len(body) != 2:
         return None
     method, args = body
     if not isinstance(method, str) or not isinstance(args, list):
         return None
-    return Request(message_id, method, args)
+    return DhtRequest(message_id, method, args)
 
 
 def is_id(value: object) -> bool:
@@ -69,9 +69,10 @@ def is_id(value: object) -> bool:
 
 
 def parse_contacts(value: object, sender_host: str, limit: int) -> list[Node]:
-    """The contacts of an answer, those left out that are no `[id, IPv4 address, port]` a peer may send us to.
+    """The contacts of an answer, at most `limit`; items that are not `[id, IPv4 address, port]` are left out.
 
-    Host names are refused (a peer must not make us resolve them), and so are loopback addresses from elsewhere.
+    Host names are left out (a peer must not make this node resolve them), and so are loopback addresses from
+    another machine.
     """
     if not isinstance(value, list):
         return []

@@ -21,11 +21,16 @@ class MovedClock(Clock):
 
     def __init__(self) -> None:
         self._now = 1000.0
+        self._wall_offset = time.time() - self._now
         self._sleepers: list[tuple[float, asyncio.Future[None]]] = []
         self._timeouts: list[tuple[float, asyncio.Timeout]] = []
 
     def now(self) -> float:
         return self._now
+
+    def wall(self) -> float:
+        """Unix time: that of the real clock when this one was made, and from then on as this one is moved."""
+        return self._wall_offset + self._now
 
     async def sleep(self, seconds: float) -> None:
         if seconds <= 0:

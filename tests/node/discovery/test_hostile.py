@@ -12,7 +12,7 @@ import msgpack
 import pytest
 from kademlia.node import Node
 
-from node.discovery import crawl as crawl_module
+from node.discovery.crawl import MAX_ASKED
 from node.discovery.dht_protocol import contact_id
 from node.discovery.wire import MAX_DATAGRAM_BYTES
 from protocol.signing import SigningKey
@@ -174,9 +174,8 @@ async def test_whatever_a_contact_answers_the_others_records_are_found(quiet):
             assert {"find_value", "store"} <= set(peer.asked)
 
 
-async def test_a_peer_that_names_ever_nearer_nodes_is_asked_a_bounded_number_of_times(monkeypatch):
-    monkeypatch.setattr(crawl_module, "DEADLINE_S", 20.0)
-    async with raw_peer() as peer, opened() as node, opened(node) as provider:
+async def test_a_peer_that_names_ever_nearer_nodes_is_asked_a_bounded_number_of_times():
+    async with raw_peer() as peer, opened(walk_deadline_s=20.0) as node, opened(node) as provider:
         signed = a_manifest()
         await announce(provider, signed, 0)
 
@@ -191,12 +190,12 @@ async def test_a_peer_that_names_ever_nearer_nodes_is_asked_a_bounded_number_of_
         peer.answers |= {"find_value": nearer, "find_node": nearer}
         peer.asked.clear()
         assert len(await node.find_providers(signed.digest)) == 1
-        assert 10 < peer.asked.count("find_value") <= crawl_module.MAX_ASKED
+        assert 10 < peer.asked.count("find_value") <= MAX_ASKED
 
 
-async def test_a_peer_that_names_many_dead_nodes_does_not_outlast_a_lookups_deadline(monkeypatch):
-    monkeypatch.setattr(crawl_module, "DEADLINE_S", 0.3)
-    async with raw_peer() as peer, opened(rpc_timeout_s=5) as node, opened(node) as provider, raw_peer() as dead:
+async def test_a_peer_that_names_many_dead_nodes_does_not_outlast_a_lookups_deadline():
+    hurried = {"rpc_timeout_s": 5, "walk_deadline_s": 0.3}
+    async with raw_peer() as peer, opened(**hurried) as node, opened(node) as provider, raw_peer() as dead:
         signed = a_manifest()
         await announce(provider, signed, 0)
         dead.answers.clear()

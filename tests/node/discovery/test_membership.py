@@ -19,7 +19,7 @@ from tests.support.waiting import eventually
 async def test_a_bootstrap_node_that_comes_up_later_is_joined_and_gets_the_records(caplog):
     port = free_port(socket.SOCK_DGRAM)
     with caplog.at_level(logging.WARNING):
-        async with opened((HOST, port)) as early:
+        async with opened((HOST, port), retry_s=0.05) as early:
             signed = a_manifest()
             await announce(early, signed, 0)
             assert early.stats().nodes == 0
@@ -65,13 +65,15 @@ async def test_a_node_that_lists_itself_as_bootstrap_is_simply_alone():
         assert len(await node.list_names()) == 1
 
 
-async def test_groups_of_different_bootstrap_nodes_become_one(monkeypatch):
-    monkeypatch.setattr("node.discovery.membership._UPKEEP_S", 0.2)
+async def test_groups_of_different_bootstrap_nodes_become_one():
     port = free_port(socket.SOCK_DGRAM)
-    async with opened() as left, opened(left, (HOST, port)) as between:
+    often = {"upkeep_s": 0.2}
+    async with opened(**often) as left, opened(left, (HOST, port), **often) as between:
         signed = a_manifest()
         await announce(left, signed, 0)
-        async with opened(port=port) as right:  # knows nobody; `between` has a contact, and still looks for it
+        async with opened(
+            port=port, upkeep_s=0.2
+        ) as right:  # knows nobody; `between` has a contact, and still looks for it
             await eventually(lambda: right.stats().nodes == 2)
             await eventually(lambda: between.stats().nodes == 2)
             assert len(await right.find_providers(signed.digest)) == 1

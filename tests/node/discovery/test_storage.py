@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.discovery import storage as storage_module
-from node.discovery.sampling import fair_sample, newest
-from node.discovery.storage import RecordStorage
+from node.discovery.overlay import newest
+from node.discovery.storage import RecordStorage, StorageBounds, fair_sample
 from protocol.records import MAX_VALUE_BYTES, Name, Provider, RecordKey, name_key, open_value, pack_value, seal
 from protocol.signing import SigningKey
 from tests.support.discovery.nodes import HOST, a_manifest, provider_value
@@ -170,9 +169,8 @@ def test_a_sample_never_outgrows_its_room(size, seed, bits):
     assert len(value) <= max(size, 1)
 
 
-def test_one_publisher_has_a_bounded_share_of_a_key_and_of_the_storage(kept, monkeypatch):
-    monkeypatch.setattr(storage_module, "MAX_SUBJECTS_PER_KEY", 5)
-    monkeypatch.setattr(storage_module, "MAX_RECORDS_PER_PUBLISHER", 12)
+def test_one_publisher_has_a_bounded_share_of_a_key_and_of_the_storage(clock):
+    kept = RecordStorage(bytes(20), StorageBounds(subjects_per_key=5, records_per_publisher=12), clock=clock)
     loud = SigningKey.generate()
     assert sum(kept.merge(KEY, pack_value([name(f"{n:064x}", loud)])) for n in range(9)) == 5
     keys = [RecordKey(bytes([n]) * 20) for n in range(20)]
@@ -181,8 +179,8 @@ def test_one_publisher_has_a_bounded_share_of_a_key_and_of_the_storage(kept, mon
     assert kept.merge(KEY, pack_value([name(DIGEST, SigningKey.generate())]))
 
 
-def test_a_key_has_a_bounded_number_of_records_and_new_ones_still_come_in(kept, monkeypatch):
-    monkeypatch.setattr(storage_module, "MAX_RECORDS_PER_KEY", 10)
+def test_a_key_has_a_bounded_number_of_records_and_new_ones_still_come_in(clock):
+    kept = RecordStorage(bytes(20), StorageBounds(records_per_key=10), clock=clock)
     ours = provider()
     kept.pin(KEY, ours)
     for _ in range(40):
@@ -193,9 +191,8 @@ def test_a_key_has_a_bounded_number_of_records_and_new_ones_still_come_in(kept, 
     assert ours in kept.records(KEY)
 
 
-def test_holders_of_a_key_with_too_many_records_keep_different_ones(clock, monkeypatch):
-    monkeypatch.setattr(storage_module, "MAX_RECORDS_PER_KEY", 10)
-    holders = [RecordStorage(bytes(20), clock=clock) for _ in range(2)]
+def test_holders_of_a_key_with_too_many_records_keep_different_ones(clock):
+    holders = [RecordStorage(bytes(20), StorageBounds(records_per_key=10), clock=clock) for _ in range(2)]
     for _ in range(40):
         value = pack_value([provider()])
         assert all(holder.merge(KEY, value) for holder in holders)
@@ -205,7 +202,7 @@ def test_holders_of_a_key_with_too_many_records_keep_different_ones(clock, monke
 
 
 def test_a_full_storage_keeps_near_keys_and_its_own_and_never_outgrows_its_bound(clock):
-    kept = RecordStorage(bytes(20), max_bytes=20_000, clock=clock)
+    kept = RecordStorage(bytes(20), StorageBounds(max_bytes=20_000), clock=clock)
     own_far = RecordKey(b"\xff" * 20)
     ours = provider(own_far)
     kept.pin(own_far, ours)
@@ -227,7 +224,7 @@ def test_a_full_storage_keeps_near_keys_and_its_own_and_never_outgrows_its_bound
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(0, 9), st.booleans()), max_size=40))
 def test_counts_and_sizes_stay_right_whatever_is_kept_and_let_go(steps):
     clock = Clock()
-    kept = RecordStorage(bytes(20), max_bytes=12_000, clock=clock)
+    kept = RecordStorage(bytes(20), StorageBounds(max_bytes=12_000), clock=clock)
     signers = _SIGNERS
     for key_byte, signer, later, withdrawn in steps:
         clock.now += later

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 from node.discovery import FoundWant
 from protocol.ids import ContentId
 from protocol.records import wanted_key
-from tests.support.discovery.nodes import HOST, kill, opened
+from tests.support.clocks import MovedClock
+from tests.support.discovery.nodes import HOST, kill, opened, pass_time
 
 CONTENT = ContentId("cd" * 32)
 OTHER = ContentId("ef" * 32)
@@ -31,15 +31,17 @@ async def test_a_wish_is_found_by_the_others_until_it_is_withdrawn():
 
 
 async def test_a_wish_is_refreshed_while_its_node_lives_and_is_over_soon_after_it_died():
-    async with opened() as first, opened(first) as second:
+    clock = MovedClock()
+    times = {"clock": clock, "wall_clock": clock.wall}
+    async with opened(**times) as first, opened(first, **times) as second:
         await second.announce_want(CONTENT, 7402, ttl_s=3)
-        await asyncio.sleep(4.0)
+        await pass_time(clock, 4.0, second)
         assert len(await first.find_wants(CONTENT)) == 1
         kill(second)
-        died = time.monotonic()
+        died = clock.now()
         while await first.find_wants(CONTENT):
-            await asyncio.sleep(0.1)
-            assert time.monotonic() - died < 6
+            await clock.move(0.1)
+            assert clock.now() - died < 6
 
 
 async def test_a_wish_whose_announcement_was_cancelled_can_be_withdrawn():

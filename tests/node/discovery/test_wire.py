@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kademlia.node import Node
 
-from node.discovery.routing import MAX_BUCKETS, Routing
-from node.discovery.wire import MAX_DATAGRAM_BYTES, Answer, Request, parse, parse_contacts
+from node.discovery.dht_protocol import MAX_BUCKETS, BoundedRoutingTable
+from node.discovery.wire import MAX_DATAGRAM_BYTES, DhtAnswer, DhtRequest, parse, parse_contacts
 from tests.support.discovery.nodes import HOST
 
 
 def test_a_routing_table_stays_bounded_whatever_ids_come():
     own = Node(bytes(20))
-    table = Routing(own, 20)
+    table = BoundedRoutingTable(own, 20)
     rng = random.Random(3)
     for _ in range(40):
         prefix = rng.randbytes(19)
@@ -30,12 +30,12 @@ def test_a_routing_table_stays_bounded_whatever_ids_come():
 
 @given(st.binary(max_size=300))
 def test_any_datagram_parses_or_does_not(datagram):
-    assert isinstance(parse(datagram), Request | Answer | None)
+    assert isinstance(parse(datagram), DhtRequest | DhtAnswer | None)
 
 
 @given(st.sampled_from([b"\x00", b"\x01"]), st.binary(max_size=200))
 def test_any_body_parses_or_does_not(kind, body):
-    assert isinstance(parse(kind + bytes(20) + body), Request | Answer | None)
+    assert isinstance(parse(kind + bytes(20) + body), DhtRequest | DhtAnswer | None)
 
 
 def test_announced_lengths_take_no_memory():

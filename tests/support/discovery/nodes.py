@@ -11,6 +11,8 @@ from protocol.ids import ContentId
 from protocol.manifest import Manifest, ShardEntry, SignedManifest, sign_manifest
 from protocol.records import NodeInfo, Provider, RecordKey, manifest_key, pack_value, seal
 from protocol.signing import SigningKey
+from tests.support.clocks import MovedClock
+from tests.support.waiting import eventually
 
 HOST = "127.0.0.1"
 CLUSTER = "reef"
@@ -25,7 +27,15 @@ def settings(*bootstrap: Discovery | tuple[str, int], cluster: str = CLUSTER, **
 
 def opened(*bootstrap: Discovery | tuple[str, int], **others: Any) -> AbstractAsyncContextManager[Discovery]:
     key = others.pop("key", None) or SigningKey.generate()
-    return Discovery.open(settings(*bootstrap, **others), key)
+    times = {name: others.pop(name) for name in ("clock", "wall_clock") if name in others}
+    return Discovery.open(settings(*bootstrap, **others), key, **times)
+
+
+async def pass_time(clock: MovedClock, seconds: float, *nodes: Discovery) -> None:
+    """Move the clock in steps; after each wait until these nodes have pushed what is due."""
+    for _ in range(round(seconds * 4)):
+        await clock.move(0.25)
+        await eventually(lambda: not any(own.pushing.locked() for n in nodes for own in n._publisher._own.values()))
 
 
 def kill(node: Discovery) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from node.discovery.announcer import _BATCH, Announcer
+from node.clock import Clock
+from node.discovery.record_publisher import _BATCH, RecordPublisher
 from protocol.ids import ContentId, ManifestDigest
 from protocol.records import Name, Record, RecordKey, Want, name_key, wanted_key
 from protocol.signing import SigningKey
@@ -37,17 +38,17 @@ class SlowOverlay:
 
 async def test_a_lease_does_not_wait_behind_records_that_live_long() -> None:
     overlay = SlowOverlay()
-    announcer = Announcer(overlay, SigningKey.generate(), 300)  # type: ignore[arg-type]
+    publisher = RecordPublisher(overlay, SigningKey.generate(), 300, Clock())  # type: ignore[arg-type]
     for number in range(N_NAMES):
         name = Name(f"name-{number}", "model", ManifestDigest("ab" * 32))
-        await announcer.announce(name_key("reef", name.name), name)
+        await publisher.announce(name_key("reef", name.name), name)
     content = ContentId("cd" * 32)
-    subject = await announcer.announce(wanted_key("reef", content), Want("127.0.0.1", 1), ttl_s=12)
+    subject = await publisher.announce(wanted_key("reef", content), Want("127.0.0.1", 1), ttl_s=12)
     overlay.stored.clear()
-    overlay.pause_s = 0.2
-    for own in announcer._own.values():
+    overlay.pause_s = 0.02
+    for own in publisher._own.values():
         own.due = 0.0
-    loop, lease = asyncio.get_running_loop(), announcer._own[subject]
+    loop, lease = asyncio.get_running_loop(), publisher._own[subject]
     lease.due = math.inf
 
     def is_due() -> None:
@@ -55,6 +56,6 @@ async def test_a_lease_does_not_wait_behind_records_that_live_long() -> None:
 
     overlay.on_store = is_due  # as the first batch is sent
     async with asyncio.timeout(5.0):
-        await announcer._refresh()
+        await publisher._refresh()
     assert overlay.stored.index("Want") == _BATCH
     assert overlay.stored.count("Name") == N_NAMES
