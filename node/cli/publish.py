@@ -16,7 +16,7 @@ from node.cli.options import ConfigFile, DataDir, O3Endpoint, OriginKeyFile, S3E
 from node.config import KEY_FILENAME, Settings, load_settings
 from node.origin.factory import open_store
 from node.origin.interface import ObjectStore
-from node.origin.publishing import PublishResult, refusal_by_others
+from node.origin.publishing import OriginPublication, refusal_by_others
 from node.origin.settings import origin_settings
 from node.origin.url import OriginUrl
 from node.shards.publish.manifest_builder import Publication, build_manifest, list_publishable, read_publication
@@ -172,7 +172,7 @@ def _named_origins(urls: Sequence[str], before: Sequence[str]) -> list[str]:
     return list(named)[:MAX_ORIGINS]
 
 
-def _upload_to_all(signed: SignedManifest, chosen: Publication, stores: Sequence[Opener]) -> list[PublishResult]:
+def _upload_to_all(signed: SignedManifest, chosen: Publication, stores: Sequence[Opener]) -> list[OriginPublication]:
     """Bring shards, torrent files and the manifest to each origin; what is there already is skipped.
 
     Raises OriginError, InvalidShardError.
@@ -183,7 +183,9 @@ def _upload_to_all(signed: SignedManifest, chosen: Publication, stores: Sequence
         fail("interrupted; the same command goes on from there", code=130)
 
 
-async def _upload_each(signed: SignedManifest, chosen: Publication, stores: Sequence[Opener]) -> list[PublishResult]:
+async def _upload_each(
+    signed: SignedManifest, chosen: Publication, stores: Sequence[Opener]
+) -> list[OriginPublication]:
     published = []
     hasher = Hasher()
     try:
@@ -201,7 +203,7 @@ async def _upload_each(signed: SignedManifest, chosen: Publication, stores: Sequ
 
 async def _upload(
     store: ObjectStore, signed: SignedManifest, chosen: Publication, hasher: Hasher
-) -> tuple[PublishResult, Publication]:
+) -> tuple[OriginPublication, Publication]:
     with bytes_progress() as progress:
         hashing = progress.add_task("hashing", total=signed.manifest.total_bytes, visible=False)
         bar = progress.add_task("uploading", total=None, visible=False)
@@ -216,7 +218,7 @@ async def _upload(
         )
 
 
-def _show_published(published: Sequence[PublishResult]) -> None:
+def _show_published(published: Sequence[OriginPublication]) -> None:
     """A line for each origin, with the URL that finds what was published."""
     for one in published:
         there = f", {human_bytes(one.skipped_bytes)} were there" if one.skipped_bytes else ""

@@ -66,7 +66,7 @@ class MissingObjects:
 
 
 @dataclass(frozen=True)
-class PublishResult:
+class OriginPublication:
     """What came of a publication at one origin."""
 
     origin: str
@@ -105,7 +105,7 @@ async def publish(
     files: Mapping[ContentId, SourceFile],
     torrents: Mapping[ContentId, bytes],
     on_bytes: Callable[[int], None] = lambda _: None,
-) -> PublishResult:
+) -> OriginPublication:
     """Upload what is missing, then the manifest.
 
     `files` and `torrents` are the shards' files and their torrent files, by content id; `on_bytes` is told how many
@@ -127,7 +127,9 @@ async def publish(
             tasks.create_task(send(one), name=f"upload {one.entry.filename}")
     key = await _put_manifest(store, signed, newest)
     uploaded = sum(one.bytes for one in missing)
-    return PublishResult(store.url, f"{store.url.rstrip('/')}/{key}", uploaded, signed.manifest.total_bytes - uploaded)
+    return OriginPublication(
+        store.url, f"{store.url.rstrip('/')}/{key}", uploaded, signed.manifest.total_bytes - uploaded
+    )
 
 
 async def _size_of(store: ObjectStore, key: str) -> int | None:

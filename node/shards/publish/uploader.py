@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from node.origin.interface import ObjectStore
-from node.origin.publishing import MissingObjects, PublishResult, SourceFile, missing_at, publish
+from node.origin.publishing import MissingObjects, OriginPublication, SourceFile, missing_at, publish
 from node.shards.publish.manifest_builder import OnHashed, Publication, hash_missing
 from node.shards.store.hasher import Hasher
 from protocol.manifest import SignedManifest
@@ -19,7 +19,7 @@ async def upload(
     on_hashed: OnHashed,
     on_missing: Callable[[Sequence[MissingObjects]], None],
     on_bytes: Callable[[int], None],
-) -> tuple[PublishResult, Publication]:
+) -> tuple[OriginPublication, Publication]:
     """Upload what the origin lacks, the manifest last. Those files that were not hashed yet are hashed first, and must
     have the content that the manifest says.
 

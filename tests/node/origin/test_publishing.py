@@ -11,7 +11,7 @@ import pytest
 from node.origin.interface import ObjectInfo, OnBytes
 from node.origin.layout import MANIFESTS, shard_key, torrent_key
 from node.origin.local import FileStore
-from node.origin.publishing import MissingObjects, PublishResult, SourceFile, missing_at, publish
+from node.origin.publishing import MissingObjects, OriginPublication, SourceFile, missing_at, publish
 from node.origin.url import OriginUrl
 from node.swarm.torrent import Torrent
 from protocol.content import hash_file
@@ -79,7 +79,7 @@ class Lab:
         self.store = Store(folder / "o")
         self.metainfo = Torrent.of("a.bin", self.content.size, self.id).metainfo(self.content.piece_layer)
 
-    async def publish(self, missing: list[MissingObjects] | None = None) -> PublishResult:
+    async def publish(self, missing: list[MissingObjects] | None = None) -> OriginPublication:
         missing = await missing_at(self.store, self.manifest) if missing is None else missing
         return await publish(self.store, self.signed, missing, {self.id: self.source}, {self.id: self.metainfo})
 
