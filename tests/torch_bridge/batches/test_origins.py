@@ -13,7 +13,6 @@ from protocol.errors import OriginUnavailableError
 from tests.support.bridge.batches import bodies, dataset, name_and_body, sampled
 from tests.support.bridge.o3_client import client_of, served
 from tests.support.origins.proxy import Fault, OriginProxy
-from tests.support.origins.s3_server import s3_server
 from tests.torch_bridge.batches.test_archives import pack
 from torch_bridge import O3Client, RetryPolicy
 from torch_bridge.batches.sources.archives import ArchiveFiles
@@ -23,13 +22,12 @@ LARGE = {f"large/{number}.bin": bytes([number]) * 9_000_001 for number in range(
 
 
 @pytest.fixture(scope="module")
-def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with s3_server(tmp_path_factory.mktemp("weed")) as server:
-        with client_of(server) as client:
-            bucket = client.bucket(server.bucket)
-            for key, body in (FILES | LARGE | {"a.tar": pack("a.tar", FILES), "a.zip": pack("a.zip", FILES)}).items():
-                bucket.put(key, body)
-        yield server
+def weed(module_s3: S3Server) -> S3Server:
+    with client_of(module_s3) as client:
+        bucket = client.bucket(module_s3.bucket)
+        for key, body in (FILES | LARGE | {"a.tar": pack("a.tar", FILES), "a.zip": pack("a.zip", FILES)}).items():
+            bucket.put(key, body)
+    return module_s3
 
 
 @pytest.fixture
@@ -83,7 +81,7 @@ def test_an_origin_that_is_away_is_waited_for_or_told(weed: S3Server, proxy: Ori
         steps = iter(dataset(client.bucket(weed.bucket, "clips"), tmp_path / "cache", cache_size=1, concurrency=1))
         found = [next(steps)]
         proxy.rules.add(Fault(kind="status", status=503, key="clips/"))
-        back = threading.Timer(1.5, proxy.rules.clear)
+        back = threading.Timer(0.5, proxy.rules.clear)
         back.start()
         found += steps
         back.join()

@@ -14,9 +14,9 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from node.cli.demo.s3_server import S3Server
 from protocol.errors import InvalidParamsError
 from tests.support.bridge.o3_client import client_of
-from tests.support.origins.s3_server import s3_server
 from torch_bridge import O3Client
 from torch_bridge.checkpoints.dcp import O3StorageReader, O3StorageWriter
 from torch_bridge.core.store import Store
@@ -70,9 +70,9 @@ def test_a_model_and_its_optimizer_come_back_bit_equal(store: Store) -> None:
     assert reader.versions() == [reader.version]
 
 
-def test_on_a_real_s3_server(tmp_path: Path) -> None:
-    with s3_server(tmp_path) as server, client_of(server) as client:
-        bucket = client.bucket(server.bucket, "checkpoints")
+def test_on_a_real_s3_server(module_s3: S3Server) -> None:
+    with client_of(module_s3) as client:
+        bucket = client.bucket(module_s3.bucket, "checkpoints")
         save(bucket, state_of(3), "run-7/step-1")
         save(bucket, state_of(5), "run-7/step-2")
         state = state_of(4)

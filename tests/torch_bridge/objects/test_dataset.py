@@ -28,9 +28,9 @@ from protocol.errors import (
     OriginError,
     OriginNotFoundError,
 )
-from tests.support.bridge.o3_client import served
+from tests.support.bridge.o3_client import client_of, served
 from tests.support.origins.proxy import OriginProxy
-from tests.support.origins.s3_server import credentials, s3_server
+from tests.support.origins.s3_server import credentials
 from torch_bridge import O3Client, RetryPolicy
 from torch_bridge.objects.dataset import O3Dataset, ParquetFormat, RecordFormat
 
@@ -42,13 +42,11 @@ SMALL = {"chunk_bytes": 65536, "request_bytes": 262144, "format": RecordFormat(R
 
 
 @pytest.fixture(scope="module")
-def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with s3_server(tmp_path_factory.mktemp("weed")) as server:
-        client = O3Client(endpoint=server.endpoint, access_key=server.access_key, secret_key=server.secret_key)
-        with client:
-            for name, body in BODIES.items():
-                client.bucket(server.bucket, "records").put(name, body)
-        yield server
+def weed(module_s3: S3Server) -> S3Server:
+    with client_of(module_s3) as client:
+        for name, body in BODIES.items():
+            client.bucket(module_s3.bucket, "records").put(name, body)
+    return module_s3
 
 
 @pytest.fixture

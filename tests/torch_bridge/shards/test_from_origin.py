@@ -26,7 +26,6 @@ from protocol.manifest import Manifest
 from tests.support.bridge.o3_client import client_of, served
 from tests.support.bridge.shards import overwrite_in_the_middle, parquet_files, publish_at
 from tests.support.origins.proxy import Fault, OriginProxy
-from tests.support.origins.s3_server import s3_server
 from torch_bridge import O3Client, RetryPolicy
 from torch_bridge.shards import disk_space
 from torch_bridge.shards.downloader import StreamingDownloader
@@ -39,10 +38,10 @@ NAME = "tests/text"
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[S3Server, Manifest]]:
+def published(module_s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[S3Server, Manifest]:
     paths = parquet_files(tmp_path_factory.mktemp("files"), 5)
-    with s3_server(tmp_path_factory.mktemp("weed")) as server, client_of(server) as client:
-        yield server, publish_at(client.bucket(server.bucket), NAME, paths)
+    with client_of(module_s3) as client:
+        return module_s3, publish_at(client.bucket(module_s3.bucket), NAME, paths)
 
 
 @pytest.fixture
@@ -173,7 +172,7 @@ def _fetch(source: OriginSource, number: int, said: Any) -> None:
 
 
 def test_a_download_that_is_killed_goes_on_where_it_was(
-    published: tuple[S3Server, Manifest], slow_proxy: OriginProxy, tmp_path: Path
+    published: tuple[S3Server, Manifest], slow_proxy: OriginProxy, proxy: OriginProxy, tmp_path: Path
 ) -> None:
     server, manifest = published
     source, entry = source_of(slow_proxy, server, tmp_path), manifest.shards[1]
@@ -191,7 +190,7 @@ def test_a_download_that_is_killed_goes_on_where_it_was(
     child.join(10)
     kept = part.stat().st_size
     assert 0 < kept < entry.size
-    found = source.fetch(entry)
+    found = source_of(proxy, server, tmp_path).fetch(entry)
     assert sum(found.bytes_by_source.values()) == entry.size - kept
 
 
@@ -227,7 +226,7 @@ def test_an_origin_that_is_gone_for_a_while_is_waited_for(
     source.manifest()
     proxy.rules.add(Fault(kind="status", status=503, key="/shards/"))
     with StreamingDownloader(source, [0], stop_free_bytes=0) as shards:
-        with pytest.raises(TimedOutError, match=r"shard_00000\.parquet was not here within 1 s"):
-            shards.wait_for_shard(0, 1)
+        with pytest.raises(TimedOutError, match=r"shard_00000\.parquet was not here within 0.3 s"):
+            shards.wait_for_shard(0, 0.3)
         proxy.rules.clear()
         assert shards.wait_for_shard(0, 30).stat().st_size == manifest.shards[0].size

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from node.cli.demo.s3_server import S3Server
 from node.origin.core.credentials import Credentials, Secret
 from node.origin.settings import OriginSettings
 from protocol.errors import InvalidShardError, OriginError, OriginNotFoundError
@@ -14,7 +15,6 @@ from protocol.manifest import Manifest
 from tests.support.bridge.o3_client import client_of, served
 from tests.support.bridge.shards import parquet_files, publish_at
 from tests.support.origins.proxy import OriginProxy
-from tests.support.origins.s3_server import s3_server
 from tests.support.origins.servers import hub_stand_in
 from torch_bridge import O3Client, RetryPolicy, StreamingDownloader
 from torch_bridge.shards.sources.origin import OriginSource
@@ -101,9 +101,10 @@ def test_a_file_that_was_published_broken_is_set_aside_and_said(tmp_path: Path) 
 
 
 def test_a_start_while_the_origin_is_down_works_with_what_is_there(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    module_s3: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with s3_server(tmp_path / "weed") as server, client_of(server) as client:
+    server = module_s3
+    with client_of(server) as client:
         publish_at(client.bucket(server.bucket), NAME, parquet_files(tmp_path / "files", 2))
         with served(OriginProxy.running(server.endpoint, keys=(server.access_key, server.secret_key))) as proxy:
 
@@ -113,7 +114,7 @@ def test_a_start_while_the_origin_is_down_works_with_what_is_there(
                     access_key=server.access_key,
                     secret_key=server.secret_key,
                     backend="gateway",
-                    retry=RetryPolicy(total_s=0.5),
+                    retry=RetryPolicy(total_s=0.2),
                 )
                 return OriginSource(f"o3://{server.bucket}", folder, dataset=NAME, client=again)
 
