@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from node.cli.demo.s3_server import running_s3
+from scripts.base_train.__main__ import main
 from scripts.base_train.corpus import NAME, write_shards
 from scripts.base_train.settings import Settings, accumulation, evaluation_batches, parsed, shards_needed
 from tests.support.daemons import daemon, shoal
@@ -114,12 +115,16 @@ def test_a_folder_without_a_window_gives_the_same_losses(tmp_path: Path) -> None
     assert not list((made / "parquet").glob(".*")), "a folder that is only read is not written to"
 
 
-def test_a_source_that_is_not_there_is_one_line() -> None:
-    events, done = started(*SMALL, "--source=/nowhere/at/all")
-    assert done.returncode == 1
-    assert not events
-    assert done.stderr.startswith("base_train: /nowhere/at/all is neither")
-    assert "Traceback" not in done.stderr
+def test_a_source_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        assert main([*SMALL, "--json", "--source=/nowhere/at/all"]) == 1
+    finally:
+        torch.set_num_threads(threads)
+    said = capsys.readouterr()
+    assert not said.out
+    assert said.err.startswith("base_train: /nowhere/at/all is neither")
+    assert "Traceback" not in said.err
 
 
 def places(path: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from torch_bridge.shards.readers import ReaderLedger
 from torch_bridge.shards.shard_file import as_published
 from torch_bridge.shards.sources.interface import FetchedFile, ShardSource
 from torch_bridge.shards.status import DownloadMeter, StreamingStatus
-from torch_bridge.shards.window import HEAD_START_S, ShardWindow
+from torch_bridge.shards.window import FIRST_PAUSE_S, HEAD_START_S, ShardWindow
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class StreamingDownloader:
         pinned: Sequence[Shard] = (),
         at_once: int = 2,
         retry_total_s: float = 300.0,
+        retry_first_s: float = FIRST_PAUSE_S,
         disk_patience_s: float = 30.0,
     ) -> None:
         if not 1 <= min_buffer <= buffer_size <= max_buffer:
@@ -64,7 +65,7 @@ class StreamingDownloader:
         self._by_id = {entry.shard_id: entry for entry in self._by_name.values()}
         order = [self._entry(shard).filename for shard in (self._by_name.values() if shards is None else shards)]
         held = tuple(self._entry(shard).filename for shard in pinned)
-        self._window = ShardWindow(order, held, keep_behind, expected_readers)
+        self._window = ShardWindow(order, held, keep_behind, expected_readers, retry_first_s)
         self._measures = DownloadMeter(buffer_size, min_buffer, max_buffer)
         self._space = FreeSpace(source.folder, warn_free_bytes, stop_free_bytes)
         self._run, self._reader = run, reader
@@ -307,7 +308,7 @@ class StreamingDownloader:
     def _what_goes_on(self, name: str) -> str:
         if self._space.full_s and name not in self._window.on_the_way:
             return f"no download begins: {self._space}"
-        return self._window.what_goes_on(name, self._measures.rate_bytes_s)
+        return self._window.explanation(name, self._measures.rate_bytes_s)
 
     def _entry(self, shard: Shard) -> ShardEntry:
         name = shard.filename if isinstance(shard, ShardEntry) else shard

@@ -1,4 +1,4 @@
-"""One reader's window on its shards: what is here, on its way, failed, behind it. No I/O; not for threads at once."""
+"""One reader's window on its shards: which are here, on their way, failed, behind it, next. No I/O, one thread."""
 
 from __future__ import annotations
 
@@ -11,13 +11,22 @@ from torch_bridge.shards.readers import ReaderState
 from torch_bridge.shards.sources.interface import FetchedFile
 
 HEAD_START_S = 0.5
-"""So long the first shard has the line for itself: an epoch's first batch waits for it alone."""
+"""For so long nothing is fetched beside the first shard: an epoch's first batch waits for it alone."""
+FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
+"""Between two tries of a shard; doubled each time."""
 
 
 class ShardWindow:
     """Shards by their file names."""
 
-    def __init__(self, order: list[str], pinned: tuple[str, ...], keep_behind: int, expected: int) -> None:
+    def __init__(
+        self,
+        order: list[str],
+        pinned: tuple[str, ...],
+        keep_behind: int,
+        expected: int,
+        first_pause_s: float = FIRST_PAUSE_S,
+    ) -> None:
         self.order, self.pinned = order, pinned
         self.epoch = 0
         self.consumed: list[str] = []
@@ -25,17 +34,17 @@ class ShardWindow:
         self.on_the_way: set[str] = set()
         self.failed: dict[str, ShardFailure] = {}
         self.wanted: list[str] = []
-        """Somebody waits for these."""
+        """A caller waits for these."""
         self.undeleted: list[str] = []
-        """This reader is past them, and they may still be there."""
+        """The reader is past these, and their files may still be there."""
         self.alone_until = 0.0
         """Until then, on the monotonic clock, nothing is fetched beside the first shard."""
         self._handed: set[str] = set()
-        """Somebody has had these, and may be reading them."""
+        """A caller got the files of these, and may be reading them."""
         self._given_way: set[str] = set()
         """Needed later, and deleted for now."""
         self._distrusted: set[str] = set()
-        self._keep_behind, self._expected = keep_behind, expected
+        self._keep_behind, self._expected, self._first_pause_s = keep_behind, expected, first_pause_s
 
     def next(self, now_s: float, ahead: int) -> str | None:
         """What to fetch now, on the monotonic clock."""
@@ -53,17 +62,17 @@ class ShardWindow:
         )
 
     def hand_out(self, name: str) -> FetchedFile:
-        """For who waited for it: it stays until this reader is past it."""
+        """The file, for a caller that waited for it. It stays until the reader is past it."""
         self._handed.add(name)
         return self.here[name]
 
     def _wants_room(self) -> bool:
-        """Whether the disk was too full for what somebody waits for."""
+        """Whether the disk was too full for a shard that a caller waits for."""
         errors = [failure.error for name, failure in self.failed.items() if name in self.wanted]
         return any(isinstance(error, InsufficientDiskError) for error in errors)
 
     def _give_way(self) -> None:
-        """The shard that is read last of those here, and that nobody has had, is let go, for what is waited for now."""
+        """Drop the shard that is read last of those that are here and were not handed out: it makes room."""
         for name in reversed(self.order):
             if name in self.here and name not in self._handed and name not in (*self.pinned, *self.wanted):
                 del self.here[name]
@@ -72,7 +81,7 @@ class ShardWindow:
                 return
 
     def came(self, name: str, found: FetchedFile) -> None:
-        """It is here; where the order changed while it was on its way, only to be deleted."""
+        """The shard is here. If the order changed while it was on its way, it is only to be deleted."""
         self.failed.pop(name, None)
         self._given_way.discard(name)
         self.undeleted = [other for other in self.undeleted if other != name]
@@ -82,16 +91,19 @@ class ShardWindow:
             self.undeleted.append(name)
 
     def did_not_come(self, name: str, error: ShoalError, total_s: float) -> ShardFailure | None:
-        """How it goes on; None where this reader itself stopped it."""
+        """When the shard is tried again; None if this reader itself cancelled the fetch."""
         if isinstance(error, CancelledRequestError):
             return None
-        self.failed[name] = failure = ShardFailure(error, self.failed.get(name), total_s)
+        self.failed[name] = failure = ShardFailure(error, self.failed.get(name), total_s, self._first_pause_s)
         if self._wants_room():
             self._give_way()
         return failure
 
     def distrust(self, name: str) -> bool:
-        """It is not handed out any more, and on its way until that is cleared; whether this is the second time."""
+        """Hand the shard out no more; it counts as on its way until the caller says otherwise.
+
+        Returns whether this is the second time.
+        """
         self.here.pop(name, None)
         self._handed.discard(name)
         self.on_the_way.add(name)
@@ -100,7 +112,7 @@ class ShardWindow:
         return known
 
     def past(self, name: str) -> None:
-        """The reader is past it."""
+        """The reader is past the shard."""
         if name not in self.consumed:
             self.consumed.append(name)
         self.here.pop(name, None)
@@ -108,18 +120,18 @@ class ShardWindow:
         self.undeleted = [*(other for other in self.undeleted if other != name), name]
 
     def read_on(self, order: list[str], epoch: int, consumed: Sequence[str]) -> None:
-        """Another order, or another place in it: what it does not need is let go."""
+        """Continue with another order, or at another position in it. Shards that it does not need are dropped."""
         self.order, self.epoch, self.consumed = order, epoch, list(consumed)
         self.failed.clear()
         self._given_way.clear()
-        left = [name for name in self.here if not self._is_needed(name)]
-        for name in left:
+        dropped = [name for name in self.here if not self._is_needed(name)]
+        for name in dropped:
             del self.here[name]
         self._handed.intersection_update(self.here)
-        self.undeleted = list(dict.fromkeys([*self.undeleted, *left, *consumed]))
+        self.undeleted = list(dict.fromkeys([*self.undeleted, *dropped, *consumed]))
 
     def reader(self) -> ReaderState:
-        """As the ledger is told."""
+        """What the ledger gets to know of this reader."""
         past = set(self.consumed)
         behind = self.consumed[-self._keep_behind :] if self._keep_behind else []
         return ReaderState(
@@ -130,15 +142,15 @@ class ShardWindow:
         )
 
     def errors(self) -> Mapping[str, str]:
-        """What the source last said, of each shard that did not come."""
+        """The last error of each shard that did not come."""
         return {name: str(failure.error) for name, failure in self.failed.items()}
 
     def state(self) -> dict[str, Any]:
-        """JSON-able: what `read_on` goes on with."""
+        """JSON-able: what `read_on` takes."""
         return {"version": 1, "epoch": self.epoch, "order": list(self.order), "consumed": list(self.consumed)}
 
-    def what_goes_on(self, name: str, rate_bytes_s: float) -> str:
-        """For who waits for a shard that is not here."""
+    def explanation(self, name: str, rate_bytes_s: float) -> str:
+        """Why a shard is not here, for the caller that waits for it."""
         if name in self.on_the_way:
             return f"it is being downloaded, at {rate_bytes_s / 1e6:.1f} MB/s lately"
         if failure := self.failed.get(name):
@@ -149,17 +161,14 @@ class ShardWindow:
         return name in self.pinned or name in self.wanted or (name in self.order and name not in self.consumed)
 
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
-
-
 class ShardFailure:
     """The last failure of a shard, and when it is tried again."""
 
-    def __init__(self, error: ShoalError, before: ShardFailure | None, total_s: float) -> None:
+    def __init__(self, error: ShoalError, before: ShardFailure | None, total_s: float, first_pause_s: float) -> None:
         now = time.monotonic()
         self.error = error
         self.began_at: float = before.began_at if before else now
-        self.pause_s: float = min(before.pause_s * 2, _LONGEST_PAUSE_S) if before else _FIRST_PAUSE_S
+        self.pause_s: float = min(before.pause_s * 2, _LONGEST_PAUSE_S) if before else first_pause_s
         self.again_at = now + self.pause_s
         self.for_good = not error.retryable or now - self.began_at > total_s
 
@@ -175,10 +184,10 @@ def next_to_fetch(
     wanted: Collection[str],
     ahead: int,
 ) -> str | None:
-    """A file name, or None where nothing is to be begun now.
+    """A file name, or None if no fetch is to begin now. Pure.
 
-    Pinned shards come first, then what somebody waits for, then the order, as long as fewer than `ahead` shards of it
-    are here or on their way and not consumed. `not_now` failed, and is for later or for ever.
+    Pinned shards come first, then those that a caller waits for, then the order, as long as fewer than `ahead` shards
+    of it are here or on their way and not consumed. `not_now` failed: they are tried later, or never.
     """
     taken = {*here, *on_the_way, *not_now}
     for name in (*pinned, *wanted):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import signal
@@ -18,6 +17,7 @@ import torch
 
 from node.cli.demo.s3_server import S3Server
 from protocol.errors import OriginUnavailableError
+from tests.support.bridge.forkserver import forkserver
 from tests.support.bridge.o3_client import client_of
 from tests.support.bridge.training import RUN, Training, assert_same, large_state, saves_large_until_killed
 from tests.support.origins.s3_server import s3_server
@@ -139,8 +139,7 @@ def test_a_saver_that_is_killed_in_the_middle_of_its_parts(
         "secret_key": weed.secret_key,
         "backend": "gateway",
     }
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.bridge.training"])
+    context = forkserver()
     said, go_on = context.Queue(), context.Event()
     arguments = (environment, url, str(tmp_path / "key"), said, go_on)
     child = context.Process(target=saves_large_until_killed, args=arguments)

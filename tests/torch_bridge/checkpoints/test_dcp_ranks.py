@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import traceback
 import warnings
@@ -17,11 +16,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from tests.support.bridge.forkserver import forkserver
 from torch_bridge import O3Client
 from torch_bridge.checkpoints.dcp import O3StorageReader, O3StorageWriter
 
 pytestmark = [
-    pytest.mark.timeout(200),  # each rank imports torch first
+    pytest.mark.timeout(200),  # the server of the ranks imports torch first
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
 ]
 RANKS = 2
@@ -79,7 +79,7 @@ def one_rank(rank: int, rendezvous: str, url: str, said: Connection) -> None:
 
 def run_ranks(folder: Path, url: str) -> list[str]:
     """What each rank says at its end."""
-    context = multiprocessing.get_context("spawn")  # a fork would inherit the locks of whatever ran in this process
+    context = forkserver()  # a fork of this process would inherit the locks of whatever ran in it
     answers = []
     ranks = []
     for rank in range(RANKS):

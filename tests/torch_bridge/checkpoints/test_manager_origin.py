@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import re
 import signal
@@ -15,6 +14,7 @@ import pytest
 
 from node.cli.demo.s3_server import S3Server
 from protocol.errors import OriginError, OriginUnavailableError
+from tests.support.bridge.forkserver import forkserver
 from tests.support.bridge.o3_client import client_of, served
 from tests.support.bridge.training import RUN, Training, assert_same_training, saves_until_killed
 from tests.support.origins.proxy import Fault, OriginProxy
@@ -133,8 +133,7 @@ def test_a_saver_that_is_killed_leaves_the_checkpoint_before(
     tmp_path: Path,
 ) -> None:
     expected = Training()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.bridge.training"])
+    context = forkserver()
     say, go_on = context.Queue(), context.Event()
     arguments = (through(proxy, server), url, str(tmp_path / "key"), str(tmp_path / "c"), say, go_on)
     child = context.Process(target=saves_until_killed, args=arguments)

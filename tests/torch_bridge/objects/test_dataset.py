@@ -138,7 +138,7 @@ def test_an_origin_that_is_down_for_a_while(
     assert dataset[0] == RECORDS[0]
     loop = proxy._runner.server._loop  # type: ignore[union-attr]
     asyncio.run_coroutine_threadsafe(proxy.gone(), loop).result(5)
-    back = threading.Timer(2.0, lambda: asyncio.run_coroutine_threadsafe(proxy.back(), loop))
+    back = threading.Timer(0.7, lambda: asyncio.run_coroutine_threadsafe(proxy.back(), loop))
     back.start()
     assert dataset[0] == RECORDS[0]  # what is here needs no origin
     assert dataset.__getitems__(range(360)) == RECORDS

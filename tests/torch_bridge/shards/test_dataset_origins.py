@@ -124,7 +124,7 @@ def test_a_start_while_the_origin_is_down_works_with_what_is_there(
             endpoint = proxy.endpoint
         second = start(tmp_path / "here")  # the proxy is gone
         assert endpoint
-        with StreamingDownloader(second, stop_free_bytes=0, retry_total_s=0.1) as shards:
+        with StreamingDownloader(second, stop_free_bytes=0, retry_total_s=0.1, retry_first_s=0.05) as shards:
             assert "read last is used" in caplog.text
             assert shards.wait_for_shard(known, 10).stat().st_size == known.size
             with pytest.raises(OriginError):

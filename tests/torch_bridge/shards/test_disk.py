@@ -133,7 +133,9 @@ def test_what_was_fetched_ahead_gives_way_to_what_is_waited_for(
 ) -> None:
     base, manifest = published
     first, ahead, later, last = manifest.shards
-    with StreamingDownloader(source_of(base, small_disk), buffer_size=4, stop_free_bytes=0, at_once=1) as shards:
+    with StreamingDownloader(
+        source_of(base, small_disk), buffer_size=4, stop_free_bytes=0, at_once=1, retry_first_s=0.05
+    ) as shards:
         read = shards.wait_for_shard(first, 20)
         until = time.monotonic() + 20
         while len(shards.status().ready) < 2 and time.monotonic() < until:

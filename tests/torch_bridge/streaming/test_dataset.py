@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from protocol.errors import InvalidParamsError, TimedOutError
+from tests.support.bridge.forkserver import forkserver
 from torch_bridge import Ranks
 from torch_bridge.shards.sources.local import LocalSource
 from torch_bridge.shards.sources.subset import ShardSubset
@@ -50,9 +51,9 @@ def test_one_order_for_all_numbers_of_workers(folder: Path) -> None:
         assert ids(loader(dataset(folder), workers)) == alone
 
 
-@pytest.mark.timeout(150)
 def test_the_same_in_spawned_workers(folder: Path) -> None:
-    assert ids(loader(dataset(folder), 2, "spawn")) == ids(dataset(folder))
+    """Processes that share nothing with this one but what is pickled."""
+    assert ids(loader(dataset(folder), 2, forkserver().get_start_method())) == ids(dataset(folder))
 
 
 def test_continued_with_other_workers_and_ranks(folder: Path) -> None:
