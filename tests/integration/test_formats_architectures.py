@@ -1,13 +1,14 @@
 """Every architecture of the table, cut and run by the real llama.cpp: the whole model's logits to the bit.
 
-Each runs in a child process: llama.cpp aborts on some wrong cuts, and that must be one failed test.
+They run in a child process: llama.cpp aborts on some wrong cuts, and that must be one failed test.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -75,21 +76,58 @@ def difference(
     return float(max(np.abs(one - other).max() for one, other in zip(whole, parts, strict=True)))
 
 
-def in_child(folder: Path, *cases: tuple[Any, ...]) -> list[float | str]:
-    """Run `difference(folder, *case)` for each case in one process; what fails is its error's text."""
-    program = (
-        "import sys, pathlib\n"
+class Child:
+    """A process that runs `difference` for one case after the other; another takes over if llama.cpp aborts it."""
+
+    PROGRAM = (
+        "import ast, sys, pathlib\n"
         f"sys.path[:0] = {[str(Path(__file__).parents[2])]!r}\n"
         "from tests.integration.test_formats_architectures import difference\n"
-        "PATTERN = [True, True, True, True, True, False] * 2\n"
-        f"for case, options in {[(case[:-1], case[-1]) for case in cases]!r}:\n"
-        f"    try: print(difference(pathlib.Path({str(folder)!r}), *case, **options), flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    folder, case, options = ast.literal_eval(line)\n"
+        "    try: print(difference(pathlib.Path(folder), *case, **options), flush=True)\n"
         "    except Exception as err: print('!', repr(err)[:300], flush=True)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
-    lines = done.stdout.splitlines()
-    results: list[float | str] = [line if line.startswith("!") else float(line) for line in lines]
-    return results + [f"aborted: {done.stderr[-500:]}"] * (len(cases) - len(results))
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self, folder: Path, *cases: tuple[Any, ...]) -> list[float | str]:
+        """The difference of each case, (*arguments, options); the text of the error if it failed."""
+        return [self._one(folder, case[:-1], case[-1]) for case in cases]
+
+    def _one(self, folder: Path, case: tuple[Any, ...], options: dict[str, Any]) -> float | str:
+        if self._process is None:
+            with self._log.open("w") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", self.PROGRAM],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{(str(folder), case, options)!r}\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline().strip()
+        if not line:
+            self.close()
+            return f"aborted: {self._log.read_text()[-500:]}"
+        return line if line.startswith("!") else float(line)
+
+    def close(self) -> None:
+        if self._process is not None:
+            with self._process as process:
+                process.kill()
+            self._process = None
+
+
+@pytest.fixture(scope="module")
+def child(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
+    with closing(Child(tmp_path_factory.mktemp("child") / "stderr")) as child:
+        yield child
 
 
 def groups(names: Sequence[str], size: int) -> list[Sequence[str]]:
@@ -97,25 +135,25 @@ def groups(names: Sequence[str], size: int) -> list[Sequence[str]]:
 
 
 @pytest.mark.parametrize("names", groups([*sorted(TABLE), "llama experts"], 6), ids=" ".join)
-def test_slices_compute_what_the_whole_model_does(tmp_path: Path, names: Sequence[str]) -> None:
+def test_slices_compute_what_the_whole_model_does(child: Child, tmp_path: Path, names: Sequence[str]) -> None:
     cases = [(name, {}) for name in names]
-    assert dict(zip(names, in_child(tmp_path, *cases), strict=True)) == dict.fromkeys(names, 0.0)
+    assert dict(zip(names, child.run(tmp_path, *cases), strict=True)) == dict.fromkeys(names, 0.0)
 
 
-def test_every_layer_may_begin_a_slice_where_the_table_gives_no_period(tmp_path: Path) -> None:
+def test_every_layer_may_begin_a_slice_where_the_table_gives_no_period(child: Child, tmp_path: Path) -> None:
     names = ["llama", "qwen2", "granite", "deepseek2", "dots1", "minicpm"]
-    assert in_child(tmp_path, *((name, UNEVEN, {}) for name in names)) == [0.0] * len(names)
+    assert child.run(tmp_path, *((name, UNEVEN, {}) for name in names)) == [0.0] * len(names)
 
 
-def test_periods_are_real(tmp_path: Path) -> None:
+def test_periods_are_real(child: Child, tmp_path: Path) -> None:
     """Cut beside the period, the slices compute something else: the table forbids nothing for nothing."""
     names = ["gemma3", "gpt-oss", "cohere2", "olmo2", "smollm3"]
-    found = in_child(tmp_path, *((name, (0, 3, 7, LAYERS), {}) for name in names))
+    found = child.run(tmp_path, *((name, (0, 3, 7, LAYERS), {}) for name in names))
     assert all(isinstance(value, float) and value > 0.1 for value in found), found
 
 
-def test_refused_architectures_would_go_wrong(tmp_path: Path) -> None:
-    found = in_child(
+def test_refused_architectures_would_go_wrong(child: Child, tmp_path: Path) -> None:
+    found = child.run(
         tmp_path,
         ("gemma", (0, 6, LAYERS), {}),
         ("gemma2", (0, 6, LAYERS), {}),
@@ -124,10 +162,10 @@ def test_refused_architectures_would_go_wrong(tmp_path: Path) -> None:
     assert all(isinstance(value, float) and value > 0.1 for value in found), found
 
 
-def test_patterns_in_the_metadata_are_followed(tmp_path: Path) -> None:
+def test_patterns_in_the_metadata_are_followed(child: Child, tmp_path: Path) -> None:
     period, each = {"attention.sliding_window_pattern": 4}, {"attention.sliding_window_pattern": PATTERN}
     windowless = {"attention.sliding_window": 0}
-    found = in_child(
+    found = child.run(
         tmp_path,
         ("gemma3", (0, 4, 8, LAYERS), period, {}),
         ("gemma3", UNEVEN, each, {}),
@@ -138,11 +176,11 @@ def test_patterns_in_the_metadata_are_followed(tmp_path: Path) -> None:
     assert found == [0.0] * 5
 
 
-def test_tied_and_untied_outputs(tmp_path: Path) -> None:
-    found = in_child(tmp_path, ("llama", UNEVEN, {"tied": True}), ("llama", UNEVEN, {"tied": False}))
+def test_tied_and_untied_outputs(child: Child, tmp_path: Path) -> None:
+    found = child.run(tmp_path, ("llama", UNEVEN, {"tied": True}), ("llama", UNEVEN, {"tied": False}))
     assert found == [0.0, 0.0]
 
 
-def test_a_value_for_each_layer_is_divided_with_the_layers(tmp_path: Path) -> None:
+def test_a_value_for_each_layer_is_divided_with_the_layers(child: Child, tmp_path: Path) -> None:
     metadata = {"feed_forward_length": [128] * LAYERS, "attention.head_count_kv": [2] * LAYERS}
-    assert in_child(tmp_path, ("llama", UNEVEN, metadata, {})) == [0.0]
+    assert child.run(tmp_path, ("llama", UNEVEN, metadata, {})) == [0.0]

@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import pytest_asyncio
 
 from node.pipeline.driver.attempt import DriverSettings
 from protocol.commands.common import ChatMessage
@@ -27,15 +28,32 @@ from protocol.commands.sessions import (
 )
 from protocol.commands.tasks import Sampling
 from protocol.errors import ContextOverflowError, EngineError, InvalidShardError, ShardNotLoadedError, StageLostError
-from tests.support.pipeline.nodes import Cluster, Slices, WholeModel, cluster, cut_real_model, stage_node
+from tests.support.pipeline.nodes import (
+    Cluster,
+    Slices,
+    StageNode,
+    WholeModel,
+    arranged,
+    read_slices,
+    stage_node,
+    stage_nodes,
+)
 from tests.support.waiting import OwnPauses
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 LONG = "Once upon a time, in a land far away, there lived a curious fox who counted every star. " * 3
 
 
 @pytest.fixture(scope="module")
-def slices(tmp_path_factory: pytest.TempPathFactory) -> Slices:
-    return cut_real_model(tmp_path_factory.mktemp("slices"))
+def slices(smollm2_shards: Path) -> Slices:
+    return read_slices(smollm2_shards)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def hosts() -> AsyncIterator[list[StageNode]]:
+    """Three nodes for all tests: an engine process takes a second to start, and its transport another to connect."""
+    async with stage_nodes(3) as nodes:
+        yield nodes
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +65,9 @@ def whole() -> Iterator[WholeModel]:
 
 @pytest.mark.parametrize("runs", [pytest.param([[0], [1, 2]], marks=pytest.mark.slow), [[0], [1], [2]]])
 async def test_stages_draw_the_tokens_of_the_whole_model(
-    slices: Slices, whole: WholeModel, runs: list[list[int]]
+    slices: Slices, hosts: list[StageNode], whole: WholeModel, runs: list[list[int]]
 ) -> None:
-    async with cluster(slices, runs) as nodes:
+    async with arranged(slices, hosts, runs) as nodes:
         for prompt in ("The capital of France is", LONG):
             generation = nodes.generation(prompt, 16)
             assert [token.token async for token in generation.tokens()] == whole.generate(prompt, 16)
@@ -61,25 +79,6 @@ async def test_stages_draw_the_tokens_of_the_whole_model(
         figures = [(await node.stages.status()) for node in nodes.nodes.values()]
         assert all(status.sessions == 0 for [status], _ in figures)
         assert all(transport.sent_frames and transport.received_frames for _, transport in figures)
-
-
-async def test_two_sessions_at_once(slices: Slices, whole: WholeModel) -> None:
-    async with cluster(slices, [[0], [1, 2]]) as nodes:
-        prompts = ["The capital of France is", LONG]
-        both = await asyncio.gather(*(nodes.generate(prompt, 16) for prompt in prompts))
-        assert both == [whole.generate(prompt, 16) for prompt in prompts]
-
-
-async def test_one_node_alone_and_a_chat(slices: Slices, whole: WholeModel) -> None:
-    async with cluster(slices, [[0, 1, 2]]) as nodes:
-        assert await nodes.generate(LONG, 8) == whole.generate(LONG, 8)
-        [node] = nodes.nodes.values()
-        messages = (ChatMessage(role="user", content="Hi"),)
-        tokens = await node.stages.tokenize(TokenizeParams(model=slices.digest, messages=messages))
-        ids = [int.from_bytes(tokens[n : n + 4], "little") for n in range(0, len(tokens), 4)]
-        assert ids[0] == 1, "<|im_start|> is one token"
-        text = b"".join(map(whole.tokenizer.piece, ids)).decode()
-        assert text.endswith("user\nHi\nassistant\n")
 
 
 async def opened(nodes: Cluster, max_tokens: int) -> tuple[asyncio.Queue[SessionToken | SessionFailed], list[str]]:
@@ -118,8 +117,8 @@ async def opened(nodes: Cluster, max_tokens: int) -> tuple[asyncio.Queue[Session
     return events, tickets
 
 
-async def test_a_killed_stage_is_noticed_and_the_node_goes_on(slices: Slices) -> None:
-    async with cluster(slices, [[0], [1], [2]]) as nodes, OwnPauses.watched() as pauses:
+async def test_a_killed_stage_is_noticed_and_the_node_goes_on(slices: Slices, hosts: list[StageNode]) -> None:
+    async with arranged(slices, hosts, [[0], [1], [2]]) as nodes, OwnPauses.watched() as pauses:
         first, middle, last = nodes.nodes.values()
         events, _ = await opened(nodes, 200)
         for _ in range(5):
@@ -148,52 +147,17 @@ async def test_a_killed_stage_is_noticed_and_the_node_goes_on(slices: Slices) ->
         assert len(await nodes.generate("One, two", 4)) == 4
 
 
-@pytest.mark.parametrize("exact", [True, pytest.param(False, marks=pytest.mark.slow)])
-async def test_a_generation_survives_the_death_of_a_stage(slices: Slices, whole: WholeModel, exact: bool) -> None:
-    async with cluster(slices, [[0], [1, 2]]) as nodes:
-        generation = nodes.generation(LONG, 24, exact=exact)
-        _, last = nodes.nodes.values()
-        found: list[int] = []
-        async with contextlib.aclosing(generation.tokens()) as tokens:
-            async for token in tokens:
-                found.append(token.token)
-                if len(found) == 8:
-                    os.kill(await last.engine_pid(), signal.SIGKILL)
-        assert generation.attempts == 2
-        assert found == whole.generate(LONG, 24)
+async def test_two_sessions_at_once(slices: Slices, hosts: list[StageNode], whole: WholeModel) -> None:
+    async with arranged(slices, hosts, [[0], [1, 2]]) as nodes:
+        prompts = ["The capital of France is", LONG]
+        both = await asyncio.gather(*(nodes.generate(prompt, 16) for prompt in prompts))
+        assert both == [whole.generate(prompt, 16) for prompt in prompts]
 
 
-async def test_a_stage_that_hangs_is_noticed_by_its_neighbours(slices: Slices) -> None:
-    async with cluster(slices, [[0], [1, 2]]) as nodes:
-        events, _ = await opened(nodes, 200)
-        assert isinstance(await asyncio.wait_for(events.get(), 10), SessionToken)
-        pid = await list(nodes.nodes.values())[1].engine_pid()
-        os.kill(pid, signal.SIGSTOP)
-        stopped = time.monotonic()
-        try:
-            while not isinstance(event := await asyncio.wait_for(events.get(), 10), SessionFailed):
-                pass
-            assert time.monotonic() - stopped < 5  # 3 s where the machine is not overloaded
-            assert (event.stage, event.error["code"]) == (0, "peer_lost")
-        finally:
-            os.kill(pid, signal.SIGCONT)
-
-
-async def test_when_no_attempt_works_it_says_so(slices: Slices) -> None:
-    async with cluster(slices, [[0, 1, 2]]) as nodes:
-        [node] = nodes.nodes.values()
-
-        async def unlucky() -> None:
-            async for _ in nodes.generation("Hello", 200, settings=DriverSettings(lost_node_timeout_s=0.01)).tokens():
-                for status in (await node.stages.status())[0]:  # none, while tokens of a dead one still come
-                    os.kill(status.pid, signal.SIGKILL)
-
-        with pytest.raises(StageLostError, match="broke 3 times"):
-            await unlucky()
-
-
-async def test_what_does_not_fit_the_context_is_refused_before_anything_runs(slices: Slices) -> None:
-    async with cluster(slices, [[0], [1, 2]]) as nodes:
+async def test_what_does_not_fit_the_context_is_refused_before_anything_runs(
+    slices: Slices, hosts: list[StageNode]
+) -> None:
+    async with arranged(slices, hosts, [[0], [1, 2]]) as nodes:
         with pytest.raises(ContextOverflowError, match="room for 256"):
             await nodes.generate("Hello", 300)
         assert len(nodes.plans) == 1
@@ -203,8 +167,10 @@ async def test_what_does_not_fit_the_context_is_refused_before_anything_runs(sli
             assert (await node.stages.status())[0][0].sessions == 0
 
 
-async def test_a_driver_that_leaves_early_or_dies_leaves_nothing_running(slices: Slices) -> None:
-    async with cluster(slices, [[0], [1, 2]]) as nodes:
+async def test_a_driver_that_leaves_early_or_dies_leaves_nothing_running(
+    slices: Slices, hosts: list[StageNode]
+) -> None:
+    async with arranged(slices, hosts, [[0], [1, 2]]) as nodes:
 
         async def sessions() -> list[int]:
             return [(await node.stages.status())[0][0].sessions for node in nodes.nodes.values()]
@@ -229,6 +195,64 @@ async def test_a_driver_that_leaves_early_or_dies_leaves_nothing_running(slices:
                 return
             await asyncio.sleep(0.05)
         raise AssertionError(await sessions())
+
+
+async def test_a_stage_that_hangs_is_noticed_by_its_neighbours(slices: Slices, hosts: list[StageNode]) -> None:
+    async with arranged(slices, hosts, [[0], [1, 2]]) as nodes:
+        events, _ = await opened(nodes, 200)
+        assert isinstance(await asyncio.wait_for(events.get(), 10), SessionToken)
+        pid = await list(nodes.nodes.values())[1].engine_pid()
+        os.kill(pid, signal.SIGSTOP)
+        stopped = time.monotonic()
+        try:
+            while not isinstance(event := await asyncio.wait_for(events.get(), 10), SessionFailed):
+                pass
+            assert time.monotonic() - stopped < 5  # 3 s where the machine is not overloaded
+            assert (event.stage, event.error["code"]) == (0, "peer_lost")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("exact", [True, pytest.param(False, marks=pytest.mark.slow)])
+async def test_a_generation_survives_the_death_of_a_stage(
+    slices: Slices, hosts: list[StageNode], whole: WholeModel, exact: bool
+) -> None:
+    async with arranged(slices, hosts, [[0], [1, 2]]) as nodes:
+        generation = nodes.generation(LONG, 24, exact=exact)
+        _, last = nodes.nodes.values()
+        found: list[int] = []
+        async with contextlib.aclosing(generation.tokens()) as tokens:
+            async for token in tokens:
+                found.append(token.token)
+                if len(found) == 8:
+                    os.kill(await last.engine_pid(), signal.SIGKILL)
+        assert generation.attempts == 2
+        assert found == whole.generate(LONG, 24)
+
+
+async def test_one_node_alone_and_a_chat(slices: Slices, hosts: list[StageNode], whole: WholeModel) -> None:
+    async with arranged(slices, hosts, [[0, 1, 2]]) as nodes:
+        assert await nodes.generate(LONG, 8) == whole.generate(LONG, 8)
+        [node] = nodes.nodes.values()
+        messages = (ChatMessage(role="user", content="Hi"),)
+        tokens = await node.stages.tokenize(TokenizeParams(model=slices.digest, messages=messages))
+        ids = [int.from_bytes(tokens[n : n + 4], "little") for n in range(0, len(tokens), 4)]
+        assert ids[0] == 1, "<|im_start|> is one token"
+        text = b"".join(map(whole.tokenizer.piece, ids)).decode()
+        assert text.endswith("user\nHi\nassistant\n")
+
+
+async def test_when_no_attempt_works_it_says_so(slices: Slices, hosts: list[StageNode]) -> None:
+    async with arranged(slices, hosts, [[0, 1, 2]]) as nodes:
+        [node] = nodes.nodes.values()
+
+        async def unlucky() -> None:
+            async for _ in nodes.generation("Hello", 200, settings=DriverSettings(lost_node_timeout_s=0.01)).tokens():
+                for status in (await node.stages.status())[0]:  # none, while tokens of a dead one still come
+                    os.kill(status.pid, signal.SIGKILL)
+
+        with pytest.raises(StageLostError, match="broke 3 times"):
+            await unlucky()
 
 
 async def test_a_bad_file_is_refused_and_a_good_one_loads_after_it(slices: Slices, tmp_path: Path) -> None:
@@ -269,16 +293,20 @@ asyncio.run(main())
 """
 
 
-def test_the_engine_process_ends_with_its_daemon_and_prints_nothing_to_stdout(slices: Slices) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", DAEMON, str(slices.path(1))],
+async def test_the_engine_process_ends_with_its_daemon_and_prints_nothing_to_stdout(slices: Slices) -> None:
+    daemon = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        DAEMON,
+        str(slices.path(1)),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    ) as daemon:
-        assert daemon.stdout is not None
-        pid = int(daemon.stdout.readline())
-        engine = psutil.Process(pid)
-        daemon.kill()
-        assert daemon.stdout.read() == b""
-        engine.wait(timeout=10)
+    )
+    assert daemon.stdout is not None
+    pid = int(await daemon.stdout.readline())
+    engine = psutil.Process(pid)
+    daemon.kill()
+    assert await daemon.stdout.read() == b""
+    await daemon.wait()
+    await asyncio.to_thread(engine.wait, timeout=10)

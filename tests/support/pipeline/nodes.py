@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
-from collections.abc import AsyncIterator, Sequence
+import itertools
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from node.background import Background
-from node.formats.split import split_gguf
 from node.handlers.sessions import SessionHandlers
 from node.handlers.table import session_commands
 from node.pipeline.driver.attempt import DriverSettings, GenerationRequest
@@ -28,7 +29,8 @@ from node.rpc import RpcServer
 from protocol.client import Client
 from protocol.commands.tasks import Sampling
 from protocol.ids import ManifestDigest, NodeId
-from protocol.manifest import Manifest
+from protocol.manifest import MANIFEST_FILENAME, Manifest
+from tests.support.waiting import eventually
 
 SETTINGS = EngineSettings(threads=1, ctx_size=256, max_sessions=3)
 N_SLICES = 3
@@ -57,8 +59,10 @@ class Slices:
         return self.folder / self.manifest.shard(shard_id).filename
 
 
-def cut_real_model(folder: Path) -> Slices:
-    return Slices(folder, split_gguf(real_model(), folder, shards=N_SLICES))
+def read_slices(folder: Path) -> Slices:
+    """A folder that `split` wrote."""
+    content = msgspec.json.decode((folder / MANIFEST_FILENAME).read_bytes())
+    return Slices(folder, msgspec.convert(content["manifest"], Manifest))
 
 
 @dataclass
@@ -131,12 +135,36 @@ class Cluster:
 
 
 @contextlib.asynccontextmanager
-async def cluster(slices: Slices, runs: Sequence[Sequence[int]]) -> AsyncIterator[Cluster]:
-    """One node for each run of shards, loaded."""
+async def stage_nodes(count: int) -> AsyncIterator[list[StageNode]]:
+    """Nodes that have loaded nothing."""
     async with contextlib.AsyncExitStack() as stack:
-        nodes = [await stack.enter_async_context(stage_node(f"{n:064x}")) for n in range(len(runs))]
-        await asyncio.gather(*(node.load(slices, run) for node, run in zip(nodes, runs, strict=True)))
-        yield Cluster(slices, nodes)
+        yield [await stack.enter_async_context(stage_node(f"{n:064x}")) for n in range(count)]
+
+
+@contextlib.asynccontextmanager
+async def arranged(slices: Slices, hosts: Sequence[StageNode], runs: Sequence[Sequence[int]]) -> AsyncIterator[Cluster]:
+    """A cluster in which each run of shards is loaded on a node of its own, and nothing else is.
+
+    What is loaded there already stays. At the end no session may be left open.
+    """
+
+    async def arrange(host: StageNode, run: Sequence[int]) -> None:
+        await host.load(slices, run)
+        for shard_id in host.stages.loaded(slices.digest) - set(run):
+            await host.stages.unload(slices.digest, shard_id)
+        host.died.clear()
+
+    await asyncio.gather(*itertools.starmap(arrange, itertools.zip_longest(hosts, runs, fillvalue=())))
+    nodes = list(hosts[: len(runs)])
+    yield Cluster(slices, nodes)
+
+    async def sessions() -> int:
+        return sum([status.sessions for node in nodes for status in (await node.stages.status())[0]])
+
+    async def all_closed() -> bool:
+        return await sessions() == 0
+
+    await eventually(all_closed)
 
 
 class WholeModel:
@@ -146,32 +174,29 @@ class WholeModel:
         self._engine = Engine(SETTINGS)
         self._engine.load(0, real_model())
         self.tokenizer = self._engine.vocabulary(0)
-        self._known: dict[tuple[str, int, Sampling | None], list[int]] = {}
+        self._streams: dict[tuple[str, Sampling], tuple[list[int], Iterator[int]]] = {}
 
     def generate(self, prompt: str, max_tokens: int, sampling: Sampling | None = None) -> list[int]:
-        """At most `max_tokens` tokens; asked twice, computed once."""
-        asked = (prompt, max_tokens, sampling)
-        if asked not in self._known:
-            self._known[asked] = self._generate(*asked)
-        return self._known[asked]
+        """At most `max_tokens` tokens; each is computed once. At most `max_sessions` prompts."""
+        asked = (prompt, sampling or Sampling())
+        found, stream = self._streams.setdefault(asked, ([], self._stream(*asked)))
+        found += itertools.islice(stream, max(0, max_tokens - len(found)))
+        return found[:max_tokens]
 
-    def _generate(self, prompt: str, max_tokens: int, sampling: Sampling | None) -> list[int]:
+    def _stream(self, prompt: str, sampling: Sampling) -> Iterator[int]:
         engine, sequence = self._engine, self._engine.open_sequence()
-        tokens = self.tokenizer.tokenize(prompt, add_special=True, parse_special=False)
-        found: list[int] = []
+        values = np.asarray(self.tokenizer.tokenize(prompt, add_special=True, parse_special=False), np.int32)
         position = 0
-        values = np.asarray(tokens, np.int32)
-        while len(found) < max_tokens:
+        while True:
             for start in range(0, len(values), PREFILL_CHUNK):
                 chunk = values[start : start + PREFILL_CHUNK]
                 [logits] = engine.forward([0], [Slot(sequence, position, chunk)])
                 position += len(chunk)
-            found.append(engine.sample(logits, sampling or Sampling(), position))
-            if self.tokenizer.is_end(found[-1]):
-                break
-            values = np.asarray(found[-1:], np.int32)
-        engine.close_sequence(sequence)
-        return found
+            token = engine.sample(logits, sampling, position)
+            yield token
+            if self.tokenizer.is_end(token):
+                return
+            values = np.asarray([token], np.int32)
 
     def close(self) -> None:
         self._engine.close()
