@@ -128,7 +128,8 @@ class ShardLoader:
         report.send("loading", entry.size, entry.size)
         async with self._one_load:
             if not self.is_loaded(signed, entry):
-                await asyncio.to_thread(check_memory, fetched.path, self._engine)
+                # A process of the store's parses the header, which a stranger may have written.
+                check_memory(entry.filename, await self._shards.model_sizes(fetched.path), self._engine)
                 await self._stages.load(signed.digest, entry.shard_id, fetched.path, name=signed.manifest.name)
                 log.info("loaded shard %d of %s", entry.shard_id, signed.manifest.name)
         await self.tell_loaded(signed.digest)
@@ -247,7 +248,7 @@ class ShardHandlers:
 
 
 def _refuse_above(available: int, entry: ShardEntry) -> None:
-    """Before any byte moves: the weights alone. `check_memory` counts the rest, from the file."""
+    """Before any byte moves: the weights alone. `check_memory` counts the rest, from the file's header."""
     if entry.size > available:
         raise InsufficientMemoryError(
             f"shard {entry.shard_id} ({entry.filename}) has {entry.size >> 20} MiB of weights, {available >> 20} MiB "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from node.clock import Clock
+from node.formats.hyperparameters import ModelSizes
 from node.shards.eviction import Custody
 from node.shards.fetch.download import FetchNetwork, FetchStore
 from node.shards.fetch.fetcher import Fetcher
@@ -28,7 +29,7 @@ from node.shards.store.catalog import Catalog, ShardFile
 from node.shards.store.disk_space import Space
 from node.shards.store.file_info import file_info
 from node.shards.store.hash_cache import Index
-from node.shards.store.hasher import Hasher
+from node.shards.store.hasher import FileChangedError, Hasher
 from node.shards.store.scanner import Survey
 from node.shards.store.seeding import Seeds
 from node.shards.store.verifier import Admission
@@ -36,6 +37,7 @@ from node.shards.store.watch import watch
 from protocol.commands.common import ShardSelector
 from protocol.commands.nodes import DownloadStatus
 from protocol.commands.shards import FileInfo
+from protocol.errors import InvalidShardError
 from protocol.ids import ContentId, ManifestDigest
 from protocol.manifest import Shard, ShardEntry, ShardRef, SignedManifest
 from protocol.signing import SigningKey
@@ -67,7 +69,7 @@ class Shards:
         key: SigningKey,
         rpc_port: int,
         index: Index,
-        hashers: tuple[Hasher, Hasher],
+        hashers: tuple[Hasher, Hasher, Hasher],
         origin: Origin | None,
         tasks: asyncio.TaskGroup,
         clock: Clock,
@@ -75,7 +77,7 @@ class Shards:
         self._settings = settings
         self._tasks = tasks
         self._index = index
-        self._reader, self._urgent = hashers
+        self._reader, self._urgent, self._headers = hashers
         self._catalog = Catalog()
         self._seeds = Seeds(swarm, index)
         self._admission = Admission(settings, self._catalog, index, self._reader, self._seeds, key)
@@ -131,7 +133,7 @@ class Shards:
         """
         settings = await asyncio.to_thread(_with_folders, settings)
         index = await asyncio.to_thread(Index, settings.data_dir / INDEX_FILENAME)
-        hashers = Hasher(), Hasher()
+        hashers = Hasher(), Hasher(), Hasher()
         failure: Exception | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -290,6 +292,18 @@ class Shards:
         Raises ShardNotFoundError where it is not here.
         """
         return await self._custody.verify(Shard(signed, entry))
+
+    async def model_sizes(self, path: Path) -> ModelSizes:
+        """The sizes in the header of a shard's GGUF, by which its memory is estimated. A process of its own parses it.
+
+        Raises InvalidShardError for a header that llama.cpp could not load, or a file that is written to meanwhile.
+        """
+        try:
+            return await self._headers.model_sizes(path)
+        except FileChangedError:
+            raise InvalidShardError(f"{path.name} is written to by somebody else; try again when it is whole") from None
+        except OSError as err:
+            raise InvalidShardError(f"{path.name} cannot be read: {err}") from None
 
     async def set_loaded(self, digest: ManifestDigest, shard_ids: frozenset[int]) -> None:
         """A stage has exactly these shards of a manifest loaded now; returns when others were told, or tried to be."""

@@ -8,8 +8,7 @@ hidden_tap       the hidden state after a slice's last layer, out of the eval ca
 sampling         a token from logits
 vocabulary       tokens to text and back
 chat             messages to a prompt, by the model's chat template
-memory           the memory that a shard takes, from its header
-hyperparameters  the numbers of a GGUF's header; those on which llama.cpp aborts are refused
+memory           the memory that a shard takes, from the sizes in its header
 settings         of an engine; the constants that fix the shapes of batches
 llama            the C functions and structs of one pinned version of the library
 log              the library's log, into Python's

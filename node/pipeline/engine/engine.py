@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from node.formats.gguf import read_gguf
+from node.formats.hyperparameters import model_sizes
 from node.pipeline.engine.batch import Slot, TokenBatch
 from node.pipeline.engine.llama import library
 from node.pipeline.engine.loaded_shard import LoadedShard
@@ -76,7 +78,7 @@ class Engine:
         if shard_id in self._shards:
             raise EngineError(f"shard {shard_id} is loaded already ({self._shards[shard_id].name})")
         try:
-            memory_bytes = check_memory(path, self.settings)
+            memory_bytes = check_memory(path.name, model_sizes(read_gguf(path)), self.settings)
         except OSError as err:
             raise InvalidShardError(f"cannot read {path.name}: {err}") from None
         shard = LlamaShard(path, self.settings, memory_bytes)

@@ -16,12 +16,12 @@ from typing import BinaryIO
 
 import msgspec
 
+from node.formats.gguf import read_gguf
+from node.formats.hyperparameters import ModelSizes, model_sizes
 from node.formats.kinds import check_shard
 from protocol.content import hash_file
 from protocol.errors import InvalidShardError
 from protocol.manifest import ShardKind
-
-ADVANCE_INTERVAL_S = 0.25
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -33,6 +33,10 @@ class Job(msgspec.Struct, frozen=True):
     check: bool
     """Look at its structure."""
     hash: bool
+    sizes: bool = False
+    """Read the sizes in the header of a GGUF."""
+    progress_s: float = 0.25
+    """Between one `Advance` and the next."""
 
 
 class Advance(msgspec.Struct, frozen=True, tag="advance"):
@@ -49,7 +53,9 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     content_id: str | None
     piece_layer: bytes
     rows: int | None = None
-    """Of a parquet file, where its structure was looked at."""
+    """Of a parquet file whose structure was looked at."""
+    sizes: ModelSizes | None = None
+    """Of a GGUF, if they were asked for."""
 
 
 class Changed(msgspec.Struct, frozen=True, tag="changed"):
@@ -78,13 +84,14 @@ def do(job: Job, answers: BinaryIO) -> Answer:
 
     def advance(bytes_done: int) -> None:
         nonlocal told
-        if time.monotonic() - told > ADVANCE_INTERVAL_S:
+        if time.monotonic() - told >= job.progress_s:
             told = time.monotonic()
             write_frame(answers, msgspec.msgpack.encode(Advance(bytes_done)))
 
     try:
         before = path.stat()
         rows = check_shard(path, job.kind) if job.check else None
+        sizes = model_sizes(read_gguf(path)) if job.sizes else None
         content = hash_file(path, advance) if job.hash else None
         after = path.stat()
     except InvalidShardError as err:
@@ -98,10 +105,10 @@ def do(job: Job, answers: BinaryIO) -> Answer:
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         return Changed()
     if content is None:
-        return Done(after.st_size, after.st_mtime_ns, None, b"", rows)
+        return Done(after.st_size, after.st_mtime_ns, None, b"", rows, sizes)
     if content.size != after.st_size:
         return Changed()
-    return Done(after.st_size, after.st_mtime_ns, content.content_id, content.piece_layer, rows)
+    return Done(after.st_size, after.st_mtime_ns, content.content_id, content.piece_layer, rows, sizes)
 
 
 def write_frame(stream: BinaryIO, data: bytes) -> None:

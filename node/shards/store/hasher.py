@@ -13,6 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from node.files import Fingerprint
+from node.formats.hyperparameters import ModelSizes
 from node.shards.store.hash_worker import Advance, Answer, Changed, Done, Job, Refused, Unreadable
 from protocol.content import ContentHash
 from protocol.errors import CancelledRequestError, InvalidShardError
@@ -44,7 +45,9 @@ class Hasher:
     A job whose process dies is tried a second time; a file that ends two processes is called invalid.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, progress_s: float = 0.25) -> None:
+        self._progress_s = progress_s
+        """How often a job tells how far it is."""
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
         self._closed = False
@@ -60,11 +63,19 @@ class Hasher:
         done = await self._run(Job(os.fsencode(path), kind, check=True, hash=False), None)
         return Fingerprint(done.size, done.mtime_ns)
 
+    async def model_sizes(self, path: Path) -> ModelSizes:
+        """The sizes in a GGUF's header. Raises InvalidShardError, FileChangedError or OSError."""
+        done = await self._run(Job(os.fsencode(path), "gguf", check=False, hash=False, sizes=True), None)
+        assert done.sizes is not None, "the worker was asked for them"
+        return done.sizes
+
     async def hash(
         self, path: Path, kind: ShardKind, *, check: bool = True, progress: Callable[[int], None] | None = None
     ) -> Hashed:
         """Check a file's structure if asked to, and hash it. Raises InvalidShardError, FileChangedError or OSError."""
-        done = await self._run(Job(os.fsencode(path), kind, check=check, hash=True), progress)
+        done = await self._run(
+            Job(os.fsencode(path), kind, check=check, hash=True, progress_s=self._progress_s), progress
+        )
         self.hashed_bytes += done.size
         content = ContentHash(done.size, ContentId(done.content_id or ""), done.piece_layer)
         return Hashed(Fingerprint(done.size, done.mtime_ns), content, done.rows)

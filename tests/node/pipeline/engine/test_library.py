@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from node.formats.gguf import read_gguf
+from node.formats.hyperparameters import model_sizes
 from node.pipeline.engine import llama
 from node.pipeline.engine.engine import Engine
 from node.pipeline.engine.log import MAX_LINE_CHARS, MAX_LINES_PER_MINUTE, LineLog
@@ -100,8 +102,9 @@ def test_settings_are_checked() -> None:
 def test_the_estimate_grows_with_what_is_kept(tmp_path: Path) -> None:
     """KV cache: 4 layers, 2 heads of 16 for keys and for values, 2 bytes each, for every position."""
     path = write_tiny_gguf(tmp_path / "tiny.gguf")
+    sizes = model_sizes(read_gguf(path))
     small, long, many = (
-        estimate_memory(path, EngineSettings(ctx_size=ctx_size, max_sessions=sessions))
+        estimate_memory(sizes, EngineSettings(ctx_size=ctx_size, max_sessions=sessions))
         for ctx_size, sessions in ((1024, 1), (2048, 1), (1024, 5))
     )
     cache = 4 * 2 * (16 + 16) * 2 * 1024
@@ -127,7 +130,7 @@ def test_an_estimate_is_an_upper_bound(tmp_path: Path) -> None:
 def test_too_little_memory_is_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_tiny_gguf(tmp_path / "tiny.gguf")
     settings = EngineSettings(ctx_size=1 << 20, max_sessions=200)
-    assert estimate_memory(path, settings) > 100 << 30
+    assert estimate_memory(model_sizes(read_gguf(path)), settings) > 100 << 30
     with Engine(settings) as engine:
         monkeypatch.setattr("node.pipeline.engine.memory.available_memory_bytes", lambda: 100 << 30)
         with pytest.raises(InsufficientMemoryError, match="MiB are available"):

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from node.formats import gguf as gguf_module
+from node.formats.gguf import read_gguf
+from node.formats.hyperparameters import model_sizes
 from node.shards.store import hasher as hasher_module
 from node.shards.store.hasher import Hasher
 from protocol.content import hash_file
 from protocol.errors import InvalidShardError
+from tests.support.gguf.tiny_gguf import write_tiny_gguf
 from tests.support.shards.parts import write_shard
 
 
@@ -59,6 +63,23 @@ async def test_what_is_not_whole_is_named(tmp_path: Path) -> None:
     await hasher.close()
 
 
+async def test_the_sizes_of_a_model_are_read_in_the_process_and_never_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, bare = write_tiny_gguf(tmp_path / "tiny.gguf"), write_shard(tmp_path / "bare.gguf")
+    expected = model_sizes(read_gguf(model))
+    assert expected.kv_bytes_per_token == 4 * 2 * (16 + 16) * 2  # layers, heads, key and value, 16 bits
+    monkeypatch.delattr(gguf_module._Header, "read")
+    hasher = Hasher()
+    assert await hasher.model_sizes(model) == expected
+    with pytest.raises(InvalidShardError, match=r"general\.architecture|block_count"):
+        await hasher.model_sizes(bare)
+    (tmp_path / "cut.gguf").write_bytes(model.read_bytes()[:100])
+    with pytest.raises(InvalidShardError, match=r"cut\.gguf"):
+        await hasher.model_sizes(tmp_path / "cut.gguf")
+    await hasher.close()
+
+
 async def wait_for_progress(hasher: Hasher, path: Path) -> tuple[asyncio.Task[object], int]:
     """A job that is certainly being worked on, and the process that does."""
     seen = asyncio.Event()
@@ -72,12 +93,12 @@ async def wait_for_progress(hasher: Hasher, path: Path) -> tuple[asyncio.Task[ob
 def large(tmp_path: Path) -> Path:
     path = tmp_path / "large.bin"
     with path.open("wb") as file:
-        file.truncate(800 << 20)
+        file.truncate(50 << 20)
     return path
 
 
 async def test_a_killed_process_is_started_again_and_the_file_hashed(large: Path) -> None:
-    hasher = Hasher()
+    hasher = Hasher(progress_s=0.0)
     task, pid = await wait_for_progress(hasher, large)
     os.kill(pid, signal.SIGKILL)
     hashed = await task
@@ -95,7 +116,7 @@ async def test_a_file_that_kills_the_process_twice_is_invalid(tmp_path: Path, mo
 
 
 async def test_a_cancelled_job_does_not_answer_the_next(large: Path, tmp_path: Path) -> None:
-    hasher = Hasher()
+    hasher = Hasher(progress_s=0.0)
     task, _ = await wait_for_progress(hasher, large)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -106,7 +127,7 @@ async def test_a_cancelled_job_does_not_answer_the_next(large: Path, tmp_path: P
 
 
 async def test_closing_does_not_wait_for_a_large_file(large: Path) -> None:
-    hasher = Hasher()
+    hasher = Hasher(progress_s=0.0)
     task, pid = await wait_for_progress(hasher, large)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)

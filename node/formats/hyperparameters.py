@@ -1,4 +1,4 @@
-"""Reads a model's hyperparameters from its GGUF header, and refuses those that would end the process.
+"""A model's hyperparameters as its GGUF header gives them; those that would end llama.cpp's process are refused.
 
 llama.cpp answers most broken files with an error. Some it answers with GGML_ASSERT, which calls abort(), or with a
 C++ exception that no C caller can catch. Tried with version 2026.10.11549 of the wheel, on small models broken on
@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import math
 
+import msgspec
+
 from node.formats.gguf import GgufFile, GgufValue
 from protocol.errors import InvalidShardError
 
+_F16_BYTES = 2
 _MAX_LAYERS = 512
 """LLAMA_MAX_LAYERS."""
 _MAX_EXPERTS = 1024
@@ -21,6 +24,44 @@ _MAX_EXPERTS = 1024
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 _TOKENIZERS = ("llama", "gpt2", "t5", "gemma4", "plamo2", "plamo3", "no_vocab", "none")
 """Of generating models; `bert` aborts where it has to turn bytes to tokens."""
+
+
+class ModelSizes(msgspec.Struct, frozen=True, kw_only=True):
+    """The sizes in a GGUF's header on which it depends how much memory the file takes when it is loaded."""
+
+    weights_bytes: int
+    kv_bytes_per_token: int
+    """Key and value cache of one token in all layers of the file, at 16 bits."""
+    n_embd: int
+    n_head: int
+    """Of attention."""
+    feed_forward_length: int
+    n_vocab: int
+    """Rows of the embedding or output matrix; 0 for a slice that has neither."""
+    n_tokens: int
+    """Strings of the tokenizer; 0 for a slice that has none."""
+
+
+def model_sizes(gguf: GgufFile) -> ModelSizes:
+    """Raises InvalidShardError for a header that llama.cpp could not load."""
+    header = Hyperparameters(gguf)
+    header.check()
+    n_layers, n_embd = header.one("block_count"), header.one("embedding_length")
+    n_head = header.one("attention.head_count")
+    head = n_embd // max(n_head, 1)
+    head_bytes = _F16_BYTES * (header.one("attention.key_length", head) + header.one("attention.value_length", head))
+    n_head_kv = sum(header.per_layer("attention.head_count_kv", n_layers, n_head))
+    embeddings = (tensor for tensor in gguf.tensors if tensor.name in ("token_embd.weight", "output.weight"))
+    vocabulary = gguf.metadata.get("tokenizer.ggml.tokens")
+    return ModelSizes(
+        weights_bytes=sum(tensor.size_bytes for tensor in gguf.tensors),
+        kv_bytes_per_token=n_head_kv * head_bytes,
+        n_embd=n_embd,
+        n_head=n_head,
+        feed_forward_length=header.one("feed_forward_length", 4 * n_embd),
+        n_vocab=max((tensor.shape[-1] for tensor in embeddings), default=0),
+        n_tokens=0 if vocabulary is None else vocabulary.count,
+    )
 
 
 class Hyperparameters:
