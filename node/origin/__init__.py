@@ -2,6 +2,7 @@
 
 What the node uses:
 registry      the node's origins in their order, and those that manifests name; finds manifests by name or URL
+policy        which origins a stranger may name
 location      one origin as readers of shards see it: bytes of shards, their piece layers, their content ids
 layout        keys of shards, torrent files and manifests; what is read out of the latter two
 publishing    uploads shards and torrent files, then the manifest
@@ -15,7 +16,7 @@ settings      endpoints, credentials, time-outs; what of the node's settings is 
 local         file://, a folder
 
 Packages:
-core          what the stores share: credentials, policy, errors, retry, ranges, threads, forks
+core          what the stores share: credentials, errors, retry, ranges, threads, forks
 s3            s3:// and o3://, through obstore and botocore
 http          https://, read only
 huggingface   hf://, read only

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from node.origin.core.policy import refusal
 from node.origin.interface import ObjectStore
 from node.origin.layout import (
     ManifestKey,
@@ -28,6 +27,7 @@ from node.origin.layout import (
     shard_key,
     torrent_key,
 )
+from node.origin.policy import refusal
 from protocol.errors import InvalidShardError, OriginError, OriginExistsError, OriginNotFoundError
 from protocol.ids import ContentId
 from protocol.manifest import Manifest, ShardEntry, SignedManifest

@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from node.origin.core.policy import check_host, for_stranger, refusal
 from node.origin.factory import open_store
 from node.origin.layout import (
     MANIFESTS,
@@ -24,6 +23,7 @@ from node.origin.layout import (
     split_address,
 )
 from node.origin.location import OriginLocation, Traffic
+from node.origin.policy import check_host, for_stranger, refusal
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl
 from protocol.errors import (

@@ -1,7 +1,6 @@
 """What the stores share.
 
 credentials    secrets, read from the environment or from files, shown nowhere
-policy         which origins a stranger may name
 errors         what an origin answered, as OriginError and its children
 retry          the loop that repeats a store's requests
 ranges         several ranges of an object in few requests

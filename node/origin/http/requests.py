@@ -13,8 +13,8 @@ from yarl import URL
 
 from node.origin.core.errors import corrupt_error, origin_error, status_error, unreachable_error
 from node.origin.core.fork_guard import expect_own_process
-from node.origin.core.policy import check_host, refusal
 from node.origin.core.retry import retry_after_s
+from node.origin.policy import check_host, refusal
 from node.origin.settings import OriginSettings
 from node.origin.url import is_loopback
 from protocol.errors import OriginDeniedError, OriginError

@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from node.origin.core.policy import check_host, is_public, refusal
 from node.origin.layout import manifest_key
+from node.origin.policy import check_host, is_public, refusal
 from node.origin.registry import MAX_GUESTS, OriginRegistry
 from node.origin.settings import OriginSettings
 from protocol.errors import InvalidManifestError, InvalidParamsError, OriginDeniedError, OriginError

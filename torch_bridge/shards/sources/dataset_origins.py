@@ -12,8 +12,8 @@ from typing import Any
 
 from node.files import atomic_write
 from node.origin.core.credentials import Credentials
-from node.origin.core.policy import check_host, for_stranger, refusal
 from node.origin.layout import decode_manifest, encode_manifest, is_address, split_address
+from node.origin.policy import check_host, for_stranger, refusal
 from node.origin.registry import OriginRegistry
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl
