@@ -1,23 +1,24 @@
-"""From a URL to its store. Nothing is reached before the first call of a method."""
+"""From a URL to its store. Opening a store sends nothing: its first call does."""
 
 from __future__ import annotations
 
 import importlib.util
 
+from node.clock import Clock
 from node.origin.core.fork_guard import hangs_here, no_fork
 from node.origin.interface import ObjectStore
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl
 
 
-def open_store(url: str | OriginUrl, settings: OriginSettings) -> ObjectStore:
-    """The store of an origin, encrypted where the settings name a key.
+def open_store(url: str | OriginUrl, settings: OriginSettings, clock: Clock | None = None) -> ObjectStore:
+    """The store of an origin; it encrypts if the settings name a key file. `clock` times its retries.
 
-    Raises InvalidParamsError where the URL or the key is none, OriginError where a part that it needs is not installed.
+    Raises InvalidParamsError for a bad URL or key file, OriginError if a package that it needs is not installed.
     """
-    where = OriginUrl.parse(url) if isinstance(url, str) else url
+    origin = OriginUrl.parse(url) if isinstance(url, str) else url
     with no_fork():
-        store = _open(where, settings)
+        store = _open(origin, settings, clock)
     if settings.encryption_key_file is not None:
         from node.origin.encryption.keys import read_key_file
         from node.origin.encryption.store import EncryptedStore
@@ -26,40 +27,40 @@ def open_store(url: str | OriginUrl, settings: OriginSettings) -> ObjectStore:
     return store
 
 
-def _open(url: OriginUrl, settings: OriginSettings) -> ObjectStore:
-    # Imported where they are needed: a node without an S3 origin does not pay for obstore, and so on.
+def _open(url: OriginUrl, settings: OriginSettings, clock: Clock | None) -> ObjectStore:
+    # Each back-end is imported when it is used: a node without an S3 origin does not load obstore, and so on.
     match url.scheme:
         case "akave":
-            return _native(url, settings)
+            return _native(url, settings, clock)
         case "o3" if goes_native(url, settings):
-            return _native(url, settings)
+            return _native(url, settings, clock)
         case "o3" | "s3":
             from node.origin.s3.forked import S3ForkedStore
             from node.origin.s3.store import S3Store
 
-            return (S3ForkedStore if hangs_here("obstore") else S3Store)(url, settings)
+            return (S3ForkedStore if hangs_here("obstore") else S3Store)(url, settings, clock)
         case "https" | "http":
             from node.origin.http.store import HttpStore
 
-            return HttpStore(url, settings)
+            return HttpStore(url, settings, clock)
         case "hf":
             from node.origin.huggingface.store import HubStore
 
-            return HubStore(url, settings)
+            return HubStore(url, settings, clock)
         case "file":
             from node.origin.local import FileStore
 
             return FileStore(url)
 
 
-def _native(url: OriginUrl, settings: OriginSettings) -> ObjectStore:
+def _native(url: OriginUrl, settings: OriginSettings, clock: Clock | None) -> ObjectStore:
     from node.origin.akave.store import open_akave_store
 
-    return open_akave_store(url, settings)
+    return open_akave_store(url, settings, clock)
 
 
 def goes_native(url: OriginUrl, settings: OriginSettings) -> bool:
-    """Whether a URL is reached by the akavesdk."""
+    """Whether a URL is reached through the akavesdk."""
     auto = settings.o3_backend == "auto" and _has_native(settings)
     return url.scheme == "akave" or (url.scheme == "o3" and (settings.o3_backend == "native" or auto))
 

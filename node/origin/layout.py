@@ -1,11 +1,11 @@
-"""Where the objects of a model or data set lie under an origin's URL, and how their names are read back.
+"""The keys of a model's or data set's objects under an origin's URL, and what is read out of keys and objects.
 
-    shards/<content id>                               a shard's bytes, zeros behind them up to the store's least size
-    torrents/<content id>.torrent                     of a shard of several pieces: their hashes (BEP 52)
+    shards/<content id>                               a shard's bytes, padded with zeros to the store's least size
+    torrents/<content id>.torrent                     the hashes of a shard of several pieces (BEP 52)
     manifests/<name>/<13 digits>-<digest>.json        a signed manifest, by the milliseconds since 1970
 
-No name is ever written twice with other bytes: some stores forbid it. A manifest gets a new name each time, and the
-newest valid one is the latest.
+No key is written twice with other bytes: some stores forbid that. A manifest gets a new key each time it is published,
+and the newest valid one counts.
 """
 
 from __future__ import annotations
@@ -24,50 +24,53 @@ from protocol.manifest import MAX_MANIFEST_BYTES, SignedManifest, manifest_from_
 
 MANIFESTS = "manifests/"
 MAX_MANIFEST_JSON = 2 * MAX_MANIFEST_BYTES
-"""Bytes of a manifest's object at most; JSON takes more than the canonical body."""
+"""The most bytes of a manifest's object; JSON is longer than the canonical body."""
 _TORRENT_HEAD_BYTES = 4096
-"""A torrent file without its piece layer: names of at most 200 bytes, twice, and some numbers."""
+"""A torrent file without its piece layer: twice a name of at most 200 bytes, and some numbers."""
 _MAX_COMPONENT = 180
-"""Bytes of a name's component; file systems take 255."""
+"""Bytes of one component of a name; file systems take 255."""
 _MAX_NESTING = 16
 _STAMPED = re.compile(r"(\d{13})-([0-9a-f]{64})\.json")
 _ADDRESS = re.compile(r"[a-z][a-z0-9+-]*://\S+")
 
 
 class ManifestKey(NamedTuple):
-    """What the name of a manifest's object says; in the order of time."""
+    """What the key of a manifest's object says. Keys compare by their time."""
 
     written_ms: int
-    """Since 1970, by the publisher's clock."""
+    """Milliseconds since 1970, by the publisher's clock."""
     digest: ManifestDigest
     key: str
 
 
 def shard_key(content_id: ContentId) -> str:
+    """The key of a shard's bytes."""
     return f"shards/{content_id}"
 
 
 def torrent_key(content_id: ContentId) -> str:
+    """The key of a shard's torrent file."""
     return f"torrents/{content_id}.torrent"
 
 
 def manifest_folder(name: str) -> str:
-    """The prefix under which the manifests of a model, data set or file of this name lie."""
+    """The prefix of the keys of all manifests of this name."""
     return MANIFESTS + "".join(f"{_component(part)}/" for part in name.split("/"))
 
 
 def manifest_key(name: str, digest: ManifestDigest, written_ms: int) -> str:
+    """The key of a manifest that was written at `written_ms`, milliseconds since 1970."""
     return f"{manifest_folder(name)}{written_ms:013d}-{digest}.json"
 
 
 def parse_manifest_key(key: str) -> ManifestKey | None:
-    """Read the name of a manifest's object; None for anything else."""
+    """Read the key of a manifest's object; None for any other key."""
     found = _STAMPED.fullmatch(key.rpartition("/")[2])
     return ManifestKey(int(found[1]), ManifestDigest(found[2]), key) if found else None
 
 
 def _component(text: str) -> str:
-    """A component as every store takes it: other than letters, digits, `.`, `_` and `-`, each byte is `~` and hex."""
+    """A component that every store takes: a byte other than letters, digits, `.`, `_` and `-` becomes `~` and hex."""
     safe = re.sub(rb"[^A-Za-z0-9._-]", lambda found: b"~%02X" % ord(found[0]), text.encode()).decode()
     if safe.strip(".") and len(safe) <= _MAX_COMPONENT:
         return safe
@@ -75,15 +78,15 @@ def _component(text: str) -> str:
 
 
 def is_address(name: str) -> bool:
-    """Whether what stands where a name may stand is the URL of a manifest."""
+    """Whether a text in the place of a name is the URL of a manifest."""
     return _ADDRESS.fullmatch(name) is not None
 
 
 def split_address(url: str) -> tuple[str, str]:
-    """The URL of a manifest, or of a folder of them, as (the origin's URL, the key under it, percent signs decoded).
+    """The URL of a manifest, or of a folder of manifests, as (URL of the origin, key under it, percent signs decoded).
 
-    Of `.../manifests/NAME/...`, where the name may be `OWNER/NAME`, the origin is what stands before; of any other
-    address, the folder of the object. Where either could be meant, the origin is the longer one.
+    The origin is what comes before `/manifests/NAME/` or `/manifests/OWNER/NAME/`; in any other URL, the folder of the
+    object. If a URL can be read in two ways, the origin is the longer one.
     """
     scheme, _, path = url.partition("://")
     steps = path.split("/")
@@ -96,12 +99,12 @@ def split_address(url: str) -> tuple[str, str]:
 
 
 def encode_manifest(signed: SignedManifest, min_bytes: int) -> bytes:
-    """As it is stored: JSON, and spaces up to the least size of an object."""
+    """The manifest's object: JSON, padded with spaces to `min_bytes`."""
     return msgspec.json.encode(signed).ljust(min_bytes)
 
 
 def decode_manifest(body: bytes) -> SignedManifest:
-    """Read and check a stored manifest. Raises InvalidManifestError."""
+    """Read and check a manifest's object. Raises InvalidManifestError."""
     try:
         value = msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError) as err:
@@ -112,7 +115,7 @@ def decode_manifest(body: bytes) -> SignedManifest:
 
 
 def layer_bytes(size: int) -> int:
-    """Length of the piece layer of a file of `size` bytes; 0 where it is no longer than one piece (BEP 52)."""
+    """Bytes of the piece layer of a file of `size` bytes; 0 if the file is no longer than one piece (BEP 52)."""
     pieces = -(-size // piece_length(size))
     return 32 * pieces if pieces > 1 else 0
 
@@ -123,7 +126,7 @@ def max_torrent_bytes(size: int) -> int:
 
 
 def layer_in_torrent(torrent: bytes, content_id: ContentId) -> bytes:
-    """The piece layer of a file in a torrent file, unchecked; empty where it is not there (BEP 3, BEP 52)."""
+    """The piece layer of a file in a torrent file, unchecked; empty if it has none (BEP 3, BEP 52)."""
     try:
         layers = _entry(torrent, 0, b"piece layers")
         found = _entry(torrent, layers, bytes.fromhex(content_id)) if layers is not None else None
@@ -133,9 +136,9 @@ def layer_in_torrent(torrent: bytes, content_id: ContentId) -> bytes:
 
 
 def _entry(data: bytes, start: int, key: bytes) -> int | None:
-    """Where in the bencoded dictionary at `start` the value of `key` begins. Raises ValueError, IndexError."""
+    """Where the value of `key` begins in the bencoded dictionary at `start`. Raises ValueError, IndexError."""
     if data[start : start + 1] != b"d":
-        raise ValueError("no dictionary")
+        raise ValueError("not a dictionary")
     at = start + 1
     while data[at] != ord("e"):
         name, at = _text(data, at)
@@ -162,7 +165,7 @@ def _behind(data: bytes, at: int, depth: int = 0) -> int:
 
 
 def _text(data: bytes, at: int) -> tuple[bytes, int]:
-    """The bencoded text at `at`, and where it ends."""
+    """The bencoded text at `at`, and where it ends. Raises ValueError."""
     colon = data.index(b":", at, at + 12)
     length = int(data[at:colon])
     end = colon + 1 + length

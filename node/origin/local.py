@@ -1,4 +1,4 @@
-"""file://: a folder as an origin. A disk that is carried over, a network share, a test."""
+"""file://: a folder as an origin: a disk that is carried from one machine to another, a network share, a test."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import BinaryIO, TypeVar
 
+from node.files import fsync_dir, fsync_file, replace_file
 from node.origin.core.errors import corrupt_error, listing_too_long_error, origin_error
 from node.origin.interface import MAX_LISTED, ObjectInfo, OnBytes
 from node.origin.url import OriginUrl, checked_key
@@ -20,11 +21,11 @@ T = TypeVar("T")
 
 CHUNK_BYTES = 1 << 20
 _UNFINISHED = ".shoal-unfinished-"
-"""In front of the name of a file that is being written; no listing shows it."""
+"""The prefix of a file that is being written; listings leave it out."""
 
 
 class FileStore:
-    """Objects are files; one is there whole or not at all. User metadata is not kept. Needs no closing."""
+    """Objects are files under one folder. User metadata is not kept. Nothing needs to be closed."""
 
     min_object_bytes = 0
     writes_once = False
@@ -35,7 +36,7 @@ class FileStore:
         self._root = Path(url.container)
 
     async def head(self, key: str) -> ObjectInfo:
-        """Size and times of a file."""
+        """See ObjectStore."""
         return await self._off_loop("read", key, lambda: _info(key, os.stat(self._path(key))))
 
     async def get_range(self, key: str, start: int, end: int) -> bytes:
@@ -75,23 +76,23 @@ class FileStore:
         metadata: Mapping[str, str] | None = None,
         on_bytes: OnBytes | None = None,
     ) -> ObjectInfo:
-        """See ObjectStore: written beside its place, brought to disk, then renamed."""
+        """See ObjectStore. When it returns, a power cut does not lose the object: a manifest follows its shards."""
         path = self._path(key)
-        beside = path.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}")
+        unfinished = path.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}")
         if if_absent and await self._off_loop("look for", key, path.exists):
             raise self._exists(key)
-        await self._off_loop("write", key, path.parent.mkdir, 0o777, True, True)
-        target = await self._off_loop("write", key, beside.open, "xb")
+        await self._off_loop("write", key, _make_folder, path.parent)
+        target = await self._off_loop("write", key, unfinished.open, "xb")
         try:
             chunks = await self._off_loop("read", str(body) if isinstance(body, Path) else key, lambda: _chunks(body))
             while chunk := await self._off_loop("write", key, _copy_one, chunks, target):
                 if on_bytes is not None:
                     on_bytes(chunk)
-            return await self._off_loop("write", key, self._finish, key, target, beside, path, if_absent)
+            return await self._off_loop("write", key, self._finish, key, target, unfinished, path, if_absent)
         finally:
             target.close()
             with suppress(OSError):
-                beside.unlink(missing_ok=True)
+                unfinished.unlink(missing_ok=True)
 
     async def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
         """See ObjectStore."""
@@ -106,7 +107,7 @@ class FileStore:
                 for name in names:
                     key = (Path(parent) / name).relative_to(self._root).as_posix()
                     if key.startswith(prefix) and not name.startswith(_UNFINISHED):
-                        with suppress(OSError):  # deleted meanwhile, or a link to nowhere
+                        with suppress(OSError):  # deleted in the meantime, or a broken link
                             found.append(_info(key, os.stat(self._root / key)))
             return sorted(found, key=lambda info: info.key.encode(errors="surrogateescape"))
 
@@ -119,15 +120,15 @@ class FileStore:
             await self._off_loop("delete", key, lambda: self._path(key).unlink())
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """See ObjectStore."""
 
     def _path(self, key: str) -> Path:
         path = self._root / checked_key(key)
         # A link inside the folder may lead out of it.
         if not path.resolve().is_relative_to(self._root.resolve()):
-            advice = "put the file itself there, not a link"
+            advice = "put the file itself there"
             raise origin_error(
-                OriginDeniedError, "open", "it leads out of the folder", advice, origin=self.url, key=key
+                OriginDeniedError, "open", "it is a link that leads out of the folder", advice, origin=self.url, key=key
             )
         return path
 
@@ -143,16 +144,17 @@ class FileStore:
             data += more
         return data
 
-    def _finish(self, key: str, target: BinaryIO, beside: Path, path: Path, if_absent: bool) -> ObjectInfo:
+    def _finish(self, key: str, target: BinaryIO, unfinished: Path, path: Path, if_absent: bool) -> ObjectInfo:
         target.flush()
-        os.fsync(target.fileno())
         if if_absent:
+            fsync_file(unfinished)
             try:
-                os.link(beside, path)  # fails where there is one, and so decides between two writers
+                os.link(unfinished, path)  # fails if the name is taken, and so decides between two writers
             except FileExistsError:
                 raise self._exists(key) from None
+            fsync_dir(path.parent)
         else:
-            os.replace(beside, path)
+            replace_file(unfinished, path, "name")
         return _info(key, os.stat(path))
 
     async def _off_loop(self, did: str, key: str, call: Callable[..., T], *args: object) -> T:
@@ -175,14 +177,22 @@ class FileStore:
         return corrupt_error(f"read bytes {start} to {end} of", f"it has {size} bytes", origin=self.url, key=key)
 
     def _exists(self, key: str) -> OriginError:
-        found, advice = "there is one by that name", "give it another name, or delete that one"
+        found, advice = "there is an object of that name", "give it another name, or delete that one"
         return origin_error(OriginExistsError, "write", found, advice, origin=self.url, key=key)
 
 
 def _info(key: str, stat: os.stat_result) -> ObjectInfo:
     if not S_ISREG(stat.st_mode):
-        raise FileNotFoundError(2, "it is no file")
+        raise FileNotFoundError(2, "it is not a file")
     return ObjectInfo(key, stat.st_size, f"{stat.st_mtime_ns:x}-{stat.st_size:x}", stat.st_mtime)
+
+
+def _make_folder(folder: Path) -> None:
+    """Create a folder and those above it, so that a power cut does not lose them."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in reversed(missing):
+        fsync_dir(one.parent)
 
 
 def _chunks(body: bytes | Path) -> Iterator[bytes]:

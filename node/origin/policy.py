@@ -1,8 +1,7 @@
-"""Which origins that somebody else named may be asked: a manifest, or a request, must not aim this node at its own
-network.
+"""Which origins a stranger may name: a manifest or a request must not make this node send requests to its own network.
 
-Who runs a node may configure any origin. A stranger may name stores whose address is a setting of ours (o3, akave, s3,
-hf), and https at hosts of the public internet; never files, http, this machine or a private network.
+The operator of a node may configure any origin. A stranger may name stores whose address is in our settings (o3, akave,
+s3, hf) and https:// at hosts of the public internet; never files, http://, this machine or a private network.
 """
 
 from __future__ import annotations
@@ -25,33 +24,33 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def refusal(url: str) -> str | None:
-    """Why a stranger's origin is not asked, as the end of a sentence; None where it may be.
+    """Why a stranger's origin is refused, as the end of a sentence; None if it may be used.
 
-    Looks at the text alone; of a host name `check_host` has to look at the addresses too.
+    Looks at the text of the URL alone: `check_host` looks at the addresses of its host.
     """
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError:
-        return "its URL cannot be read"
+        return "its URL is malformed"
     if parts.scheme in OUR_ENDPOINTS:
         return None
     if parts.scheme != "https":
-        return f"{parts.scheme}:// is taken from a node's own settings alone"
+        return f"{parts.scheme}:// is allowed in a node's own settings only"
     if not host or parts.username is not None or parts.password is not None:
         return "it has no plain host"
     try:
-        return None if is_public(host) else f"{host} is no address of the public internet"
+        return None if is_public(host) else f"{host} is not an address of the public internet"
     except ValueError:
         pass
     name = host.rstrip(".")
     if "." not in name or name.endswith(_PRIVATE_SUFFIXES) or _NUMBER.fullmatch(name.rpartition(".")[2]):
-        return f"{host} is no host of the public internet"
+        return f"{host} is not a host of the public internet"
     return None
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet, what it carries inside included. Raises ValueError."""
+    """Whether an IP address, and any IPv4 address embedded in it, belongs to the public internet. Raises ValueError."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     inner: list[ipaddress.IPv4Address | None] = []
     if isinstance(ip, ipaddress.IPv6Address):
@@ -64,12 +63,15 @@ def is_public(address: str) -> bool:
 
 
 def for_stranger(url: str, settings: OriginSettings) -> OriginSettings:
-    """What an origin that a stranger named is opened with: others' files are as they are, our key is not theirs."""
+    """The settings for an origin that a stranger named: files of others are not encrypted with our key."""
     return replace(settings, encryption_key_file=None) if url.startswith(("https://", "hf://")) else settings
 
 
 async def check_host(url: str) -> None:
-    """Look at the addresses behind a stranger's https origin. Raises OriginDeniedError, OriginUnavailableError."""
+    """Resolve the host of a stranger's https:// origin.
+
+    Raises OriginDeniedError if one of its addresses is not public, OriginUnavailableError if it cannot be resolved.
+    """
     parts = urlsplit(url)
     if parts.scheme in OUR_ENDPOINTS:
         return
@@ -82,7 +84,7 @@ async def check_host(url: str) -> None:
         raise OriginUnavailableError(f"origin {url}: the host {host} cannot be resolved", details) from None
     if bad := [str(one[4][0]) for one in found if not is_public(str(one[4][0]))]:
         raise OriginDeniedError(
-            f"origin {url} is not asked: {host} leads to {bad[0]}, no address of the public internet; if you trust it, "
-            "give it to this node by --origin",
+            f"origin {url} is not asked: {host} has the address {bad[0]}, which is not one of the public internet; if "
+            "you trust it, give it to this node with --origin",
             details,
         )

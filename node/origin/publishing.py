@@ -1,20 +1,20 @@
-"""Puts a model or data set where others fetch it from: shards and torrent files first, the manifest last.
+"""Uploads a model or data set to an origin: shards and torrent files first, the manifest last.
 
-A reader goes by manifests, so it never sees half a model. What is there already, by content id and size, is left
-alone; that is also how a publication that was interrupted goes on: begun again, it skips what came to its end.
+Readers begin with a manifest, so none sees half a model. Objects that the origin has already, by content id and size,
+are not sent again; so a publication that was interrupted continues when it is repeated.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from node.background import FirstErrorGroup
 from node.origin.interface import ObjectStore
 from node.origin.layout import (
     ManifestKey,
@@ -35,7 +35,7 @@ from protocol.manifest import Manifest, ShardEntry, SignedManifest
 log = logging.getLogger(__name__)
 
 AT_ONCE = 4
-"""Objects that are looked for or sent at a time; a large one goes in several parts at once besides."""
+"""Objects that are looked for, or sent, at a time; each large one in several parts at once."""
 
 
 def refusal_by_others(url: str) -> str | None:
@@ -44,7 +44,7 @@ def refusal_by_others(url: str) -> str | None:
 
 
 class SourceFile(NamedTuple):
-    """A shard's file as it was when its content id was computed."""
+    """A shard's file, as it was when its content id was computed."""
 
     path: Path
     size: int
@@ -54,7 +54,7 @@ class SourceFile(NamedTuple):
 
 @dataclass(frozen=True)
 class MissingObjects:
-    """What a shard still needs at an origin."""
+    """Which objects of a shard an origin lacks."""
 
     entry: ShardEntry
     shard: bool
@@ -62,25 +62,27 @@ class MissingObjects:
 
     @property
     def bytes(self) -> int:
+        """Bytes of the shard that must be sent."""
         return self.entry.size if self.shard else 0
 
 
 @dataclass(frozen=True)
 class OriginPublication:
-    """What came of a publication at one origin."""
+    """A publication at one origin."""
 
     origin: str
     manifest_url: str
-    """Names this version for ever; without its last component, the newest version of the name."""
+    """Names this version for ever; without its last component, it names the newest version."""
     uploaded_bytes: int
-    """Of shards; what was there is not in it."""
+    """Bytes of shards that were sent."""
     skipped_bytes: int
+    """Bytes of shards that the origin had already."""
 
 
 async def missing_at(store: ObjectStore, manifest: Manifest) -> list[MissingObjects]:
-    """The shards of which something is not at the origin yet.
+    """The shards of which the origin lacks an object.
 
-    Raises InvalidShardError where an object of a shard's name has another size, and OriginError.
+    Raises InvalidShardError if an object with a shard's key has another size, and OriginError.
     """
     slots = asyncio.Semaphore(AT_ONCE)
 
@@ -93,7 +95,7 @@ async def missing_at(store: ObjectStore, manifest: Manifest) -> list[MissingObje
             return MissingObjects(entry, size is None, torrent)
 
     contents = {entry.content_id: entry for entry in manifest.shards}
-    async with _one_error(), asyncio.TaskGroup() as tasks:
+    async with FirstErrorGroup() as tasks:
         looks = [tasks.create_task(look(entry)) for entry in contents.values()]
     return [found for look_ in looks if (found := look_.result()).shard or found.torrent]
 
@@ -108,9 +110,9 @@ async def publish(
 ) -> OriginPublication:
     """Upload what is missing, then the manifest.
 
-    `files` and `torrents` are the shards' files and their torrent files, by content id; `on_bytes` is told how many
-    bytes of shards more have gone. Raises InvalidShardError where a file is not what it was when it was hashed, changes
-    while it is sent, or where something else has a shard's name, and OriginError.
+    `files` and `torrents` have the shards' files and torrent files by content id; `on_bytes` is called with the
+    bytes of shards that were sent since the call before. Raises InvalidShardError if a file changed since it was hashed
+    or while it is sent, or if another object has a shard's key; and OriginError.
     """
     slots = asyncio.Semaphore(AT_ONCE)
     newest = await _newest(store, signed.manifest.name)
@@ -122,7 +124,7 @@ async def publish(
             if one.shard:
                 await _put_shard(store, one.entry, files[one.entry.content_id], on_bytes)
 
-    async with _one_error(), asyncio.TaskGroup() as tasks:
+    async with FirstErrorGroup() as tasks:
         for one in missing:
             tasks.create_task(send(one), name=f"upload {one.entry.filename}")
     key = await _put_manifest(store, signed, newest)
@@ -156,7 +158,7 @@ async def _put_shard(
 ) -> None:
     key, path, hashed = shard_key(entry.content_id), source.path, (source.size, source.mtime_ns)
     if source.size != entry.size or await asyncio.to_thread(_stamp, path) != hashed:
-        raise InvalidShardError(f"{path} is not the shard any more that it was; publish it again when it is whole")
+        raise InvalidShardError(f"{path} was changed since it was hashed; publish it again when it is complete")
     padded: bytes | Path = path
     if entry.size < store.min_object_bytes:
         padded = (await asyncio.to_thread(path.read_bytes)).ljust(store.min_object_bytes, b"\0")
@@ -166,16 +168,16 @@ async def _put_shard(
             on_bytes(entry.size)
         else:
             await store.put(key, padded, if_absent=store.writes_once, on_bytes=on_bytes)
-    except OriginExistsError:  # by another publisher of the same content, a moment ago
+    except OriginExistsError:  # another publisher of the same content was faster
         size = await _size_of(store, key)
         if size is None:
-            raise  # a name that is taken, and nothing behind it
+            raise  # the key is taken, and has no object
         _check_shard_size(store, entry, size)
         return
     if await asyncio.to_thread(_stamp, path) != hashed:
-        # Under a content id lies that content or nothing.
+        # A key with a content id has that content or no object.
         await store.delete(key)
-        raise InvalidShardError(f"{path} was changed while it was sent; publish it again when it is whole")
+        raise InvalidShardError(f"{path} was changed while it was sent; publish it again when it is complete")
 
 
 async def _put_torrent(store: ObjectStore, entry: ShardEntry, torrent: bytes) -> None:
@@ -186,12 +188,14 @@ async def _put_torrent(store: ObjectStore, entry: ShardEntry, torrent: bytes) ->
         size = await _size_of(store, key)
         if size is None:
             raise
-        if not layer_bytes(entry.size) < size <= max_torrent_bytes(entry.size):  # another file name is in another one
-            raise _other_object(store, key, f"has {size} bytes, and is no torrent of {entry.filename}") from None
+        if (
+            not layer_bytes(entry.size) < size <= max_torrent_bytes(entry.size)
+        ):  # a torrent file of another file name has another size
+            raise _other_object(store, key, f"has {size} bytes, which no torrent of {entry.filename} has") from None
 
 
 async def _newest(store: ObjectStore, name: str) -> ManifestKey | None:
-    """The newest manifest of a name that is there; none where the origin does not list: time orders well enough."""
+    """The key of the newest manifest of a name; None if there is none, or if the origin does not list."""
     newest: ManifestKey | None = None
     try:
         async for item in store.list(manifest_folder(name)):
@@ -201,21 +205,24 @@ async def _newest(store: ObjectStore, name: str) -> ManifestKey | None:
     except OriginError as err:
         if err.retryable:
             raise
-        log.info("%s; what is published gets the time of this machine", err)
+        log.info("%s; the manifest gets the time of this machine's clock", err)
     return newest
 
 
 async def _put_manifest(store: ObjectStore, signed: SignedManifest, newest: ManifestKey | None) -> str:
-    """Write the manifest under a new name that comes after all others of it, unless the newest is the same."""
+    """Write the manifest with a new key, later than all others of its name, unless the newest is the same. Its key."""
     name, digest = signed.manifest.name, signed.digest
     body = encode_manifest(signed, store.min_object_bytes)
-    if newest and newest.digest == digest and await _size_of(store, newest.key) == len(body):
-        held = await store.get_range(newest.key, 0, len(body))
-        if held == body:
-            return newest.key
+    if newest and newest.digest == digest and await _holds(store, newest.key, body):
+        return newest.key
     key = manifest_key(name, digest, max(int(time.time() * 1000), newest.written_ms + 1 if newest else 0))
     await store.put(key, body)
     return key
+
+
+async def _holds(store: ObjectStore, key: str, body: bytes) -> bool:
+    """Whether an object has these bytes."""
+    return await _size_of(store, key) == len(body) and await store.get_range(key, 0, len(body)) == body
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -224,15 +231,3 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_size, found.st_mtime_ns
-
-
-@contextlib.asynccontextmanager
-async def _one_error() -> AsyncIterator[None]:
-    """The first error of a task group itself: one request that failed ends the others."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        first: BaseException = group
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise first from None

@@ -1,4 +1,4 @@
-"""What the origins of one process need to know."""
+"""The settings of origins: URLs, endpoints, credentials and time-outs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from node.config import Settings
 
 O3_ENDPOINT = "https://o3-rc2.akave.xyz"
-"""Akave's community gateway (docs.akave.xyz); a credential may be of another one."""
+"""Akave's community gateway (docs.akave.xyz); a credential may be for another one."""
 O3_REGION = "akave-network"
 
 Backend = Literal["auto", "gateway", "native"]
@@ -23,50 +23,53 @@ Backend = Literal["auto", "gateway", "native"]
 
 @dataclass(frozen=True)
 class OriginSettings:
-    """Origins, endpoints, credentials and times. Raises InvalidParamsError where they make no sense."""
+    """One process's settings. The constructor raises InvalidParamsError for a value that is not allowed."""
 
     origins: tuple[str, ...] = ()
-    """URLs, the one to ask first in front."""
+    """URLs; the first one is asked first."""
     o3_endpoint: str = O3_ENDPOINT
     o3_region: str = O3_REGION
     o3_backend: Backend = "auto"
-    """How o3:// goes: by the S3 gateway, by the native SDK, or auto: native where the SDK is importable and
-    AKAVE_PRIVATE_KEY is set. akave:// is always native."""
+    """How o3:// is reached: through the S3 gateway, through the native SDK, or auto: native if the SDK can be imported
+    and AKAVE_PRIVATE_KEY is set. akave:// is always native."""
     s3_endpoint: str | None = None
-    """None: Amazon's of the region."""
+    """None: Amazon's endpoint of the region."""
     s3_region: str = "us-east-1"
+    s3_part_bytes: int = 8 << 20
+    """The least part of an upload to S3 or O3; an object above twice this goes in parts. S3 takes none below 5 MiB."""
     hf_endpoint: str = "https://huggingface.co"
     akave_node: str = "connect.akave.ai:5500"
     """HOST:PORT of an Akave node, for the native SDK."""
     akave_ipc: str | None = None
-    """HOST:PORT of its IPC service; None: the node's."""
+    """HOST:PORT of the IPC service of that node; None: the same."""
     encryption_key_file: Path | None = None
-    """A file with the key that objects are encrypted with before they leave this machine; None: they are plain."""
+    """A file with the key that objects are encrypted with before they leave this machine; None: no encryption."""
     credentials: Credentials = field(default_factory=Credentials)
     connect_timeout_s: float = 10.0
     read_timeout_s: float = 60.0
-    """Without a byte."""
+    """For the next byte of an answer."""
     timeout_s: float = 6 * 3600.0
-    """Of a whole request, however slowly its bytes come: a large shard may take hours, and `read_timeout_s` ends one
-    that hangs."""
+    """For a whole request. A large shard may take hours; `read_timeout_s` ends a request that hangs."""
+    find_timeout_s: float = 30.0
+    """For one origin to find the manifest of a name or URL."""
     retry_total_s: float = 20.0
-    """How long a store tries again by itself: less than the shard loader bears silence (half of its `stall_timeout_s`),
-    or nobody would hear what the origin said."""
+    """How long a store repeats a request: less than half of the fetcher's `stall_timeout_s`, or the fetcher gives up
+    before it learns what the origin answered."""
 
     def __post_init__(self) -> None:
         if self.o3_backend not in ("auto", "gateway", "native"):
-            raise InvalidParamsError(f"the O3 backend {self.o3_backend!r} is none of auto, gateway, native")
+            raise InvalidParamsError(f"the O3 backend is {self.o3_backend!r}; it must be auto, gateway or native")
         for name in ("o3_endpoint", "s3_endpoint", "hf_endpoint"):
             endpoint = getattr(self, name)
             if endpoint is not None and not endpoint.startswith(("https://", "http://")):
                 raise InvalidParamsError(f"{name} is {endpoint!r}; it must be https://HOST[:PORT]")
-        for name in ("connect_timeout_s", "read_timeout_s", "timeout_s"):
+        for name in ("connect_timeout_s", "read_timeout_s", "timeout_s", "find_timeout_s", "s3_part_bytes"):
             if not getattr(self, name) > 0:
                 raise InvalidParamsError(f"{name} is {getattr(self, name)}; it must be above 0")
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ, **overrides: Any) -> OriginSettings:
-        """Credentials, a daemon's SHOAL_* of Akave, and what S3 tools take from the environment beside them.
+        """Settings from the environment: credentials, SHOAL_* of Akave, and the variables that S3 tools use.
 
         `overrides` are fields of this class; one that is None leaves the default. Raises InvalidParamsError.
         """
@@ -90,9 +93,9 @@ class OriginSettings:
 def origin_settings(
     settings: Settings, env: Mapping[str, str] = os.environ, *, origins: Sequence[str] | None = None
 ) -> OriginSettings:
-    """What a node's settings say of origins, with the credentials of the environment; `origins` instead of its own.
+    """The settings of a node's origins, with the credentials of the environment; `origins` replaces the node's own.
 
-    Raises InvalidParamsError for what cannot be.
+    Raises InvalidParamsError for a value that is not allowed.
     """
     return OriginSettings.from_environment(
         env,

@@ -1,4 +1,4 @@
-"""Where an origin is, as a URL, and which keys there may be under it."""
+"""The URLs of origins, and the keys that there may be under them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORMS = (
     "hf://OWNER/NAME[@REVISION][/PREFIX], hf://datasets/OWNER/NAME[@REVISION][/PREFIX], file:///PATH"
 )
 MAX_KEY_BYTES = 1024
-"""Of S3, prefix included (docs.aws.amazon.com, object keys)."""
+"""S3's limit; it counts the prefix too (docs.aws.amazon.com, object keys)."""
 _BUCKET = re.compile(r"[a-z0-9A-Z][a-z0-9A-Z._-]{1,254}")
 _REPO_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
@@ -23,26 +23,26 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
 
 @dataclass(frozen=True)
 class OriginUrl:
-    """One origin. `str()` of it is its one spelling, without credentials: such URLs are refused."""
+    """One origin. `str()` gives its one spelling. URLs with credentials in them are refused."""
 
     scheme: Literal["o3", "akave", "s3", "https", "http", "hf", "file"]
     container: str
-    """The bucket; or HOST[:PORT]; or OWNER/NAME; or, of a file URL, the absolute path of the folder."""
+    """The bucket, HOST[:PORT] or OWNER/NAME; for file://, the absolute path of the folder."""
     prefix: str = ""
-    """In front of every key, without slashes at its ends; percent signs decoded."""
+    """Comes before every key; without slashes at its ends, percent signs decoded."""
     repo_type: Literal["model", "dataset"] = "model"
-    """Of hf:// alone."""
+    """hf:// only."""
     revision: str | None = None
-    """Of hf:// alone; None: the default branch."""
+    """hf:// only; None: the default branch."""
 
     @classmethod
     def parse(cls, text: str) -> OriginUrl:
-        """Read a URL. Raises InvalidParamsError with what is expected; it does not repeat a URL that has a secret."""
+        """Read a URL. Raises InvalidParamsError with the forms that are allowed, and without any secret of the URL."""
         try:
             parts = urlsplit(text.strip())
             _ = parts.port
         except ValueError:
-            raise InvalidParamsError(f"an origin's URL cannot be read; expected {FORMS}") from None
+            raise InvalidParamsError(f"an origin's URL is malformed; expected {FORMS}") from None
         if "@" in parts.netloc:
             raise InvalidParamsError(
                 f"the {parts.scheme}:// URL of an origin holds a user name or a password; "
@@ -50,7 +50,7 @@ class OriginUrl:
             )
         if parts.query or parts.fragment:
             raise InvalidParamsError(
-                f"the URL of an origin at {parts.netloc} has a query or a fragment; presigned URLs are no origins"
+                f"the URL of an origin at {parts.netloc} has a query or a fragment; a presigned URL cannot be an origin"
             )
         match parts.scheme:
             case "o3" | "akave" | "s3":
@@ -61,30 +61,31 @@ class OriginUrl:
                 return _hub(parts.netloc, parts.path)
             case "file":
                 return _file(parts.netloc, parts.path)
-        raise InvalidParamsError(f"{text.strip()[:200]!r} is no origin's URL; expected {FORMS}")
+        raise InvalidParamsError(f"{text.strip()[:200]!r} is not the URL of an origin; expected {FORMS}")
 
     def __str__(self) -> str:
         if self.scheme == "file":
             return f"file://{quote(self.container)}"
-        place = ("datasets/" if self.repo_type == "dataset" else "") + self.container
-        place += f"@{quote(self.revision, safe='')}" if self.revision else ""
-        return f"{self.scheme}://{place}" + (f"/{quote(self.prefix)}" if self.prefix else "")
+        container = ("datasets/" if self.repo_type == "dataset" else "") + self.container
+        container += f"@{quote(self.revision, safe='')}" if self.revision else ""
+        return f"{self.scheme}://{container}" + (f"/{quote(self.prefix)}" if self.prefix else "")
 
     def full_key(self, key: str) -> str:
-        """The object's name in the place: prefix and key. Raises InvalidParamsError where the key is no key."""
+        """The object's name in the container: prefix and key. Raises InvalidParamsError if the key is not allowed."""
         return checked_key(f"{self.prefix}/{key}" if self.prefix else key, key)
 
 
 def checked_key(full: str, key: str | None = None) -> str:
-    """A key as it is, if it can be one: no empty, `.` or `..` step, no leading slash, no control character.
+    """The key itself.
 
-    Raises InvalidParamsError.
+    Raises InvalidParamsError if it has an empty, `.` or `..` step, a leading slash, a backslash or a control character,
+    or is too long.
     """
     shown = (full if key is None else key)[:200]
     if _CONTROL.search(full) or any(step in ("", ".", "..") for step in full.split("/")):
         raise InvalidParamsError(
-            f"{shown!r} is no key of an object: its steps are separated by single slashes, none of them is . or .., "
-            "and it has no backslash and no control character"
+            f"{shown!r} cannot be the key of an object: its steps are separated by single slashes, none of them is . "
+            "or .., and it has no backslash and no control character"
         )
     if len(full.encode(errors="surrogatepass")) > MAX_KEY_BYTES:
         raise InvalidParamsError(f"the key {shown!r} is longer than {MAX_KEY_BYTES} bytes with its prefix")
@@ -92,7 +93,7 @@ def checked_key(full: str, key: str | None = None) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, without its port, is this machine by its name or address alone."""
+    """Whether a host, without its port, is a loopback address or `localhost`."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -111,7 +112,7 @@ def _prefix(path: str, url: str) -> str:
 
 def _bucket(scheme: Literal["o3", "akave", "s3"], netloc: str, path: str) -> OriginUrl:
     if not _BUCKET.fullmatch(netloc):
-        raise InvalidParamsError(f"{netloc!r} in a {scheme}:// URL is no bucket's name; expected {FORMS}")
+        raise InvalidParamsError(f"{netloc!r} in a {scheme}:// URL is not the name of a bucket; expected {FORMS}")
     return OriginUrl(scheme, netloc, _prefix(path, f"{scheme}://{netloc}"))
 
 
@@ -121,7 +122,8 @@ def _web(scheme: Literal["https", "http"], netloc: str, path: str) -> OriginUrl:
         raise InvalidParamsError(f"a {scheme}:// origin needs a host; expected {FORMS}")
     if scheme == "http" and not is_loopback(host):
         raise InvalidParamsError(
-            f"http://{netloc} is not encrypted, and so only for this machine (127.0.0.1, ::1, localhost); use https://"
+            f"http://{netloc} is not encrypted, and allowed for this machine only (127.0.0.1, ::1, localhost); "
+            "use https://"
         )
     return OriginUrl(scheme, netloc.lower(), _prefix(path, f"{scheme}://{netloc}"))
 
@@ -138,9 +140,9 @@ def _hub(netloc: str, path: str) -> OriginUrl:
             "a Hugging Face origin is hf://OWNER/NAME[@REVISION][/PREFIX] or hf://datasets/OWNER/NAME...; "
             f"found {f'hf://{netloc}{path}'[:200]!r}"
         )
-    place = f"{words[0]}/{name}"
-    prefix = _prefix("/".join(words[2:]), f"hf://{place}")
-    return OriginUrl("hf", place, prefix, repo_type, checked_key(unquote(revision)) if revision else None)
+    repository = f"{words[0]}/{name}"
+    prefix = _prefix("/".join(words[2:]), f"hf://{repository}")
+    return OriginUrl("hf", repository, prefix, repo_type, checked_key(unquote(revision)) if revision else None)
 
 
 def _file(netloc: str, path: str) -> OriginUrl:

@@ -89,3 +89,18 @@ class MovedClock(Clock):
                 with suppress(RuntimeError):  # it has ended
                     timeout.reschedule(asyncio.get_running_loop().time())
         self._timeouts = [(when, timeout) for when, timeout in self._timeouts if when > self._now]
+
+
+class LeapingClock(Clock):
+    """A clock on which a sleep takes no real time: it moves the clock, and lets other tasks run."""
+
+    def __init__(self) -> None:
+        self.slept_s: list[float] = []
+        """Every sleep, in order."""
+
+    def now(self) -> float:
+        return super().now() + sum(self.slept_s)
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept_s.append(seconds)
+        await super().sleep(0)

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import stamina
 
+from node.origin.core import retry as origin_retry
 from node.origin.core.errors import with_tries
 from protocol.errors import InvalidParamsError, OriginError
 
@@ -70,7 +71,7 @@ class RetryPolicy:
         if isinstance(asked, int | float):
             wait = asked + random.uniform(0, self.first_wait_s)
         else:
-            wait = min(self.longest_wait_s, self.first_wait_s * 2 ** min(tries - 1, 62)) * random.uniform(0.5, 1.0)
+            wait = origin_retry.backoff_s(tries, self.first_wait_s, self.longest_wait_s)
         return wait if elapsed_s + wait <= self.total_s else None
 
     async def run(self, call: Callable[[int], Awaitable[T]], moved: Callable[[], int] | None = None) -> T:
@@ -105,7 +106,7 @@ class RetryPolicy:
 
 def may_pass(error: Exception) -> bool:
     """Whether the same call may succeed a little later."""
-    return isinstance(error, OriginError) and (error.retryable or bool(error.details.get("broke_off")))
+    return isinstance(error, OriginError) and origin_retry.may_pass(error)
 
 
 def details(error: Exception) -> dict[str, object]:

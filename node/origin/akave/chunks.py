@@ -1,7 +1,7 @@
-"""Chunks of Akave files on their way: each in an unlinked temporary file, a few kept for the ranges that come next.
+"""Downloaded chunks of Akave's files: each in an unlinked temporary file, the last few kept for the next ranges.
 
-The SDK gives whole chunks of 32,000,000 bytes only. Ranges of a few MiB are asked for one after the other, so the
-last chunks stay: else each range would fetch its chunk anew.
+The SDK gives whole chunks of 32,000,000 bytes only. Readers ask for ranges of a few MiB, one after the other: without
+the kept chunks each range would download its chunk again.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from collections.abc import Awaitable, Callable
 
 
 class SpooledChunk(io.RawIOBase):
-    """What the SDK writes a chunk to. Takes `limit` bytes and no more."""
+    """A file that the SDK writes a chunk to. Raises ValueError for more than `limit` bytes."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
         self._fd, name = tempfile.mkstemp(prefix="shoal-akave-")
         os.unlink(name)
-        self._end = weakref.finalize(self, os.close, self._fd)  # when no reader has it any more
+        self._end = weakref.finalize(self, os.close, self._fd)  # closed when no reader has this object any more
         self.limit = limit
         self.size = 0
 
@@ -31,7 +31,7 @@ class SpooledChunk(io.RawIOBase):
 
     def write(self, data: bytes) -> int:  # type: ignore[override]
         if self.size + len(data) > self.limit:
-            raise ValueError(f"more than the {self.limit} bytes of the chunk came")
+            raise ValueError(f"the chunk has {self.limit} bytes, and more came")
         view = memoryview(data)
         while view:
             written = os.pwrite(self._fd, view, self.size)
@@ -40,12 +40,12 @@ class SpooledChunk(io.RawIOBase):
         return len(data)
 
     def bytes_at(self, start: int, end: int) -> bytes:
-        """Bytes [start, end) of the chunk; shorter only where its end is."""
+        """The bytes [start, end) of the chunk; fewer if it ends before."""
         return os.pread(self._fd, end - start, start)
 
 
 class SpooledChunks:
-    """The last chunks by file and index. One that is asked for twice at once is fetched once."""
+    """The last `kept` chunks, by file and index. Readers that ask for one at the same time share one download."""
 
     def __init__(self, kept: int) -> None:
         self._kept = kept
@@ -53,21 +53,22 @@ class SpooledChunks:
         self._locks: weakref.WeakValueDictionary[tuple[str, int], asyncio.Lock] = weakref.WeakValueDictionary()
 
     async def get(self, name: str, index: int, fetch: Callable[[], Awaitable[SpooledChunk]]) -> SpooledChunk:
-        place = (name, index)
-        lock = self._locks.get(place)
+        """The chunk of a file; `fetch` downloads it if it is not kept. Raises what `fetch` does."""
+        which = (name, index)
+        lock = self._locks.get(which)
         if lock is None:
-            lock = self._locks[place] = asyncio.Lock()
+            lock = self._locks[which] = asyncio.Lock()
         async with lock:
-            spool = self._chunks.get(place)
+            spool = self._chunks.get(which)
             if spool is None:
-                spool = self._chunks[place] = await fetch()
+                spool = self._chunks[which] = await fetch()
                 while len(self._chunks) > self._kept:
                     self._chunks.popitem(last=False)
             else:
-                self._chunks.move_to_end(place)
+                self._chunks.move_to_end(which)
             return spool
 
     def forget(self, name: str | None = None) -> None:
-        """The chunks of one file, or all."""
-        for place in [place for place in self._chunks if name in (None, place[0])]:
-            del self._chunks[place]
+        """Drop the chunks of one file, or all."""
+        for which in [which for which in self._chunks if name in (None, which[0])]:
+            del self._chunks[which]

@@ -3,12 +3,12 @@
 A CIDv1, codec dag-pb, hash sha2-256, over the DAG that the SDK builds itself: blocks of 1,000,000 bytes, each a dag-pb
 node without links whose data is `08 02 22 <length> <bytes>` (type file; the bytes in field 4, where UnixFS has them in
 field 2, so nothing else on IPFS, and no other SDK, gives the same CID); chunks of 32 blocks, each a node with a link
-to every block, or the block itself where there is only one; a root with a link to every chunk and the file's size in
-field 3, or the chunk itself where there is only one. A link's size is that of the encoded blocks below it.
+to every block, or the block itself if there is only one; a root with a link to every chunk and the file's size in
+field 3, or the chunk itself if there is only one. A link's size is that of the encoded blocks below it.
 
 Source: read off the public akavesdk (sdk/dag.py, sdk/sdk_ipc.py) and compared with it by the tests of the marker
-`akavesdk`. It holds where nothing is encrypted and nothing is erasure-coded, as our adapter has it. The CID that O3's
-S3 gateway reports follows from the bytes after both, and cannot be computed.
+`akavesdk`. It holds if nothing is encrypted and nothing is erasure-coded, as this package uses the SDK. The CID that
+O3's S3 gateway reports is that of the bytes after both, and cannot be computed here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 
 
 class RootCid:
-    """Takes a file's bytes as they pass, and gives its root CID at the end. Holds one block at a time."""
+    """Computes a file's root CID from its bytes, which come in parts; keeps one block at a time."""
 
     def __init__(self) -> None:
         self._block = bytearray()
@@ -38,6 +38,7 @@ class RootCid:
         self.size = 0
 
     def update(self, data: bytes | bytearray | memoryview) -> None:
+        """Add the next bytes."""
         view = memoryview(data)
         self.size += len(view)
         while view:
@@ -48,7 +49,7 @@ class RootCid:
                 self._end_block()
 
     def text(self) -> str:
-        """The CID as text, `bafybei...`. ValueError for a file without bytes: the SDK takes none."""
+        """The CID as text, `bafybei...`. Raises ValueError for a file without bytes, which the SDK refuses."""
         if not self.size:
             raise ValueError("a file without bytes has no root CID: the akavesdk refuses it")
         if self._block:
@@ -78,7 +79,7 @@ class RootCid:
 
 
 def root_cid_of(parts: Iterable[bytes | bytearray | memoryview]) -> str:
-    """The root CID of the bytes that these are together."""
+    """The root CID of the concatenation of the parts."""
     root = RootCid()
     for part in parts:
         root.update(part)
@@ -86,7 +87,7 @@ def root_cid_of(parts: Iterable[bytes | bytearray | memoryview]) -> str:
 
 
 def same_cid(one: str, other: str) -> bool:
-    """Whether two texts are one CID, in base32 or base58btc as nodes write them (multibase)."""
+    """Whether two texts are the same CID; each is in base32 or base58btc (multibase), as nodes write them."""
     return one == other or (bool(one) and _decoded(one) == _decoded(other))
 
 
@@ -105,7 +106,7 @@ def _decoded(text: str) -> int | str:
 
 
 def _node(data: bytes, links: list[tuple[bytes, int]]) -> tuple[bytes, ...]:
-    """A dag-pb node in its canonical form: the links first, each with an empty name, then the data."""
+    """A dag-pb node in its canonical form: the links, each with an empty name, then the data."""
     parts = []
     for cid, size in links:
         link = b"\x0a" + _varint(len(cid)) + cid + b"\x12\x00\x18" + _varint(size)
@@ -121,7 +122,7 @@ def _cid(*parts: bytes | bytearray) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    """Protobuf's."""
+    """A number as protobuf encodes it."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)

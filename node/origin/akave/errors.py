@@ -1,5 +1,6 @@
-"""What the akavesdk raises, as our errors. It has one class, SDKError, for everything: the gRPC status below it says
-more, and where there is none its words must do.
+"""The akavesdk's exceptions, as the errors of origins.
+
+The SDK has one class, SDKError, for everything. The gRPC status below it says more; without one its words must do.
 """
 
 from __future__ import annotations
@@ -55,45 +56,54 @@ _WORDS: tuple[tuple[type[OriginError], tuple[str, ...]], ...] = (
     ),
     (OriginNotFoundError, ("not found", "doesn't exist", "does not exist", "nonexist")),
 )
-"""The first that fits counts. The hexadecimal one is the contract's selector of FileAlreadyExists."""
+"""The first match counts. The hexadecimal number is the contract's selector of FileAlreadyExists."""
 
 _ADVICE: dict[type[OriginError], str] = {
     OriginCorruptError: "ask again, or another origin",
     OriginNotFoundError: "check bucket, name and AKAVE_PRIVATE_KEY",
-    OriginExistsError: "take a new name: names on Akave are written once",
+    OriginExistsError: "use a new name: names on Akave are written once",
     OriginDeniedError: "check AKAVE_PRIVATE_KEY, and that its account has funds on Akave's chain",
     OriginUnavailableError: "try again later, and check the node's address (--akave-node, --akave-ipc)",
 }
 
 
 class UnexpectedAnswerError(Exception):
-    """Raised when what the node offers is not what was asked for."""
+    """Raised when the node offers something else than what was asked for."""
+
+
+class LostTransactionError(Exception):
+    """Raised when a transaction lost against another one of the account, and may be sent again."""
 
 
 def is_nonce_race(error: BaseException) -> bool:
-    """Whether a transaction lost against another one of the same account, so that sending it again is right."""
+    """Whether a transaction lost against another one of the same account, and may be sent again."""
     words = str(error).lower()
     return any(word in words for word in _NONCE)
 
 
 def translate(error: BaseException, did: str, *, origin: str, key: str, secret: str) -> OriginError:
-    """An exception of the SDK as one of ours. Raise it `from None`: what the SDK raises may have its configuration,
-    with the private key, in reach.
+    """The error for an exception of the SDK, while it `did` something to `key`.
+
+    `details["lost_transaction"]`: the same call may be sent again. Raise the error `from None`: the SDK's exception
+    may lead to its configuration, which has the private key.
     """
     status = _grpc_status(error)
+    lost = isinstance(error, LostTransactionError)
     if isinstance(error, UnexpectedAnswerError):
         kind: type[OriginError] = OriginCorruptError
     else:
         kind = _STATUS.get(status) or _kind_by_words(str(error))
     words = without_secret(" ".join(str(error).split()), secret)[:400] or type(error).__name__
     found = f"the akavesdk says {words!r}" + (f" (gRPC {status})" if status else "")
-    ours = origin_error(kind, did, found, _ADVICE.get(kind, "docs/akave.md has more"), origin=origin, key=key)
+    ours = origin_error(kind, did, found, _ADVICE.get(kind, "see docs/akave.md"), origin=origin, key=key)
     ours.details["status"] = status
+    if lost:
+        ours.details["lost_transaction"] = True
     return ours
 
 
 def without_secret(text: str, secret: str) -> str:
-    """The text without the key, however it is written there."""
+    """The text with *** in place of the key, in any spelling."""
     bare = secret.lower().removeprefix("0x")
     return re.sub(f"(0x)?{re.escape(bare)}", "***", text, flags=re.IGNORECASE) if bare else text
 
@@ -107,7 +117,7 @@ def _kind_by_words(text: str) -> type[OriginError]:
 
 
 def _grpc_status(error: BaseException) -> str:
-    """The status of the gRPC call that failed below, "" where none did. The SDK keeps it as the context only."""
+    """The status of the gRPC call that failed below, or "". The SDK keeps it only as the context of its exception."""
     seen: set[int] = set()
     below: BaseException | None = error
     while below is not None and id(below) not in seen:

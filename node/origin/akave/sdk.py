@@ -1,10 +1,10 @@
-"""The public akavesdk, as it really behaves. Everything here blocks: it runs in threads (akave_threads.py).
+"""The public akavesdk as it really behaves. Every call blocks: the store runs them in threads.
 
-The SDK (github.com/akave-ai/akavesdk-py, GPLv3) is no dependency: users install it themselves (docs/akave.md). What was
-found by running it: the package `akavesdk` must be imported before `sdk` and `private`, which it brings; its connection
-pool costs 200 ms a download; the node that it asks for its contracts is fixed; concurrent transactions of one account
-lose against each other ("nonce too low"); a range is of chunks; nothing is checked on download; a reader that fails is
-taken for one at its end if it fails once only; its encryption breaks uploads and is never used here.
+The SDK (github.com/akave-ai/akavesdk-py, GPLv3) is not a dependency: users install it themselves (docs/akave.md). Found
+by running it: the package `akavesdk` must be imported before `sdk` and `private`, which it brings; its connection pool
+costs 200 ms a download; the node that it asks for its contracts is fixed; concurrent transactions of one account lose
+against each other ("nonce too low"); a range consists of chunks; nothing is checked on download; a reader that fails
+once is taken for one at its end; its encryption breaks uploads and is never used here.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-from node.origin.akave.errors import UnexpectedAnswerError, is_nonce_race
+from node.origin.akave.errors import LostTransactionError, UnexpectedAnswerError, is_nonce_race
 from node.origin.akave.upload import UploadReader
 from node.origin.core.credentials import Secret
 from node.origin.core.fork_guard import expect_works, no_fork
 from protocol.errors import OriginDeniedError, OriginError
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 LIST_LIMIT = 1000
-"""What `list_files` asks for; there is no second page."""
+"""The most files that `list_files` asks for; there is no second page."""
 MIN_OBJECT_BYTES = 127
 FIXED_NODE = "connect.akave.ai:5500"
-"""Where the SDK looks for its contracts, whatever node it is told to use."""
-INSTALL = "docs/akave.md says how to install it; without it there is o3:// with --o3-backend gateway"
+"""The node that the SDK asks for its contracts, whatever node it is given."""
+INSTALL = "see docs/akave.md to install it, or use o3:// with --o3-backend gateway"
 
 _BLOCK_PART_BYTES = 128 * 1024
 _BLOCKS_AT_ONCE = 8
 _CLOSE_S = 1.0
-_NONCE_TRIES = 6
-_NONCE_WAIT_S = 0.5
+_TAKE_BACK_TRIES = 6
+_TAKE_BACK_WAIT_S = 0.5
 _PRIVATE_KEY = re.compile(r"(0x)?[0-9a-fA-F]{64}")
 
 _writing = threading.Lock()
-"""One writer at a time in a process, whatever the store: nonces are the account's."""
+"""One writer at a time in a process, whatever the store: a nonce belongs to the account."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +61,12 @@ class AkaveFile:
 
 
 def sdk_is_importable() -> bool:
-    """Whether the akavesdk is installed. Imports nothing: that takes 1 to 2 s and 77 MiB."""
+    """Whether the akavesdk is installed. Does not import it, which takes 1 to 2 s and 77 MiB."""
     return importlib.util.find_spec("akavesdk") is not None
 
 
 def import_sdk() -> Any:
-    """The module `akavesdk`. Raises OriginError with what is missing."""
+    """The module `akavesdk`. Raises OriginError that says what is missing."""
     if "akavesdk" not in sys.modules:
         for taken in ("sdk", "private"):
             if taken in sys.modules:
@@ -81,7 +81,10 @@ def import_sdk() -> Any:
 
 
 class AkaveConnection:
-    """One account at one node, opened at its first use. Every method blocks and raises what the SDK raises."""
+    """One account at one node, opened at its first use.
+
+    Every method blocks, and raises what the SDK raises; LostTransactionError if a transaction may be sent again.
+    """
 
     def __init__(self, *, node: str, ipc_node: str, private_key: Secret, connect_timeout_s: float) -> None:
         self._node, self._ipc_node, self._private_key = node, ipc_node, private_key
@@ -91,39 +94,42 @@ class AkaveConnection:
         self._ipc: Any = None
 
     def ipc(self) -> Any:
-        """The SDK's own object for its IPC calls, as long as this connection is open. Nothing guards it: one writer at
-        a time, whatever it is.
+        """The SDK's own object for its IPC calls; usable as long as this connection is open.
+
+        Nothing guards it: its user sees to it that one transaction of the account goes on at a time.
         """
         return self._open()
 
     def view(self, bucket: str, name: str) -> AkaveFile | None:
-        """None where there is no such file."""
+        """A file; None if there is none of that name."""
         meta = self._open().file_info(None, bucket, name)
         if meta is None:
             return None
         return AkaveFile(name, int(meta.actual_size), str(meta.root_cid), _seconds(meta.created_at))
 
     def has_bucket(self, bucket: str) -> bool:
+        """Whether the account has the bucket."""
         return self._open().view_bucket(None, bucket) is not None
 
     def create_bucket(self, bucket: str) -> None:
+        """Create a bucket."""
         ipc = self._open()
-        with _writing:
-            _transact(lambda: ipc.create_bucket(None, bucket), lambda: True)
+        with _writing, _lost_transactions():
+            ipc.create_bucket(None, bucket)
 
     def buckets(self) -> list[str]:
-        """Names, as many as the SDK gives at once."""
+        """The names of the account's buckets, as many as the SDK gives at once."""
         return [str(one.name) for one in self._open().list_buckets(None)]
 
     def files(self, bucket: str) -> list[AkaveFile]:
-        """All of a bucket, LIST_LIMIT of them at most."""
+        """The files of a bucket, at most LIST_LIMIT."""
         return [
             AkaveFile(str(one.name), int(one.actual_size), str(one.root_cid), _seconds(one.created_at))
             for one in self._open().list_files(None, bucket)
         ]
 
     def download_chunk(self, bucket: str, name: str, index: int, writer: io.RawIOBase) -> None:
-        """Write one chunk, of CHUNK_BYTES or what is left of the file. Nothing has been checked of its bytes.
+        """Write one chunk, CHUNK_BYTES or the rest of the file, to `writer`. The SDK does not check its bytes.
 
         The SDK has all of a chunk in memory, about three times, before it writes the first byte.
         """
@@ -134,12 +140,13 @@ class AkaveConnection:
         ipc.download(None, download, writer)
 
     def upload(self, bucket: str, name: str, reader: UploadReader) -> tuple[str, int]:
-        """Send a file; its root CID and size as the SDK computed them. Other writes of this process wait."""
+        """Send a file. Returns its root CID and size, as the SDK computed them. Other writes of this process wait."""
         ipc = self._open()
         while not _writing.acquire(timeout=1):
             reader.beat()
         try:
-            meta = _transact(lambda: ipc.upload(None, bucket, name, reader), lambda: not reader.begun)
+            with _lost_transactions(lambda: not reader.begun):
+                meta = ipc.upload(None, bucket, name, reader)
             return str(meta.root_cid), int(meta.size)
         except Exception:
             if reader.begun:
@@ -149,14 +156,15 @@ class AkaveConnection:
             _writing.release()
 
     def delete(self, bucket: str, name: str) -> None:
+        """Delete a file."""
         ipc = self._open()
-        with _writing:
-            _transact(lambda: ipc.file_delete(None, bucket, name), lambda: True)
+        with _writing, _lost_transactions():
+            ipc.file_delete(None, bucket, name)
 
     def close(self) -> None:
-        """Ends the calls that wait at the node itself. The next call opens a new connection.
+        """Close the connection, which ends the calls that wait for the node. The next call opens a new one.
 
-        One that is being opened, and may hang, is not waited for: nothing waits behind it but itself.
+        A connection that is being opened, and may hang, is not waited for.
         """
         if not self._opening.acquire(timeout=_CLOSE_S):
             return
@@ -176,8 +184,8 @@ class AkaveConnection:
     def _connected(self) -> tuple[Any, Any]:
         expect_works("akavesdk", f"akave://{self._node}")
         key = self._private_key.reveal()
-        if not _PRIVATE_KEY.fullmatch(key):  # else libraries below quote it in their errors
-            raise OriginDeniedError("AKAVE_PRIVATE_KEY is no private key: 64 hexadecimal digits are expected")
+        if not _PRIVATE_KEY.fullmatch(key):  # the libraries below would quote it in their errors
+            raise OriginDeniedError("AKAVE_PRIVATE_KEY is not a private key: it must have 64 hexadecimal digits")
         with no_fork():
             akavesdk = import_sdk()
         config = akavesdk.SDKConfig(
@@ -199,21 +207,29 @@ class AkaveConnection:
             raise
 
     def _take_back(self, ipc: Any, bucket: str, name: str) -> None:
-        """Free a name that an upload of ours has taken and not filled, if the node lets us."""
-        try:
-            _transact(lambda: ipc.file_delete(None, bucket, name), lambda: True)
-        except Exception as error:
-            log.warning(
-                "what was uploaded of %r to Akave's bucket %r could not be deleted (%s): delete it before its name can "
-                "be used again",
-                name,
-                bucket,
-                type(error).__name__,
-            )
+        """Free the name that a broken upload of ours has taken, if the node permits it.
+
+        Repeated here if another transaction of the account is faster: nothing above knows of it.
+        """
+        for tries in range(1, _TAKE_BACK_TRIES + 1):
+            try:
+                ipc.file_delete(None, bucket, name)
+                return
+            except Exception as error:
+                if tries == _TAKE_BACK_TRIES or not is_nonce_race(error):
+                    log.warning(
+                        "the broken upload of %r to Akave's bucket %r could not be deleted (%s): delete it before its "
+                        "name is used again",
+                        name,
+                        bucket,
+                        type(error).__name__,
+                    )
+                    return
+            time.sleep(_TAKE_BACK_WAIT_S * tries * random.uniform(0.5, 1.5))
 
 
 def _contracts_of(node: str) -> dict[str, str]:
-    """The contracts that a node works with. The SDK would ask FIXED_NODE."""
+    """The contracts that a node uses. The SDK would ask FIXED_NODE."""
     fetcher = importlib.import_module("sdk.sdk").AkaveContractFetcher(node)
     try:
         info = fetcher.fetch_contract_addresses() if fetcher.connect() else None
@@ -224,17 +240,15 @@ def _contracts_of(node: str) -> dict[str, str]:
     return dict(info)
 
 
-def _transact(call: Callable[[], T], may_repeat: Callable[[], bool]) -> T:
-    """Call again while another transaction of the account, of another process, was faster."""
-    tries = 0
-    while True:
-        try:
-            return call()
-        except Exception as error:
-            tries += 1
-            if tries == _NONCE_TRIES or not is_nonce_race(error) or not may_repeat():
-                raise
-        time.sleep(_NONCE_WAIT_S * tries * random.uniform(0.5, 1.5))
+@contextmanager
+def _lost_transactions(may_repeat: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Raises LostTransactionError if another process's transaction was faster and this one may be sent again."""
+    try:
+        yield
+    except Exception as error:
+        if is_nonce_race(error) and may_repeat():
+            raise LostTransactionError(str(error)) from error
+        raise
 
 
 def _seconds(value: Any) -> float:

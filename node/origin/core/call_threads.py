@@ -1,4 +1,4 @@
-"""Blocking calls of the akavesdk off the event loop: in threads of their own, few at once, none waited for at exit."""
+"""Blocking calls in threads of their own: a bounded number at once, and none that is waited for at exit."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ T = TypeVar("T")
 
 
 class StalledError(Exception):
-    """Raised when a call did not come back in time, or no thread came free for one."""
+    """Raised when a call did not return in time, or when no thread became free for it."""
 
 
 class CallThreads:
     """At most `limit` calls at once, each in a daemon thread.
 
-    The SDK gives its gRPC calls no deadline, and a thread cannot be ended from outside: one that hangs keeps its place
-    until the call comes back, so that a node that answers nobody costs `limit` threads and no more. The pools of
-    asyncio and concurrent.futures are joined at exit, where such a thread would hang the process.
+    A library's call may have no deadline, and a thread cannot be ended from outside: one that hangs counts until its
+    call returns, so that a server that answers nobody costs `limit` threads and no more. The pools of asyncio and
+    concurrent.futures are joined at exit, where such a thread would keep the process from ending.
     """
 
     def __init__(self, limit: int, name: str = "akavesdk") -> None:
@@ -29,21 +29,22 @@ class CallThreads:
 
     @property
     def busy(self) -> bool:
-        """Whether as many calls as may be are going on."""
+        """Whether `limit` calls are going on."""
         return self._free.locked()
 
     async def run(
         self, call: Callable[[], T], *, timeout_s: float, moved: Callable[[], int] | None = None, queue: bool = False
     ) -> T:
-        """The call's result, or what it raised. StalledError after `timeout_s` in which `moved()` stayed as it was.
+        """The call's result, or what it raised. If this is cancelled, the call goes on, and its result is dropped.
 
-        `queue`: wait for a free thread as long as it takes. When this is cancelled the call goes on unheard.
+        `queue`: wait for a free thread however long that takes. Raises StalledError after `timeout_s` seconds without a
+        free thread, or after `timeout_s` seconds in which the call did not return and `moved()` did not change.
         """
         try:
             async with asyncio.timeout(None if queue else timeout_s):
                 await self._free.acquire()
         except TimeoutError:
-            raise StalledError(f"all calls before it have hung for {timeout_s:.0f} s") from None
+            raise StalledError(f"no thread became free for {timeout_s:.0f} s: all calls before this one hang") from None
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         try:
@@ -62,7 +63,7 @@ class CallThreads:
                     raise StalledError(f"nothing came back for {timeout_s:.0f} s")
                 before = now
         finally:
-            future.cancel()  # what comes later is not listened to
+            future.cancel()  # a later result is dropped
 
     def _work(self, call: Callable[[], T], loop: asyncio.AbstractEventLoop, future: asyncio.Future[T]) -> None:
         result: Any = None
@@ -71,7 +72,7 @@ class CallThreads:
             result = call()
         except BaseException as caught:
             error = caught
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(self._end, future, result, error)
 
     def _end(self, future: asyncio.Future[T], result: T, error: BaseException | None) -> None:

@@ -1,4 +1,4 @@
-"""Secrets: read from the environment or from files, shown nowhere."""
+"""Secrets, read from the environment or from files, shown nowhere."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ VARIABLES = {
     "s3_session_token": "AWS_SESSION_TOKEN",
     "hf_token": "HF_TOKEN",
 }
-"""Where each of the credentials is read from; or from the file that the same with _FILE names."""
+"""The variable of each credential; the same name with _FILE at its end names a file that has it."""
 
 
 class Secret:
-    """A string that prints as ***, in every way of printing. A pickle of it holds nothing of it."""
+    """A string that prints as ***, however it is printed. Its pickle does not contain it."""
 
     __slots__ = ("_value",)
 
@@ -32,7 +32,7 @@ class Secret:
         self._value: str | None = value
 
     def reveal(self) -> str:
-        """The string. Raises OriginDeniedError where this came out of a pickle, which carries none."""
+        """The string. Raises OriginDeniedError if this object came out of a pickle, which carries no secret."""
         if self._value is None:
             raise OriginDeniedError(
                 "credentials do not travel in pickles; read them again in this process, from the environment or files"
@@ -41,7 +41,7 @@ class Secret:
 
     @property
     def withheld(self) -> bool:
-        """Whether this came out of a pickle, and there was a secret before."""
+        """Whether this object came out of a pickle, and had a secret before."""
         return self._value is None
 
     def __repr__(self) -> str:
@@ -83,7 +83,7 @@ def _withheld() -> Secret:
 
 @dataclass(frozen=True)
 class Credentials:
-    """What the origins ask for; None where the environment has nothing."""
+    """The credentials for all kinds of origins; None for those that the environment does not have."""
 
     o3_access_key: Secret | None = None
     o3_secret_key: Secret | None = None
@@ -97,26 +97,26 @@ class Credentials:
     def from_environment(cls, env: Mapping[str, str]) -> Credentials:
         """Read each variable, or the file that the variable with `_FILE` at its end names.
 
-        Raises InvalidParamsError where both are set, or a file cannot be read.
+        Raises InvalidParamsError if both are set, or if a file cannot be read.
         """
         return cls(**{field: read_secret(env, name) for field, name in VARIABLES.items()})
 
     def withheld(self) -> tuple[str, ...]:
-        """The variables whose secrets a pickle did not carry."""
+        """The names of the variables whose secrets did not travel in a pickle."""
         return tuple(
             name for field, name in VARIABLES.items() if (one := getattr(self, field)) is not None and one.withheld
         )
 
     def read_again(self, env: Mapping[str, str]) -> Credentials:
-        """With what a pickle did not carry, as far as the environment has it. Raises InvalidParamsError."""
+        """The same, with the secrets that did not travel in a pickle, if `env` has them. Raises InvalidParamsError."""
         found = {field: read_secret(env, name) for field, name in VARIABLES.items() if name in self.withheld()}
         return replace(self, **{field: secret for field, secret in found.items() if secret})
 
 
 def read_secret(env: Mapping[str, str], name: str) -> Secret | None:
-    """The secret `name`, from the variable or from the file that `name`_FILE names; None where neither is set.
+    """The secret from the variable `name` or from the file that `name`_FILE names; None if neither is set.
 
-    An empty variable counts as none: compose files make such. Raises InvalidParamsError.
+    An empty variable counts as not set: compose files make such. Raises InvalidParamsError.
     """
     value, path = env.get(name, "").strip(), env.get(f"{name}_FILE", "").strip()
     if value and path:
@@ -132,9 +132,9 @@ def _read(name: str, path: Path) -> str:
             raw = file.read(MAX_FILE_BYTES + 1)
         value = raw.decode().strip()
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise InvalidParamsError(f"{name}_FILE names {path}, which cannot be read: {reason}") from None
     if not value or len(raw) > MAX_FILE_BYTES:
         what = "empty" if not value else f"larger than {MAX_FILE_BYTES} bytes"
-        raise InvalidParamsError(f"{name}_FILE names {path}, which is {what}; it should hold the secret alone")
+        raise InvalidParamsError(f"{name}_FILE names {path}, which is {what}; it must hold the secret and nothing else")
     return value

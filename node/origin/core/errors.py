@@ -1,4 +1,4 @@
-"""What an origin answered, as our errors: made here, so that each names the same things and none a credential."""
+"""Makes the errors of origins: each names origin, key, status and tries, and none contains a credential."""
 
 from __future__ import annotations
 
@@ -40,7 +40,11 @@ def origin_error(
     status: int | None = None,
     retry_after_s: float | None = None,
 ) -> OriginError:
-    """An error that says what was asked of whom, what was found, and what to do. `details.tried` counts the tries."""
+    """An error that says what was asked of which origin, what was found and what to do.
+
+    `did` is what was asked, to be followed by the key: "read bytes 0 to 5 of". `details["tried"]` is 1: `with_tries`
+    changes it.
+    """
     what = f"{did} {key!r}" if key else did
     details: dict[str, object] = {
         "origin": origin,
@@ -63,7 +67,10 @@ def status_error(
     retry_after_s: float | None = None,
     credentials: str = "",
 ) -> OriginError:
-    """The error for an HTTP status that is not a success. `code` is S3's, or empty; `credentials` says where from."""
+    """The error for an HTTP status that is not a success.
+
+    `code` is S3's error code, or empty; `credentials` names the variables that the credentials come from.
+    """
     code = code if _CODE.fullmatch(code) else ""
     found = f"the answer was {status}" + (f" {code}" if code else "")
     kind, advice = _meaning(status, code, credentials)
@@ -78,9 +85,9 @@ def _meaning(status: int, code: str, credentials: str) -> tuple[type[OriginError
             "check the bucket's name" if code == "NoSuchBucket" else "check the URL, or publish it there first"
         )
     if status in (408, 425, 429) or code in _RETRY_CODES or (status >= 500 and status != 501):
-        return OriginUnavailableError, "it is overloaded or unwell: try again later, or name another origin"
+        return OriginUnavailableError, "it is overloaded or out of order: try again later, or name another origin"
     if status in (409, 412):
-        return OriginExistsError, "there is another object by that name, or it changed meanwhile"
+        return OriginExistsError, "there is another object of that name, or it changed in the meantime"
     if status == 416:
         return OriginCorruptError, "the object there is smaller than it should be: publish it again"
     return OriginError, "the origin cannot do this"
@@ -95,13 +102,16 @@ def _access_advice(code: str, credentials: str) -> str:
 
 
 def listing_too_long_error(prefix: str, *, origin: str) -> OriginError:
-    """The error for a listing that has no end, or one too far away."""
-    found, advice = f"it has more than {MAX_LISTED} objects there", "name one object, or keep fewer in one place"
+    """The error for a listing that finds more than MAX_LISTED objects."""
+    found, advice = (
+        f"it has more than {MAX_LISTED} objects there",
+        "name one object, or keep fewer objects under one prefix",
+    )
     return origin_error(OriginError, "list", found, advice, origin=origin, key=prefix)
 
 
 def unreachable_error(did: str, found: str, *, origin: str, key: str) -> OriginError:
-    """The error for no answer at all: no connection, a broken one, or nothing in time."""
+    """The error for no answer: no connection, a broken one, or silence until the time-out."""
     advice = "check the network and the endpoint, or name another origin"
     return origin_error(OriginUnavailableError, did, found, advice, origin=origin, key=key)
 
@@ -109,7 +119,7 @@ def unreachable_error(did: str, found: str, *, origin: str, key: str) -> OriginE
 def corrupt_error(did: str, found: str, *, origin: str, key: str, broke_off: bool = False) -> OriginError:
     """The error for bytes that are not those that were asked for.
 
-    `broke_off`, in `details` too: what came is good as far as it goes, and another try may bring the rest.
+    `broke_off` (also in `details`): the answer ended early; its bytes are good, and another try may bring the rest.
     """
     error = origin_error(OriginCorruptError, did, found, "ask again, or another origin", origin=origin, key=key)
     if broke_off:
@@ -118,7 +128,7 @@ def corrupt_error(did: str, found: str, *, origin: str, key: str, broke_off: boo
 
 
 def with_tries(error: OriginError, tries: int, seconds: float) -> OriginError:
-    """The same error, that also says how often it was tried."""
+    """The same error, which now says how often the request was sent."""
     error.details["tried"] = tries
     if tries > 1:
         error.message = f"{error.message} (tried {tries} times in {seconds:.1f} s)"

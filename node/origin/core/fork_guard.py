@@ -1,5 +1,5 @@
-"""What a fork leaves behind. Connections do not survive it, obstore and gRPC hang after it, and an import that another
-thread has begun is never finished in the child.
+"""Guards against what a fork breaks: connections do not survive it, obstore and gRPC hang after it, and an import that
+another thread has begun never ends in the child.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _forks_wait = threading.RLock()
 
 
 def expect_own_process(origin: str, opened_in: int) -> None:
-    """Raises OriginError where this process is not the one, by its id, that opened the store."""
+    """Raises OriginError if `opened_in`, the id of the process that opened the store, is not that of this process."""
     if opened_in != os.getpid():
         raise _refusal(origin, "it was opened in another process, from which this one was forked")
 
@@ -34,7 +34,7 @@ def hangs_here(library: Library) -> bool:
 
 
 def expect_works(library: Library, origin: str) -> None:
-    """Raises OriginError in a process that was forked from one that used it. Else this one counts as using it."""
+    """Note that this process uses the library. Raises OriginError if it was forked from one that used it."""
     if library in _hangs:
         raise _refusal(origin, f"this process was forked from one that used {library}, and it would hang")
     _used.add(library)
@@ -42,13 +42,13 @@ def expect_works(library: Library, origin: str) -> None:
 
 @contextmanager
 def no_fork() -> Iterator[None]:
-    """Forks of this process wait for the end of this: of the first import of a large library, above all."""
+    """No fork of this process happens during the block: mostly, the first import of a large library."""
     with _forks_wait:
         yield
 
 
 def _refusal(origin: str, found: str) -> OriginError:
-    advice = "start processes by spawn or forkserver, and open the origin in each"
+    advice = "start processes by spawn or forkserver, and open the origin in each of them"
     return origin_error(OriginError, "open the store", found, advice, origin=origin, key="")
 
 

@@ -1,4 +1,4 @@
-"""Encryption above any object store: what leaves the machine is encrypted and authenticated (encryption_frames.py)."""
+"""An object store on top of another one: what leaves the machine is encrypted and authenticated."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ _BATCH_BYTES = _FRAMES_AT_ONCE * STORED_FRAME
 
 
 class EncryptedStore:
-    """An ObjectStore over another one. Raises OriginCorruptError where something is not what was written with this key.
+    """An ObjectStore. Reads raise OriginCorruptError for anything that was not written with this key under this name.
 
-    `spool`: the folder where a file lies encrypted while it is sent; None: the system's for temporary files. Every try
-    encrypts anew, so an upload that was interrupted begins again.
+    A file is encrypted into a temporary file in `spool` before it is sent; None: the system's folder for such files.
+    Each put encrypts with a new salt, so an upload that broke off starts from the beginning.
     """
 
     def __init__(self, inner: ObjectStore, key: bytes, spool: Path | None = None) -> None:
@@ -53,20 +53,22 @@ class EncryptedStore:
         self.min_object_bytes = max(0, inner.min_object_bytes - stored_size(0))
 
     async def head(self, key: str) -> ObjectInfo:
-        """The object's size without its encryption. Its bytes are not looked at."""
+        """See ObjectStore. The size is that of the plain bytes; no byte of the object is checked."""
         return self._plain_info(await self._inner.head(key))
 
     async def get_range(self, key: str, start: int, end: int) -> bytes:
+        """See ObjectStore."""
         return (await self.get_ranges(key, [(start, end)]))[0]
 
     async def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """See ObjectStore."""
         known = key in self._known
         try:
             return await self._get_ranges(key, ranges)
         except OriginCorruptError:
             if not known:
                 raise
-            return await self._get_ranges(key, ranges)  # it may have been written anew; its header is forgotten
+            return await self._get_ranges(key, ranges)  # it may have been written again: its new header is read
 
     async def _get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         cipher = await self._cipher(key)
@@ -79,7 +81,7 @@ class EncryptedStore:
         return [next(found) if start < end else b"" for start, end in ranges]
 
     async def get_stream(self, key: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
-        """Whatever is given out has been authenticated."""
+        """See ObjectStore. Every byte that is yielded has been authenticated."""
         known, given = key in self._known, False
         try:
             async for part in self._stream(key, start, end):
@@ -101,7 +103,7 @@ class EncryptedStore:
         metadata: Mapping[str, str] | None = None,
         on_bytes: OnBytes | None = None,
     ) -> ObjectInfo:
-        """A file is encrypted into a temporary one first. `metadata` goes as it is: it is not encrypted."""
+        """See ObjectStore. `metadata` is not encrypted."""
         self._known.pop(key, None)
         if isinstance(body, bytes):
             sealed = await asyncio.to_thread(self._sealed, key, body)
@@ -114,7 +116,7 @@ class EncryptedStore:
         return self._plain_info(info)
 
     async def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
-        """Objects whose size shows that they are not encrypted are left out."""
+        """See ObjectStore. Leaves out objects whose size is not that of an encrypted one."""
         async for info in self._inner.list(prefix):
             try:
                 size = plain_size(info.size)
@@ -123,10 +125,12 @@ class EncryptedStore:
             yield replace(info, size=size)
 
     async def delete(self, key: str) -> None:
+        """See ObjectStore."""
         self._known.pop(key, None)
         await self._inner.delete(key)
 
     async def close(self) -> None:
+        """See ObjectStore."""
         self._known.clear()
         await self._inner.close()
 
@@ -139,8 +143,8 @@ class EncryptedStore:
         metadata: Mapping[str, str] | None,
         on_bytes: OnBytes | None,
     ) -> ObjectInfo:
-        told = _PlainCount(on_bytes, size) if on_bytes else None
-        return await self._inner.put(key, sealed, if_absent=if_absent, metadata=metadata, on_bytes=told)
+        count = _PlainCount(on_bytes, size) if on_bytes else None
+        return await self._inner.put(key, sealed, if_absent=if_absent, metadata=metadata, on_bytes=count)
 
     async def _stream(self, key: str, start: int, end: int | None) -> AsyncIterator[bytes]:
         cipher = await self._cipher(key)
@@ -204,7 +208,7 @@ class EncryptedStore:
             if given_up.is_set():
                 return
             if len(plain) != min(FRAME_BYTES, size - index * FRAME_BYTES):
-                raise OSError("the file was changed meanwhile")
+                raise OSError("the file was changed in the meantime")
             out.write(cipher.seal(index, plain))
         out.flush()
 
@@ -219,7 +223,7 @@ class EncryptedStore:
 
     def _no_room(self, key: str, error: OSError) -> OriginError:
         found = f"it cannot be encrypted into a temporary file: {error.strerror or error}"
-        advice = "that needs as much free disk as the object has bytes; TMPDIR names another folder"
+        advice = "it needs as much free disk as the object has bytes; set TMPDIR to use another folder"
         return origin_error(OriginError, "write", found, advice, origin=self.url, key=key)
 
     @contextmanager
@@ -251,15 +255,15 @@ class EncryptedStore:
 
 
 class _PlainCount:
-    """Tells of plain bytes while encrypted ones go: never more than there are, and all of them at the end."""
+    """Reports plain bytes while encrypted ones are sent: never too many, and all of them at the end."""
 
     def __init__(self, on_bytes: OnBytes, size: int) -> None:
         self._on_bytes, self._size = on_bytes, size
-        self._stored = self._told = 0
+        self._stored = self._reported = 0
 
     def __call__(self, count: int) -> None:
         self._stored += count
         done = min(self._size, self._stored * self._size // stored_size(self._size))
-        if done > self._told:
-            self._on_bytes(done - self._told)
-            self._told = done
+        if done > self._reported:
+            self._on_bytes(done - self._reported)
+            self._reported = done

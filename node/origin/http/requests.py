@@ -1,4 +1,4 @@
-"""One HTTP request and its answer, by aiohttp: connections, redirects, and its errors as ours."""
+"""One HTTP request and its answer, through aiohttp: connections, redirects, proxies, and aiohttp's errors as ours."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ CHUNK_BYTES = 1 << 18
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
-class Asked(NamedTuple):
-    """One object: its URL, its key, and what is done to it, for messages."""
+class ObjectRequest(NamedTuple):
+    """A request about one object."""
 
     url: str
     key: str
     did: str
+    """What is done to the object, for messages: "read bytes 0 to 5 of"."""
 
 
 class HttpClient:
-    """Requests to one origin, and to where it redirects."""
+    """Sends requests to one origin, and to where it redirects. Repeats none."""
 
     def __init__(self, origin: str, settings: OriginSettings, headers: Mapping[str, str], credentials: str) -> None:
         self._origin = origin
@@ -45,16 +46,16 @@ class HttpClient:
         self._process = os.getpid()
 
     async def answer(
-        self, method: str, asked: Asked, headers: Mapping[str, str] | None = None
+        self, method: str, request: ObjectRequest, headers: Mapping[str, str] | None = None
     ) -> aiohttp.ClientResponse:
-        """An answer of success, its body still to come; the caller closes it. Raises the OriginError tree.
+        """An answer whose status is a success; its body is still to come, and the caller closes it.
 
-        What the origin is sent to prove who asks does not follow a redirect to another host, and no redirect leads
-        from the network to this machine or a private one.
+        Credentials do not follow a redirect to another host, and no redirect leads from the internet to this machine or
+        a private network. Raises OriginError and its children.
         """
-        url = asked.url
+        url = request.url
         for _ in range(MAX_REDIRECTS + 1):
-            answer = await self._once(method, url, asked, headers or {})
+            answer = await self._once(method, url, request, headers or {})
             if answer.status not in _REDIRECTS:
                 if 200 <= answer.status < 300:
                     return answer
@@ -62,38 +63,40 @@ class HttpClient:
                 raise status_error(
                     answer.status,
                     "",
-                    asked.did,
+                    request.did,
                     origin=self._origin,
-                    key=asked.key,
+                    key=request.key,
                     retry_after_s=retry_after_s(answer.headers.get("Retry-After")),
                     credentials=self._credentials,
                 )
             answer.close()
-            url = await self._next(url, answer.headers.get("Location", ""), asked)
+            url = await self._next(url, answer.headers.get("Location", ""), request)
         raise origin_error(
-            OriginError, asked.did, "it redirects in circles", "check the URL", origin=self._origin, key=asked.key
+            OriginError, request.did, "it redirects in circles", "check the URL", origin=self._origin, key=request.key
         )
 
-    async def body(self, answer: aiohttp.ClientResponse, asked: Asked) -> AsyncIterator[bytes]:
-        """The bytes of an answer as they come."""
+    async def body(self, answer: aiohttp.ClientResponse, request: ObjectRequest) -> AsyncIterator[bytes]:
+        """The bytes of an answer as they come. Raises OriginCorruptError if it breaks off."""
         try:
             async for data in answer.content.iter_chunked(CHUNK_BYTES):
                 yield data
         except aiohttp.ClientPayloadError:
             raise corrupt_error(
-                asked.did, "its answer broke off", origin=self._origin, key=asked.key, broke_off=True
+                request.did, "its answer broke off", origin=self._origin, key=request.key, broke_off=True
             ) from None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise self._unreachable(asked, error) from None
+            raise self._unreachable(request, error) from None
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """Close the connections; the next request opens them again."""
         session, self._session = self._session, None
         if session is not None:
             await session.close()
 
-    async def _once(self, method: str, url: str, asked: Asked, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
-        own = _host(url) == _host(asked.url)
+    async def _once(
+        self, method: str, url: str, request: ObjectRequest, headers: Mapping[str, str]
+    ) -> aiohttp.ClientResponse:
+        own = _host(url) == _host(request.url)
         try:
             return await self._open().request(
                 method,
@@ -105,19 +108,19 @@ class HttpClient:
         except OriginError:
             raise
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            raise self._unreachable(asked, error) from None
+            raise self._unreachable(request, error) from None
 
-    async def _next(self, url: str, location: str, asked: Asked) -> str:
+    async def _next(self, url: str, location: str, request: ObjectRequest) -> str:
         target = urljoin(url, location) if location else ""
-        if location and _host(target) == _host(asked.url):
+        if location and _host(target) == _host(request.url):
             return target
-        if is_loopback(urlsplit(asked.url).hostname or "") and is_loopback(urlsplit(target).hostname or ""):
+        if is_loopback(urlsplit(request.url).hostname or "") and is_loopback(urlsplit(target).hostname or ""):
             return target
-        # Not the target itself: it may be signed.
+        # The message names the host only: the URL may be signed.
         if refusal(target) is not None:
             found = f"it redirects to {urlsplit(target).hostname or 'nowhere'}"
-            advice = "where no origin may send us: give that one to this node itself, if you trust it"
-            raise origin_error(OriginDeniedError, asked.did, found, advice, origin=self._origin, key=asked.key)
+            advice = "an origin may not redirect there; if you trust that host, give this node its URL as an origin"
+            raise origin_error(OriginDeniedError, request.did, found, advice, origin=self._origin, key=request.key)
         await check_host(f"https://{urlsplit(target).netloc}")
         return target
 
@@ -136,7 +139,7 @@ class HttpClient:
             )
         return self._session
 
-    def _unreachable(self, asked: Asked, error: Exception) -> OriginError:
+    def _unreachable(self, request: ObjectRequest, error: Exception) -> OriginError:
         match error:
             case TimeoutError():
                 found = "nothing came in time"
@@ -148,7 +151,7 @@ class HttpClient:
                 found = f"no connection: {os.strerror(error.os_error.errno or 0).lower()}"
             case _:
                 found = "the connection broke"
-        return unreachable_error(asked.did, found, origin=self._origin, key=asked.key)
+        return unreachable_error(request.did, found, origin=self._origin, key=request.key)
 
 
 def _host(url: str) -> tuple[str, str]:
@@ -157,7 +160,7 @@ def _host(url: str) -> tuple[str, str]:
 
 
 def _proxy(url: str) -> str | None:
-    """The proxy that the environment names for a URL. (aiohttp's own way would read ~/.netrc too.)"""
+    """The proxy that the environment names for a URL. (aiohttp's `trust_env` would read ~/.netrc too.)"""
     parts = urlsplit(url)
     host = parts.hostname or ""
     return (

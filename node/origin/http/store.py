@@ -1,4 +1,4 @@
-"""https://: objects on any web server, read alone. http:// on this machine."""
+"""https://: objects on any web server, read only; and http:// on this machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from node.clock import Clock
 from node.origin.core.errors import origin_error
 from node.origin.http.ranges import HttpRangeReader
 from node.origin.interface import ObjectInfo, OnBytes
@@ -15,7 +16,7 @@ from protocol.errors import OriginError
 
 
 class ReadOnlyStore:
-    """What a place that is only read from answers to the rest of ObjectStore."""
+    """The methods of ObjectStore that a back-end without writes refuses."""
 
     url: str
     min_object_bytes = 0
@@ -31,25 +32,25 @@ class ReadOnlyStore:
         metadata: Mapping[str, str] | None = None,
         on_bytes: OnBytes | None = None,
     ) -> ObjectInfo:
-        """OriginError."""
+        """Raises OriginError."""
         raise self._cannot("write", key)
 
     async def delete(self, key: str) -> None:
-        """OriginError."""
+        """Raises OriginError."""
         raise self._cannot("delete", key)
 
     def _cannot(self, did: str, key: str) -> OriginError:
         advice = "use an o3://, s3:// or file:// origin for that"
-        return origin_error(OriginError, did, "this origin is only read from", advice, origin=self.url, key=key)
+        return origin_error(OriginError, did, "this origin is read-only", advice, origin=self.url, key=key)
 
 
 class HttpStore(ReadOnlyStore):
-    """Objects under one URL, by HEAD and Range requests. It cannot list."""
+    """Objects under one URL, by HEAD and Range requests. It cannot list: HTTP has no such request."""
 
-    def __init__(self, url: OriginUrl, settings: OriginSettings) -> None:
+    def __init__(self, url: OriginUrl, settings: OriginSettings, clock: Clock | None = None) -> None:
         self.url = str(url)
         self._origin_url = url
-        self._ranges = HttpRangeReader(self.url, settings)
+        self._ranges = HttpRangeReader(self.url, settings, clock=clock)
 
     async def head(self, key: str) -> ObjectInfo:
         """See ObjectStore."""
@@ -68,12 +69,12 @@ class HttpStore(ReadOnlyStore):
         return self._ranges.stream(self._address(key), key, start, end)
 
     async def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
-        """OriginError: there is no such request in HTTP."""
+        """Raises OriginError."""
         raise self._cannot("list", prefix)
         yield
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """See ObjectStore."""
         await self._ranges.close()
 
     def _address(self, key: str) -> str:

@@ -1,4 +1,4 @@
-"""How one S3 bucket is reached: endpoint, region, credentials, times; and the clients made of it."""
+"""How an S3 bucket is reached: endpoint, region, keys and time-outs; and obstore's client for it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from obstore.store import S3Store as Client
 
 _REFUSED_BY_O3 = ("AWS_CHECKSUM_ALGORITHM", "AWS_SERVER_SIDE_ENCRYPTION")
-"""obstore takes these from the environment, whatever its caller says."""
+"""obstore reads these from the environment, whatever arguments it gets."""
 
 
 class _StaticCredentials:
-    """Hands the keys to obstore when it signs: an argument would be shown in the store's `config`."""
+    """Gives obstore the keys when it signs; as arguments they would be shown in the store's `config`."""
 
     def __init__(self, access_key: Secret, secret_key: Secret, token: Secret | None) -> None:
         self._access_key, self._secret_key, self._token = access_key, secret_key, token
@@ -37,7 +37,7 @@ class _StaticCredentials:
 
 @dataclass(frozen=True)
 class S3Access:
-    """One bucket, and who asks."""
+    """One bucket, and the keys for it."""
 
     bucket: str
     endpoint: str
@@ -46,7 +46,7 @@ class S3Access:
     secret_key: Secret | None
     session_token: Secret | None
     credentials_from: str
-    """In words, for messages."""
+    """The names of their variables, for messages."""
     connect_timeout_s: float
     read_timeout_s: float
     timeout_s: float
@@ -54,7 +54,7 @@ class S3Access:
 
     @classmethod
     def of(cls, url: OriginUrl, settings: OriginSettings) -> S3Access:
-        """Read the settings for an o3:// or s3:// URL. Raises InvalidParamsError where half of a key is missing."""
+        """The settings for an o3:// or s3:// URL. Raises InvalidParamsError if only one half of a key pair is set."""
         credentials = settings.credentials
         times = (settings.connect_timeout_s, settings.read_timeout_s, settings.timeout_s)
         if url.scheme == "o3":
@@ -79,19 +79,19 @@ class S3Access:
 
     @property
     def signs(self) -> bool:
-        """Whether there is a key to sign with; without one, requests are anonymous."""
+        """Whether requests are signed; without keys they are anonymous."""
         return bool(self.access_key and self.secret_key)
 
     def client(self, *, writes: bool) -> Client:
-        """A client of obstore, for this process. Raises InvalidParamsError where the environment would spoil it.
+        """obstore's client, for this process. One for writing has no read time-out: that runs while a body is sent too.
 
-        One for writing has no read timeout: that runs while a body is being sent, too.
+        Raises InvalidParamsError if a variable is set that would make obstore send what Akave's gateway refuses.
         """
         from obstore.store import S3Store as Client
 
         for name in self.refused_environment:
             if os.environ.get(name):
-                raise InvalidParamsError(f"{name} is set, and Akave's gateway refuses what it asks for; unset it")
+                raise InvalidParamsError(f"{name} is set, and Akave's gateway refuses such requests; unset it")
         options: dict[str, Any] = {}
         if self.access_key and self.secret_key:
             options["credential_provider"] = _StaticCredentials(self.access_key, self.secret_key, self.session_token)
@@ -103,7 +103,7 @@ class S3Access:
             times["read_timeout"] = timedelta(seconds=self.read_timeout_s)
         return Client(
             self.bucket,
-            # Each is named, so that no AWS_* variable stands in for it.
+            # Each is given, so that no AWS_* variable is used in its place.
             endpoint=self.endpoint,
             aws_endpoint_url_s3=self.endpoint,
             region=self.region,

@@ -1,6 +1,6 @@
-"""The calls of S3 that obstore does not have, of uploads in parts and of buckets: by botocore, in threads of their own.
+"""The calls of S3 that obstore does not have, for uploads in parts and for buckets: botocore, in threads of its own.
 
-botocore is imported at the first of them, not before: that is slow, and most nodes only read.
+botocore is imported at the first of these calls: the import is slow, and most nodes only read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ THREADS = 4
 
 
 class S3ApiClient:
-    """A client of one bucket for as long as an upload takes: `async with`."""
+    """A client of one bucket, opened by `async with` for the length of an upload. Repeats no request."""
 
     def __init__(self, access: S3Access, failures: S3ErrorTranslator) -> None:
         self.origin = failures.origin
@@ -38,18 +38,18 @@ class S3ApiClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        # A thread cannot be cancelled, but what it sends can end: a request in progress breaks off at its next read.
+        # A thread cannot be cancelled, but its request can: it breaks off at the next read of its body.
         self._stopped.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._client.close)
 
     async def call(
-        self, method: str, did: str, key: str, wanted: Mapping[str, Any], *, in_bucket: bool = True
+        self, method: str, did: str, key: str, params: Mapping[str, Any], *, in_bucket: bool = True
     ) -> dict[str, Any]:
-        """One call of S3's API; the answer as botocore gives it. Raises the OriginError tree."""
-        given = {"Bucket": self._access.bucket, **wanted} if in_bucket else dict(wanted)
+        """One call of S3's API; the answer as botocore gives it. Raises OriginError and its children."""
+        given = {"Bucket": self._access.bucket, **params} if in_bucket else dict(params)
         if "Body" in given:
-            given["Body"] = _Sent(given["Body"], self._stopped)
+            given["Body"] = _StoppableBody(given["Body"], self._stopped)
         try:
             answer = await self._in_thread(functools.partial(getattr(self._client, method), **given))
         except Exception as error:
@@ -60,8 +60,8 @@ class S3ApiClient:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
 
-class _Sent(io.BytesIO):
-    """Bytes that stop being sent."""
+class _StoppableBody(io.BytesIO):
+    """A body whose sending can be stopped."""
 
     def __init__(self, data: bytes, stopped: threading.Event) -> None:
         super().__init__(data)
@@ -74,7 +74,7 @@ class _Sent(io.BytesIO):
 
 
 def botocore_client(access: S3Access, connections: int) -> Any:
-    """A client that signs with these keys, and keeps so many connections alive. Slow to make; one a store."""
+    """A client that signs with these keys and keeps so many connections alive. It takes 0.4 s to make: one a store."""
     with no_fork():
         import botocore
         import botocore.session
@@ -82,7 +82,7 @@ def botocore_client(access: S3Access, connections: int) -> Any:
 
     if (log := logging.getLogger("botocore")).level == logging.NOTSET:
         log.setLevel(logging.INFO)  # at DEBUG it writes down signatures and headers
-    # No profile, and no file of the user's home: what is not in our settings has no say.
+    # No profile and no file of the user's home directory: only our settings count.
     session = botocore.session.Session(
         {
             "profile": (None, None, None, None),
@@ -100,7 +100,7 @@ def botocore_client(access: S3Access, connections: int) -> Any:
         config=Config(
             signature_version="s3v4" if access.signs else botocore.UNSIGNED,
             s3={"addressing_style": "path", "payload_signing_enabled": True},
-            # O3 refuses checksum headers; the signature holds the body's SHA-256.
+            # O3 refuses checksum headers; the signature covers the body's SHA-256.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             retries={"total_max_attempts": 1, "mode": "standard"},

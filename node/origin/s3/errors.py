@@ -1,6 +1,6 @@
-"""obstore's and botocore's errors, as ours.
+"""obstore's and botocore's exceptions, as the errors of origins.
 
-Of their texts only a status, S3's code and a few known words go on: the rest may hold signed headers and URLs.
+Of their texts only a status, S3's code and a few known words are used: the rest may contain signed headers and URLs.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ _BROKEN_BODY = ("IncompleteBody", "UnexpectedEof")
 
 
 class S3ErrorTranslator(NamedTuple):
-    """Translates for one origin."""
+    """Translates the exceptions of one origin."""
 
     origin: str
     credentials: str
-    """Where its credentials come from, in words; empty where nothing was signed because there were none."""
+    """The variables that its credentials come from, for messages; empty if requests are not signed."""
 
     def of_obstore(self, error: Exception, did: str, key: str) -> OriginError:
         """The error for an exception of obstore, while it `did` something to `key`."""
@@ -74,7 +74,7 @@ class S3ErrorTranslator(NamedTuple):
             asked = retry_after_s(meta.get("HTTPHeaders", {}).get("retry-after"))
             code = str(response.get("Error", {}).get("Code", ""))
             return self.of_answer(int(meta.get("HTTPStatusCode", 0)), code, did, key, asked)
-        # Its classes of the network have names that say it: ProxyConnectionError, ConnectionClosedError, ...
+        # The names of its network errors say what happened: ProxyConnectionError, ConnectionClosedError, ...
         found = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()
         words = f"{type(error).__name__} {getattr(error, 'kwargs', {}).get('error', '')}"
         found = next((said for word, said in _NO_ANSWER_BOTOCORE if word in words), found)
@@ -107,7 +107,7 @@ def _by_class(error: Exception) -> tuple[type[OriginError], str]:
         case "FileNotFoundError" | "NotFoundError":
             return OriginNotFoundError, "it is not there"
         case "AlreadyExistsError" | "PreconditionError":
-            return OriginExistsError, "there is one by that name"
+            return OriginExistsError, "there is an object of that name"
         case "PermissionDeniedError" | "UnauthenticatedError":
             return OriginDeniedError, "it was refused"
         case name:

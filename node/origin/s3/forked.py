@@ -1,8 +1,8 @@
-"""s3:// and o3:// by botocore alone, in threads: what is opened in a process where obstore would hang.
+"""s3:// and o3:// through botocore, in threads: for a process in which obstore would hang.
 
-That is one that was forked from a process that used obstore, as the workers of PyTorch's DataLoader are by default.
-The same checks and the same errors as by obstore; 8 MiB ranges come at 0.6 to 1.0 of its speed, 64 KiB ones at 0.6, and
-the first call takes 0.4 s.
+Such a process was forked from one that used obstore, as the workers of PyTorch's DataLoader are by default. Checks and
+errors are those of S3Store; ranges of 8 MiB come at 0.6 to 1.0 of obstore's speed, ranges of 64 KiB at 0.6, and the
+first call takes 0.4 s.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
+from node.clock import Clock
 from node.origin.core.call_threads import CallThreads, StalledError
 from node.origin.core.errors import corrupt_error, unreachable_error
 from node.origin.core.fork_guard import expect_own_process
@@ -29,18 +30,18 @@ T = TypeVar("T")
 
 REQUESTS_AT_ONCE = 8
 CONNECTIONS = 16
-"""Kept alive; a stream holds one."""
+"""That are kept alive; a stream uses one as long as it lasts."""
 STEP_BYTES, STEP_S = 1 << 20, 0.25
-"""A stream's thread comes back with so much, or after so long."""
+"""A thread that reads for a stream returns after so many bytes or so many seconds."""
 READ_BYTES = 1 << 16
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
 class S3ForkedStore(S3Store):
-    """Objects of one bucket under one prefix. For the process that opened it."""
+    """S3Store through botocore."""
 
-    def __init__(self, url: OriginUrl, settings: OriginSettings) -> None:
-        super().__init__(url, settings)
+    def __init__(self, url: OriginUrl, settings: OriginSettings, clock: Clock | None = None) -> None:
+        super().__init__(url, settings, clock)
         self._threads = CallThreads(REQUESTS_AT_ONCE, name="s3")
         self._connecting = threading.Lock()
         self._client: Any = None
@@ -52,7 +53,7 @@ class S3ForkedStore(S3Store):
         async def ask() -> ObjectInfo:
             return info_by_botocore(key, await self._answer("head_object", "ask for", key, Key=full))
 
-        return await self._retries.run(ask)
+        return await self._retry.run(ask)
 
     async def get_range(self, key: str, start: int, end: int) -> bytes:
         """See ObjectStore."""
@@ -77,10 +78,10 @@ class S3ForkedStore(S3Store):
                 )
             return data
 
-        return await self._retries.run(ask)
+        return await self._retry.run(ask)
 
     async def get_stream(self, key: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
-        """See ObjectStore. Tried again only until its answer has begun."""
+        """See ObjectStore. The request is repeated only until its answer begins."""
         if start == end:
             return
         full = self._origin_url.full_key(key)
@@ -89,10 +90,10 @@ class S3ForkedStore(S3Store):
         async def begin() -> tuple[Any, int]:
             return await self._run(partial(self._body, did, key, full, start, end), did, key)
 
-        body, left = await self._retries.run(begin)
-        steps = _Steps(body, lambda error: self._failures.of_broken_body(error, did, key))
+        body, left = await self._retry.run(begin)
+        reader = _BodyReader(body, lambda error: self._failures.of_broken_body(error, did, key))
         try:
-            while left and (data := await self._run(steps.next, did, key)):
+            while left and (data := await self._run(reader.next, did, key)):
                 left -= len(data)
                 if left < 0:
                     raise corrupt_error(did, "more bytes came than it announced", origin=self.url, key=key)
@@ -101,7 +102,7 @@ class S3ForkedStore(S3Store):
                 found = f"its answer ended {left} bytes early"
                 raise corrupt_error(did, found, origin=self.url, key=key, broke_off=True)
         finally:
-            steps.end()
+            reader.end()
 
     async def delete(self, key: str) -> None:
         """See ObjectStore."""
@@ -111,10 +112,10 @@ class S3ForkedStore(S3Store):
             with suppress(OriginNotFoundError):
                 await self._answer("delete_object", "delete", key, Key=full)
 
-        await self._retries.run(ask)
+        await self._retry.run(ask)
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """See ObjectStore."""
         client, self._client = self._client, None
         if client is not None:
             client.close()
@@ -141,23 +142,23 @@ class S3ForkedStore(S3Store):
         async def ask() -> str | None:
             nonlocal conditional
             only = {"IfNoneMatch": "*"} if conditional else {}
-            wanted = {"Key": full, "Body": data, "Metadata": dict(metadata or {})}
+            params = {"Key": full, "Body": data, "Metadata": dict(metadata or {})}
             try:
-                return plain_etag((await self._answer("put_object", "write", key, **wanted, **only)).get("ETag"))
+                return plain_etag((await self._answer("put_object", "write", key, **params, **only)).get("ETag"))
             except OriginError as error:
                 if conditional and error.details["status"] == "501":
                     conditional = False
                     return await ask()
                 raise
 
-        return await self._retries.run(ask)
+        return await self._retry.run(ask)
 
     def _body(self, did: str, key: str, full: str, start: int, end: int | None) -> tuple[Any, int]:
-        """An answer's body, and how many bytes it has to bring. Blocks."""
-        wanted = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if start or end is not None else {}
-        answer = self._ask("get_object", did, key, {"Key": full, **wanted})
+        """An answer's body, and the number of bytes that it announces. Blocks."""
+        range_param = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if start or end is not None else {}
+        answer = self._ask("get_object", did, key, {"Key": full, **range_param})
         try:
-            return answer["Body"], self._promised(answer, bool(wanted), start, end, did, key)
+            return answer["Body"], self._promised(answer, bool(range_param), start, end, did, key)
         except BaseException:
             answer["Body"].close()
             raise
@@ -180,14 +181,14 @@ class S3ForkedStore(S3Store):
             raise corrupt_error(did, said, origin=self.url, key=key)
         return stop - start
 
-    async def _answer(self, method: str, did: str, key: str, **wanted: Any) -> dict[str, Any]:
-        return await self._run(partial(self._ask, method, did, key, wanted), did, key)
+    async def _answer(self, method: str, did: str, key: str, **params: Any) -> dict[str, Any]:
+        return await self._run(partial(self._ask, method, did, key, params), did, key)
 
-    def _ask(self, method: str, did: str, key: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    def _ask(self, method: str, did: str, key: str, params: Mapping[str, Any]) -> dict[str, Any]:
         """One call of S3's API. Blocks."""
         client = self._connected()
         try:
-            return dict(getattr(client, method)(Bucket=self._access.bucket, **wanted))
+            return dict(getattr(client, method)(Bucket=self._access.bucket, **params))
         except Exception as error:
             raise self._failures.of_botocore(error, did, key) from None
 
@@ -205,8 +206,8 @@ class S3ForkedStore(S3Store):
             raise unreachable_error(did, str(error), origin=self.url, key=key) from None
 
 
-class _Steps:
-    """A body's bytes, a mebibyte at a time, in threads. What came before it broke is given out first."""
+class _BodyReader:
+    """Reads a body in threads, up to a mebibyte a call. Bytes that came before an error are returned first."""
 
     def __init__(self, body: Any, translated: Callable[[Exception], OriginError]) -> None:
         self._body, self._translated = body, translated
@@ -215,14 +216,14 @@ class _Steps:
         self._ended = False
 
     def end(self) -> None:
-        """Let go of the connection, once no thread reads from it."""
+        """Close the body, as soon as no thread reads from it."""
         self._ended = True
         if self._reading.acquire(blocking=False):
             self._body.close()
             self._reading.release()
 
     def next(self) -> bytes:
-        """More bytes; none at the end."""
+        """More bytes; empty at the end."""
         with self._reading:
             data = self._next()
         if self._ended:

@@ -1,8 +1,8 @@
-"""s3:// and o3://, by obstore: any server that speaks S3, Akave's O3 gateway among them.
+"""s3:// and o3:// through obstore: the objects of one bucket, read in ranges and written whole or in parts.
 
-Addresses are path-style, requests are signed (SigV4), and no checksum header is sent: O3 refuses it. obstore's own
-retries are off. It would go on after a broken body without asking whether the object is still the same, and it does
-not wait as long as a server asks.
+Addresses are path-style, requests are signed (SigV4), and no checksum header is sent, which O3 refuses. obstore's own
+retries are off: after a broken body it would go on without asking whether the object is still the same, and it does not
+wait as long as a server asks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import obstore
 
+from node.clock import Clock
 from node.origin.core.errors import corrupt_error, listing_too_long_error, origin_error, unreachable_error
 from node.origin.core.fork_guard import expect_own_process, expect_works
 from node.origin.core.ranges import read_joined
@@ -24,7 +25,7 @@ from node.origin.interface import MAX_LISTED, ObjectInfo, OnBytes
 from node.origin.s3.access import S3Access
 from node.origin.s3.botocore_client import S3ApiClient
 from node.origin.s3.errors import S3ErrorTranslator
-from node.origin.s3.upload import SINGLE_BYTES, PartsUpload, read_part
+from node.origin.s3.upload import ObjectUpload, PartsUpload, read_part
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl, checked_key
 from protocol.errors import (
@@ -39,26 +40,27 @@ if TYPE_CHECKING:
     from obstore.store import S3Store as Client
 
 STREAM_CHUNK_BYTES = 16_384
-"""At least so many bytes a step of a stream. obstore drops what it has of the next step when a connection breaks."""
+"""The least that a stream yields at a time. If a connection breaks, obstore drops what it has of the next part."""
 SLOWEST_BYTES_S = 32_768
-"""A body that goes out more slowly is given up."""
+"""A body that is sent more slowly is given up."""
 O3_MIN_OBJECT_BYTES = 127
-"""Akave's network takes no smaller ones, whichever way they come."""
+"""Akave's network takes no smaller objects, whichever way they come."""
 
 
 class S3Store:
-    """Objects of one bucket under one prefix. For the process that opened it."""
+    """The objects of one bucket under one prefix. Only the process that opened it may use it."""
 
     writes_once = False
     range_unit_bytes = 1
 
-    def __init__(self, url: OriginUrl, settings: OriginSettings) -> None:
+    def __init__(self, url: OriginUrl, settings: OriginSettings, clock: Clock | None = None) -> None:
         self.url = str(url)
         self.min_object_bytes = O3_MIN_OBJECT_BYTES if url.scheme == "o3" else 0
         self._origin_url = url
         self._access = S3Access.of(url, settings)
         self._failures = S3ErrorTranslator(self.url, self._access.credentials_from)
-        self._retries = RetryLoop(settings.retry_total_s)
+        self._retry = RetryLoop(settings.retry_total_s, clock=clock or Clock())
+        self._part_bytes = settings.s3_part_bytes
         self._read_timeout_s, self._timeout_s = settings.read_timeout_s, settings.timeout_s
         self._clients: dict[bool, Client] = {}
         self._process = os.getpid()
@@ -71,7 +73,7 @@ class S3Store:
             found = await self._get("ask for", key, full, {"head": True})
             return object_info(key, found.meta, found.attributes)
 
-        return await self._retries.run(ask)
+        return await self._retry.run(ask)
 
     async def get_range(self, key: str, start: int, end: int) -> bytes:
         """See ObjectStore."""
@@ -86,20 +88,20 @@ class S3Store:
             except Exception as error:
                 raise self._failures.of_obstore(error, did, key) from None
             if len(data) != end - start:
-                # obstore compares the announced range, not the bytes that came, and lets it end with the object.
+                # obstore checks the announced range, which may end with the object, and not the bytes that came.
                 size = (await self._get(did, key, full, {"head": True})).meta["size"]
                 found = f"{len(data)} bytes came" if size >= end else f"it has {size} bytes"
                 raise corrupt_error(did, found, origin=self.url, key=key, broke_off=size >= end)
             return data
 
-        return await self._retries.run(ask)
+        return await self._retry.run(ask)
 
     async def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """See ObjectStore. (obstore's own panics where a range lies behind the end.)"""
+        """See ObjectStore. (obstore's own `get_ranges` panics if a range begins behind the object's end.)"""
         return await read_joined(ranges, lambda start, end: self.get_range(key, start, end))
 
     async def get_stream(self, key: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
-        """See ObjectStore. Tried again only until its first byte came."""
+        """See ObjectStore. The request is repeated only until its first byte comes."""
         if start == end:
             return
         full = self._origin_url.full_key(key)
@@ -117,7 +119,7 @@ class S3Store:
             steps = found.stream(min_chunk_size=STREAM_CHUNK_BYTES)
             return steps, await self._step(steps, did, key), stop - start
 
-        steps, data, left = await self._retries.run(begin)
+        steps, data, left = await self._retry.run(begin)
         while data:
             left -= len(data)
             if left < 0:
@@ -137,12 +139,12 @@ class S3Store:
         metadata: Mapping[str, str] | None = None,
         on_bytes: OnBytes | None = None,
     ) -> ObjectInfo:
-        """See ObjectStore. Above 16 MiB in parts; those of an upload that broke off are not sent again."""
+        """See ObjectStore. Above twice `s3_part_bytes` it goes in parts; parts that the server has are not sent."""
         try:
             return await self._put(key, body, if_absent, metadata, on_bytes)
         except OSError as error:
-            found = f"{body if isinstance(body, Path) else 'what is to be sent'} cannot be read: {error.strerror}"
-            raise origin_error(OriginError, "write", found, "look at that file", origin=self.url, key=key) from None
+            found = f"{body if isinstance(body, Path) else 'the body'} cannot be read: {error.strerror}"
+            raise origin_error(OriginError, "write", found, "check that file", origin=self.url, key=key) from None
 
     async def _put(
         self,
@@ -154,16 +156,17 @@ class S3Store:
     ) -> ObjectInfo:
         full, size = self._origin_url.full_key(key), len(body) if isinstance(body, bytes) else body.stat().st_size
         if size < self.min_object_bytes:
-            found, advice = f"{size} bytes, and Akave takes none below {self.min_object_bytes}", "pad it"
+            found, advice = f"it has {size} bytes, and Akave takes none below {self.min_object_bytes}", "pad it"
             raise origin_error(OriginError, "write", found, advice, origin=self.url, key=key)
         expect_own_process(self.url, self._process)
         if if_absent:
             await self._expect_none(key)
-        if size > SINGLE_BYTES:
-            async with S3ApiClient(self._access, self._failures) as calls:
-                etag = await PartsUpload(
-                    calls, self._retries, full, key, body, size, if_absent, dict(metadata or {}), on_bytes
-                ).run()
+        if size > 2 * self._part_bytes:
+            async with S3ApiClient(self._access, self._failures) as client:
+                upload = ObjectUpload(
+                    full, key, body, size, self._part_bytes, if_absent, dict(metadata or {}), on_bytes
+                )
+                etag = await PartsUpload(client, self._retry, upload).run()
         else:
             data = await read_part(body, 0, size)
             etag = await self._put_whole(key, full, data, if_absent, metadata)
@@ -172,7 +175,7 @@ class S3Store:
         return ObjectInfo(key, size, etag, datetime.now(UTC).timestamp(), dict(metadata or {}))
 
     async def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
-        """See ObjectStore. What it gives is held: SeaweedFS lists folder by folder, and not in the order of keys."""
+        """See ObjectStore. All of it is kept and sorted first: SeaweedFS lists by folder, not in the order of keys."""
         folder = "/".join(step for step in (self._origin_url.prefix, prefix.rpartition("/")[0]) if step)
         start = checked_key(folder) if folder else ""
 
@@ -185,11 +188,11 @@ class S3Store:
                 found += [info for info in page if info.key.startswith(prefix)]
             return sorted(found, key=lambda info: info.key.encode())
 
-        for info in await self._retries.run(ask):
+        for info in await self._retry.run(ask):
             yield info
 
     async def _listed(self, folder: str, prefix: str) -> AsyncIterator[Sequence[ObjectInfo]]:
-        """Pages of what is in a folder; its keys are relative."""
+        """The objects in a folder, page by page; the keys are relative."""
         inside, client = f"{self._origin_url.prefix}/" if self._origin_url.prefix else "", self._open()
         try:
             async for page in obstore.list(client, folder or None, chunk_size=1000):
@@ -211,10 +214,10 @@ class S3Store:
             except Exception as error:
                 raise self._failures.of_obstore(error, "delete", key) from None
 
-        await self._retries.run(ask)
+        await self._retry.run(ask)
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """See ObjectStore."""
         self._clients.clear()
 
     def _open(self, *, writes: bool = False) -> Client:
@@ -232,7 +235,7 @@ class S3Store:
             raise self._failures.of_obstore(error, did, key) from None
 
     async def _step(self, steps: Any, did: str, key: str) -> bytes:
-        """The next bytes of a stream; none at its end."""
+        """The next bytes of a stream; empty at its end."""
         try:
             return bytes(await anext(steps, b""))
         except Exception as error:
@@ -240,7 +243,7 @@ class S3Store:
 
     def _expect(self, found: GetResult, wanted: tuple[int, int], did: str, key: str) -> None:
         if found.range != wanted:
-            # obstore has refused any other answer: this one ends with the object.
+            # obstore refuses any other answer: this range ends where the object does.
             raise corrupt_error(did, f"it has {found.meta['size']} bytes", origin=self.url, key=key)
 
     async def _put_whole(
@@ -266,31 +269,31 @@ class S3Store:
                     return await ask()
                 raise mine from None
 
-        return await self._retries.run(ask)
+        return await self._retry.run(ask)
 
     async def _expect_none(self, key: str) -> None:
-        # Some servers know no conditional put: so it is asked before as well.
+        # Some servers ignore the condition of a put, so the object is looked for before it as well.
         try:
             await self.head(key)
         except (OriginNotFoundError, OriginDeniedError):
             return
-        found, advice = "there is one by that name", "give it another name, or delete that one"
+        found, advice = "there is an object of that name", "give it another name, or delete that one"
         raise origin_error(OriginExistsError, "write", found, advice, origin=self.url, key=key)
 
 
 def plain_etag(etag: str | None) -> str | None:
-    """Without the quotes that HTTP has around it."""
+    """The ETag without the quotes that HTTP has around it."""
     return etag.strip('"') if etag else None
 
 
 def object_info(key: str, meta: Mapping[str, Any], attributes: Mapping[Any, str]) -> ObjectInfo:
-    """An object, by obstore's `ObjectMeta` and attributes."""
+    """An object, from obstore's `ObjectMeta` and attributes."""
     metadata = {str(name): value for name, value in attributes.items()}
     return _info(key, meta["size"], meta["e_tag"], meta["last_modified"], metadata)
 
 
 def info_by_botocore(key: str, answer: Mapping[str, Any]) -> ObjectInfo:
-    """An object, by the answer to a HEAD, or by one entry of a listing."""
+    """An object, from botocore's answer to a HEAD or from one entry of its listing."""
     size = answer["Size"] if "Size" in answer else answer["ContentLength"]
     return _info(key, size, answer.get("ETag"), answer.get("LastModified"), dict(answer.get("Metadata") or {}))
 

@@ -20,7 +20,6 @@ from node.origin.factory import open_store
 from node.origin.interface import ObjectStore
 from node.origin.s3 import store as s3
 from node.origin.s3.forked import S3ForkedStore
-from node.origin.s3.upload import PART_BYTES, SINGLE_BYTES
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl
 from protocol.errors import (
@@ -31,11 +30,11 @@ from protocol.errors import (
     OriginExistsError,
     OriginNotFoundError,
 )
-from tests.support.origins.servers import PATIENT, juicefs_gateway, s3_settings, settings_of, streamed
+from tests.support.origins.servers import PATIENT, in_parts, juicefs_gateway, s3_settings, settings_of, streamed
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 BODY = bytes(range(251)) * 8001
-LARGE = SINGLE_BYTES + 3 * PART_BYTES + 12_345
+LARGE = in_parts(3)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -215,13 +214,13 @@ from tests.support.origins.servers import PATIENT, s3_settings
 def main():
     settings = s3_settings(*sys.argv[1:4], **PATIENT)
     store = open_store("o3://shards/forked", settings)
-    asyncio.run(store.put("a", b"x" * 20_000_000))
+    asyncio.run(store.put("a", b"x" * 11_000_000))
     child = os.fork()
     if child == 0:
         found = []
         for one in (store, open_store("o3://shards/forked", settings)):
             try:
-                asyncio.run(one.put("b", b"y" * 17_000_000))
+                asyncio.run(one.put("b", b"y" * 11_000_000))
                 found.append(len(asyncio.run(one.get_range("b", 5, 900_000))))
             except OriginError as error:
                 found.append("refused" if "spawn" in error.message else error.message)

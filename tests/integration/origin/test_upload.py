@@ -13,13 +13,12 @@ import pytest_asyncio
 from node.cli.demo.s3_server import S3Server, running_s3
 from node.origin.factory import open_store
 from node.origin.s3.botocore_client import S3ApiClient
-from node.origin.s3.upload import PART_BYTES, SINGLE_BYTES
 from node.origin.settings import OriginSettings
 from protocol.errors import OriginDeniedError, OriginExistsError, OriginNotFoundError, OriginUnavailableError
-from tests.support.origins.servers import juicefs_gateway, settings_of, streamed
+from tests.support.origins.servers import PART_BYTES, in_parts, juicefs_gateway, settings_of, streamed
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-LARGE = SINGLE_BYTES + 3 * PART_BYTES + 12_345
+LARGE, SIX_PARTS = in_parts(3), in_parts(6)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -67,7 +66,7 @@ async def test_an_interrupted_upload_sends_only_what_is_missing(
     recorded = Recorded(monkeypatch)
     store = open_store("s3://shards/resumed", settings_of(weed) if server == "weed" else juicefs)
     path = tmp_path / "file"
-    path.write_bytes(os.urandom(LARGE))
+    path.write_bytes(os.urandom(SIX_PARTS))
     recorded.fail_from_part = 4
     with pytest.raises(OriginDeniedError, match="cut off"):
         await store.put("file", path)
@@ -85,7 +84,7 @@ async def test_an_interrupted_upload_sends_only_what_is_missing(
     await store.put("file", path, on_bytes=told.append)
     assert recorded.parts() == [2, 4, 5, 6]
     assert ("create_multipart_upload", 0) not in recorded.calls
-    assert sum(told) == LARGE
+    assert sum(told) == SIX_PARTS
     assert await streamed(store, "file") == path.read_bytes()
 
 
@@ -94,7 +93,7 @@ async def test_a_cancelled_upload_ends_at_once_and_goes_on_later(
 ) -> None:
     recorded = Recorded(monkeypatch)
     store = open_store("o3://shards/cancelled", settings_of(weed))
-    body, sent = os.urandom(LARGE), asyncio.Event()
+    body, sent = os.urandom(SIX_PARTS), asyncio.Event()
     upload = asyncio.create_task(store.put("file", body, on_bytes=lambda _: sent.set()))
     await sent.wait()
     upload.cancel()

@@ -248,7 +248,7 @@ async def test_a_file_that_changes_under_way(folder: Path, tmp_path: Path, monke
         seal(*args)
 
     monkeypatch.setattr(EncryptedStore, "_seal", cut_and_seal)
-    with pytest.raises(OriginError, match="changed meanwhile"):
+    with pytest.raises(OriginError, match="changed in the meantime"):
         await store_over(folder).put("a", path)
     assert list(folder.iterdir()) == []
 

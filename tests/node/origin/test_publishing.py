@@ -138,7 +138,7 @@ async def test_a_taken_name_with_nothing_behind_it_is_an_error(lab: Lab) -> None
 async def test_a_file_that_changed_after_it_was_hashed_is_not_sent(lab: Lab) -> None:
     lab.path.write_bytes(bytes(lab.entry.size))
     os.utime(lab.path, ns=(0, lab.source.mtime_ns + 1))
-    with pytest.raises(InvalidShardError, match="not the shard any more"):
+    with pytest.raises(InvalidShardError, match="was changed since it was hashed"):
         await lab.publish()
     assert not lab.shard.exists()
     assert lab.manifests == []

@@ -78,13 +78,12 @@ async def test_a_name_is_unknown_only_where_every_origin_said_so(
 async def test_a_folder_that_is_never_listed_to_its_end_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "FIND_TIMEOUT_S", 0.05)
     url = f"file://{tmp_path}"
-    async with OriginRegistry.open(OriginSettings(origins=(url,))) as origins:
+    async with OriginRegistry.open(OriginSettings(origins=(url,), find_timeout_s=0.05)) as origins:
         spoil(monkeypatch, origins._own[url], None)
-        with pytest.raises(OriginUnavailableError, match="did not say within"):
+        with pytest.raises(OriginUnavailableError, match="did not answer within"):
             await origins.manifest_at(f"{url}/manifests/set/")
-        with pytest.raises(OriginUnavailableError, match="did not say within"):
+        with pytest.raises(OriginUnavailableError, match="did not answer within"):
             await origins.find_manifests(None, "set")
 
 

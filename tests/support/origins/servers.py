@@ -23,14 +23,20 @@ from node.origin.interface import ObjectStore
 from node.origin.settings import OriginSettings
 from tests.support.ports import free_port
 
-QUICK = {"connect_timeout_s": 2.0, "read_timeout_s": 2.0, "timeout_s": 20.0, "retry_total_s": 4.0}
-
-
+PART_BYTES = 5 << 20
+"""Parts of an upload: SeaweedFS and MinIO's code refuse smaller ones, as Amazon does."""
+QUICK = {
+    "connect_timeout_s": 2.0,
+    "read_timeout_s": 2.0,
+    "timeout_s": 20.0,
+    "retry_total_s": 4.0,
+}
 PATIENT: dict[str, object] = {
     "connect_timeout_s": 10.0,
     "read_timeout_s": 20.0,
     "timeout_s": 60.0,
     "retry_total_s": 5.0,
+    "s3_part_bytes": PART_BYTES,
 }
 """For servers that answer: this machine may be busy."""
 
@@ -50,6 +56,11 @@ def settings_of(weed: S3Server, **others: object) -> OriginSettings:
 async def streamed(store: ObjectStore, key: str, start: int = 0, end: int | None = None) -> bytes:
     """All that a stream gives."""
     return b"".join([data async for data in store.get_stream(key, start, end)])
+
+
+def in_parts(count: int) -> int:
+    """The size of an object that goes in so many parts, at least three, the last one short."""
+    return (count - 1) * PART_BYTES + 12_345
 
 
 @asynccontextmanager
