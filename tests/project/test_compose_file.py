@@ -1,4 +1,4 @@
-"""The testbed's files, read and not run: what every service must have, and that its settings are a node's."""
+"""The testbed's files, without running them: the limits of each service, and that its settings are those of a node."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
 
 def stages() -> dict[str, tuple[str, list[str]]]:
-    """Name of each stage: what it is made from, and its lines."""
+    """Name of each stage: the image or stage below it, and its lines."""
     found: dict[str, tuple[str, list[str]]] = {}
     lines: list[str] = []
     for line in DOCKERFILE.splitlines():
@@ -36,7 +36,7 @@ def stages() -> dict[str, tuple[str, list[str]]]:
 
 
 def user_of(stage: str) -> str:
-    """Who a container of this stage runs as: the last USER of it or of what it is made from."""
+    """The user of a container of this stage: the last USER of it, or of the stage below it."""
     above, lines = stages()[stage]
     users = [line.split()[1] for line in lines if line.startswith("USER ")]
     return users[-1] if users else user_of(above) if above in stages() else "root"

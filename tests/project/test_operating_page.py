@@ -1,4 +1,4 @@
-"""docs/operating.md names every setting, metric and error code there is, and none that is not."""
+"""docs/operating.md has every setting, metric and error code of the code, and no other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a node cannot run: a clear refusal, and the commands that only talk to a node work all the same."""
+"""On a machine where a node cannot run, it is refused with a reason, and the client commands work."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Daemon:
         return {file["filename"]: file for file in self.call("LIST_FILES")["files"]}
 
     def end(self, number: int = signal.SIGTERM) -> float:
-        """Send a signal; return how long the process took, and fail the test where it takes over 10 s."""
+        """Send a signal; return how many seconds the process took to end. Raises TimeoutExpired after 10 s."""
         started = time.monotonic()
         self.signals.add(number)
         self.process.send_signal(number)
@@ -63,7 +63,7 @@ class Daemon:
 
 @contextlib.contextmanager
 def daemon(home: Path, *arguments: str, bootstrap: Daemon | None = None, **environment: str) -> Iterator[Daemon]:
-    """Start a node and wait until it says that it is ready. One that crashed fails the test, with its log."""
+    """Start a node and wait for its ready line. A node that crashes fails the test, with the end of its log."""
     home.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "node", "serve", "--data-dir", str(home), "--threads", "1", "--ctx-size", "512"]
     for port in ("rpc", "dht", "bt", "http"):
@@ -83,7 +83,7 @@ def daemon(home: Path, *arguments: str, bootstrap: Daemon | None = None, **envir
         node.ready = json.loads(line)
         yield node
     except Exception as err:
-        with contextlib.suppress(subprocess.TimeoutExpired):  # its connections end before it is seen to have ended
+        with contextlib.suppress(subprocess.TimeoutExpired):  # its connections end before the process does
             process.wait(0.3)
         if process.returncode:
             err.add_note(f"the node had ended with status {process.returncode}; its log ends:\n{_tail(home)}")
@@ -107,6 +107,6 @@ def _tail(home: Path) -> str:
 
 
 def shoal(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Type a command line."""
+    """Run a command line."""
     command = [sys.executable, "-m", "node", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

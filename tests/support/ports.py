@@ -1,5 +1,5 @@
-"""Ports that are given up and taken again: below those that the system gives out for port 0, and those of
-SeaweedFS, or another test may get one in between.
+"""Ports that a test releases and binds again: outside the ranges of port 0 and of SeaweedFS, so that no other test gets
+one in between.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a test waits for what comes about by itself: by looking again, never by a pause that is long enough."""
+"""How a test waits for a condition: by asking again, never by a pause that should be long enough."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LOOK_S = 0.02
 
 
 async def eventually(condition: Callable[[], Any], timeout_s: float = 20.0) -> None:
-    """Ask until the answer is true; the condition may be a coroutine function."""
+    """Ask until the answer is true; the condition may be a coroutine function. Raises TimeoutError."""
     async with asyncio.timeout(timeout_s):
         while True:
             answer = condition()
@@ -22,7 +22,7 @@ async def eventually(condition: Callable[[], Any], timeout_s: float = 20.0) -> N
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float = 20.0) -> None:
-    """The same where no loop runs."""
+    """The same for code without an event loop."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -30,7 +30,7 @@ def wait_until(condition: Callable[[], Any], timeout_s: float = 20.0) -> None:
 
 
 class OwnPauses:
-    """How long this process stood still: what it watches was not late for as long, it was not looked at."""
+    """How long this process did not run: an event that it saw late by that much may have been in time."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
