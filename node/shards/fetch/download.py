@@ -80,7 +80,7 @@ class _Arrival:
     path: Path
     bytes_by_source: dict[str, int]
     content: ContentHash | None = None
-    """Of a copy, or of a file that came whole from an origin. None if the swarm downloaded it: it seeds it already."""
+    """Of a copy, or of a whole file from an origin. None if the swarm downloaded the file: it seeds it already."""
 
 
 class ShardFetch:
@@ -219,7 +219,7 @@ class ShardFetch:
         try:
             return await self._download_by_swarm(path, peers)
         except WholeFileNeededError:
-            log.info("%s has no torrent anywhere: it comes whole from an origin", self._entry.filename)
+            log.info("%s has no torrent anywhere: an origin gives it in one piece", self._entry.filename)
         assert self._feeder is not None, "only a feeder needs a shard whole"
         try:
             return await self._download_whole(path, self._feeder)
@@ -357,7 +357,7 @@ class ShardFetch:
         )
 
         def failed() -> ShoalError:
-            came = f"{whole.bytes_done} of {self._entry.size} bytes came whole"
+            came = f"{whole.bytes_done} of {self._entry.size} bytes came in one piece"
             return self._providers.no_source_or_origin(came, feeder.selector.errors)
 
         async with AsyncExitStack() as space:

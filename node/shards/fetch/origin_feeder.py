@@ -1,5 +1,4 @@
-"""Feeds a download from the origin: this node's blocks of the pieces that no peer has, each piece checked before it is
-given.
+"""Takes this node's blocks of the pieces that no peer has from an origin, and gives each to the download, checked.
 
 The feeder begins if peers do not get the shard here: none was found, they are gone, or they are slow (`PeerRate`). From
 then on it works beside them to the end of the download. `PieceStreams` reads pieces from origins, `TransferTimes` knows
@@ -299,7 +298,7 @@ class PieceStreams:
             del self._partial[index]
 
     async def read(self, origin: OriginPlace, run: Block, download: Download, *, shared: bool) -> None:
-        """Read adjacent pieces in one request; what came of a piece before a failure is kept for the next request.
+        """Read adjacent pieces in one request; the bytes of a piece that came before a failure are kept for the next.
 
         `shared`: whether the block is this node's own. Raises OriginError, and what the download raises.
         """

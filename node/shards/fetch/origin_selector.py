@@ -61,7 +61,7 @@ class OriginSelector:
         return next((one.origin for one in self._states if not one.is_out and one.backed_off_until <= now), None)
 
     def failed(self, origin: OriginPlace, error: OriginError) -> None:
-        """The origin did not give what was asked for: back off, or leave it out if another try is no use."""
+        """The origin did not give what was asked for: back off, or leave it out if another try is useless."""
         now, state = self._clock.now(), self._of(origin)
         if state.is_out:
             return  # A stream that was under way still; the error that put the origin out is the one to tell.
