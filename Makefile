@@ -1,10 +1,10 @@
-# Two commands for a newcomer: `make demo` and `make test`. Everything goes into .venv; nothing else is touched.
+# Two commands for a newcomer: `make demo` and `make test`. Everything is installed into .venv, and nothing else changes.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3.13 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Where it is set, each of the daemons that the tests start compiles all of Shoal once more, and pytest every test.
+# If it is set, each daemon that the tests start compiles all of Shoal again, and pytest every test.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow testbed check format bench clean

@@ -132,7 +132,20 @@ async def _until_signal(settings: Settings) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end, number)
-    await run_node(settings, stop=stop, on_ready=lambda ready: _announce_ready(ready, settings))
+    is_ready = False
+
+    def on_ready(ready: NodePorts) -> None:
+        nonlocal is_ready
+        is_ready = True
+        _announce_ready(ready, settings)
+
+    try:
+        await run_node(settings, stop=stop, on_ready=on_ready)
+    except Exception as error:
+        if not is_ready:  # a taken port or the like, said in one line
+            raise
+        log.critical("the node stopped because a part of it failed", exc_info=error)
+        sys.exit(1)
     log.info("stopped")
 
 
