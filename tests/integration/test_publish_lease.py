@@ -235,7 +235,7 @@ def test_a_request_cannot_make_the_node_give_away_what_it_should_not(tmp_path: P
         ):
             with pytest.raises(InvalidParamsError, match=why):
                 node.call("PUBLISH", {"path": str(path)})
-        with pytest.raises(InvalidParamsError, match="no origin of this node"):
+        with pytest.raises(InvalidParamsError, match="not an origin of this node"):
             node.call("PUBLISH", {"path": str(folder / "a.bin"), "origins": ["s3://elsewhere/x"]})
         assert node.files() == {}
     narrow = daemon(tmp_path / "b", "--publish-from", str(tmp_path / "allowed"))
