@@ -416,6 +416,18 @@ def renames(project: Project) -> Iterator[Violation]:
                 )
 
 
+# Rule 7: time is an argument
+
+
+def patched_times(project: Project) -> Iterator[Violation]:
+    """A test that is in a hurry passes a clock or a period: it does not patch a constant whose name ends in a unit."""
+    for module in project.tests:
+        for number, line in enumerate(module.text.splitlines(), 1):
+            if match := re.search(r"setattr\(.*\"(_?[A-Z_]+_(?:S|MS|SECONDS)|_?[A-Z_]*SECONDS)\"", line):
+                allowed = "make it an argument or a setting"
+                yield Violation(f"{module.path}:{number}", "patched-time", f"a test patches {match[1]}", allowed)
+
+
 # Rule 4: imports
 
 
@@ -461,6 +473,7 @@ RULES: tuple[Callable[[Project], Iterator[Violation]], ...] = (
     protocols,
     constructors,
     renames,
+    patched_times,
     circles,
     words,
 )

@@ -255,6 +255,12 @@ def test_awaited_rename_is_another_method(tree: Tree) -> None:
     assert violations(tree({"node/shards/catalog.py": code})) == []
 
 
+@pytest.mark.parametrize(("name", "kept"), [("_WAIT_S", False), ("MAX_SECONDS", False), ("MAX_LEASES", True)])
+def test_tests_do_not_patch_times(tree: Tree, name: str, kept: bool) -> None:
+    changed = {"tests/test_catalog.py": f'def test_it(patch):\n    patch.setattr(module, "{name}", 0.1)\n'}
+    assert violations(tree(changed)) == ([] if kept else ["patched-time tests/test_catalog.py:2"])
+
+
 @pytest.mark.parametrize("under", ["", "if TYPE_CHECKING:\n    "], ids=["", "for type checkers"])
 def test_modules_do_not_import_each_other(tree: Tree, under: str) -> None:
     circle = {
