@@ -112,9 +112,10 @@ class Fingerprint:
 
 
 class FileLock:
-    """A lock between processes, held on a file that stays (flock(2)). The kernel releases it however a process ends.
+    """A lock between processes, held on a file that stays, or on a folder that exists (flock(2)).
 
-    A forked child does not hold its parent's lock. `write_pid` writes the process id into the file, for `holder`.
+    The kernel releases it however a process ends. A forked child does not hold its parent's lock. `write_pid` writes
+    the process id into the file, for `holder`.
     Without `create`, a file that does not exist is FileNotFoundError.
     """
 
@@ -153,7 +154,8 @@ class FileLock:
     def _acquire(self, wait: int) -> bool:
         if self._fd is not None:
             raise RuntimeError(f"the lock on {self._path} is held already")
-        self._waiting_fd = fd = os.open(self._path, self._flags, self._mode)
+        flags = os.O_RDONLY | os.O_CLOEXEC if self._path.is_dir() else self._flags
+        self._waiting_fd = fd = os.open(self._path, flags, self._mode)
         try:
             fcntl.flock(fd, self._operation | wait)
             if self._write_pid:

@@ -71,7 +71,7 @@ class Client:
     @classmethod
     @contextlib.asynccontextmanager
     async def connect(cls, host: str, port: int, *, timeout_s: float = 10) -> AsyncIterator[Client]:
-        """Connect to a node. Raises UnreachableError where nothing answers within `timeout_s`."""
+        """Connect to a node. Raises UnreachableError if none answers within `timeout_s`."""
         address = f"{host}:{port}"
         try:
             async with asyncio.timeout(timeout_s):
@@ -88,7 +88,7 @@ class Client:
         finally:
             client._lose(UnreachableError(f"the connection to {address} was closed here"))
             reading.cancel()
-            with contextlib.suppress(OSError):  # TimeoutError, where the peer does not take what is still unsent
+            with contextlib.suppress(OSError):  # TimeoutError, if the peer does not read what is still unsent
                 async with asyncio.timeout(_FLUSH_S):
                     await writer.wait_closed()
             writer.transport.abort()
@@ -135,9 +135,9 @@ class Client:
         timeout_s: float | None = None,
         on_notification: NotificationCallback | None = None,
     ) -> Any:
-        """Ask the node for one command and wait for its answer.
+        """Send the node one command and wait for its answer.
 
-        `request_id` is made up where missing; notifications that carry it go to `on_notification`. With
+        `request_id` is generated if missing; notifications that carry it go to `on_notification`. With
         `recipient`, a node id, another node refuses. `timeout_s` None waits for as long as the connection lives.
         Returns a `result_type`, or plain MessagePack values without one.
 
@@ -178,7 +178,7 @@ class Client:
         return next(msgid for n in self._msgids if (msgid := n & MAX_MSGID) not in self._calls)
 
     def _cancel(self, request_id: str) -> None:
-        """Tell the node, and do not wait: its answer finds no call and is dropped."""
+        """Send CANCEL and do not wait: the answer belongs to no call and is dropped."""
         if not self._failure:
             self._writer.write(pack_request(self._next_msgid(), "CANCEL", {"request_id": request_id}, None, None))
 
@@ -222,7 +222,7 @@ class Client:
                 raise MalformedMessageError(f"{self.address} sent what is not MessagePack-RPC: {reason}")
 
     def _lose(self, failure: ShoalError) -> None:
-        """End the connection; the first reason stands."""
+        """End the connection; the first reason is kept."""
         if self._failure:
             return
         self._failure = failure
@@ -281,4 +281,4 @@ def unpack_result(method: str, result: object, result_type: type[R] | None) -> A
     try:
         return msgspec.convert(result, result_type)
     except msgspec.ValidationError as err:
-        raise MalformedMessageError(f"the answer to {method} is no {result_type.__name__}: {err}") from None
+        raise MalformedMessageError(f"the answer to {method} is not of type {result_type.__name__}: {err}") from None

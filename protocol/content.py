@@ -29,12 +29,12 @@ class ContentHash(NamedTuple):
     """Bytes."""
     content_id: ContentId
     piece_layer: bytes
-    """32 bytes a piece of `piece_length(size)`; empty where the file is no longer than one piece (BEP 52)."""
+    """32 bytes a piece of `piece_length(size)`; empty if the file has one piece (BEP 52)."""
 
 
 def piece_length(size: int) -> int:
     """Piece length in bytes for a file of `size` bytes: the smallest power of two that is at least size / 1024, in
-    bounds; longer, above MAX_PIECE_BYTES if need be, where the file would end in a lone piece of a run of hashes.
+    bounds; longer, above MAX_PIECE_BYTES if need be, if the file would end in a lone piece of a run of hashes.
 
     A fixed rule, since an info hash follows from it: never change it for files that are already shared.
     """
@@ -116,7 +116,7 @@ class ContentHasher:
 def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> ContentHash:
     """Read a file once and hash it. Holds the GIL for most of it: run it in a process of its own.
 
-    What is appended while it is read is left out. Raises OSError as reading does, and where the file is shortened
+    What is appended while it is read is left out. Raises OSError from reading, and if the file is shortened
     meanwhile; ValueError for an empty file (BEP 52 gives it no root).
     """
     with path.open("rb") as file:

@@ -47,7 +47,7 @@ class MessageTooLargeError(ShoalError):
 
 
 class UnknownCommandError(ShoalError):
-    """Raised when a method is no command of this node."""
+    """Raised when a method is not a command of this node."""
 
     code = "unknown_command"
 
@@ -108,7 +108,7 @@ class OriginNotFoundError(OriginError):
 
 
 class OriginExistsError(OriginError):
-    """Raised when an object was to be written only where there is none, and there is one."""
+    """Raised when an object was to be written only if there is none, and there is one."""
 
     code = "origin_exists"
 
@@ -151,7 +151,7 @@ class InvalidRecordError(ShoalError):
 
 
 class IllegalCutError(ShoalError):
-    """Raised when a model cannot be cut where it was asked to be; `details.legal` names the legal cuts."""
+    """Raised when a model cannot be cut before the layers that were asked for; `details.legal` names the legal cuts."""
 
     code = "illegal_cut"
 

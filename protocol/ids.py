@@ -24,6 +24,6 @@ NodeId = NewType("NodeId", Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z
 """A node's ed25519 public key: 64 hex digits."""
 
 ShardId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)]
-"""A shard's place in its manifest, from 0."""
+"""A shard's number in its manifest, from 0."""
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]

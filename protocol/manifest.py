@@ -1,7 +1,7 @@
 """The manifest: the signed list of a model's or data set's shards.
 
 Its digest is the SHA-256 of its canonical body, which names content and nothing else: two nodes that cut the
-same model apart get the same digest, whoever signs. Origins, info hashes and dates stay out of it.
+same model apart get the same digest, whoever signs. Origins, info hashes and dates are not part of it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_ORIGINS = 8
 OriginText = Annotated[
     str, msgspec.Meta(min_length=5, max_length=500, pattern=r"^[a-z][a-z0-9+-]*://[^\s\x00-\x1f\x7f?#@]+\Z")
 ]
-"""Where objects lie, as a URL: `o3://bucket/prefix`. It names a place and carries no credentials."""
+"""Where objects are, as a URL: `o3://bucket/prefix`. It carries no credentials."""
 
 
 class ShardEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -67,7 +67,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
-    """A model (`kind` "model"), a data set, or a loose file (a manifest of one)."""
+    """A model (`kind` "model"), a data set, or a single file (a manifest of one)."""
 
     version: Literal[1] = 1
     name: ManifestName
@@ -88,7 +88,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return sum(entry.size for entry in self.shards)
 
     def shard(self, shard_id: int) -> ShardEntry:
-        """Raise ShardNotFoundError where there is none of that number."""
+        """The shard of that number. Raises ShardNotFoundError if there is none."""
         if not 0 <= shard_id < len(self.shards):
             raise ShardNotFoundError(
                 f"{self.name} has no shard {shard_id}: its shards are 0 to {len(self.shards) - 1}",
@@ -98,13 +98,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
 
 class SignedManifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A manifest with the name and signature of who vouches for it."""
+    """A manifest with its publisher and their signature."""
 
     manifest: Manifest
     publisher: NodeId
     signature: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{128}\Z")]
     origins: Annotated[tuple[OriginText, ...], msgspec.Meta(max_length=MAX_ORIGINS)] = ()
-    """Where the publisher put the shards, best first; signed, but no part of the digest, which names content alone."""
+    """Where the publisher put the shards, best first; signed, but not part of the digest, which names content alone."""
 
     @property
     def digest(self) -> ManifestDigest:
@@ -153,19 +153,19 @@ class Shard:
 
 
 def sign_manifest(manifest: Manifest, key: SigningKey, origins: Iterable[str] = ()) -> SignedManifest:
-    """Raise InvalidManifestError for what `manifest_from_wire` would refuse: nobody else would take it."""
+    """Sign a manifest. Raises InvalidManifestError for one that `manifest_from_wire` would refuse."""
     unsigned = SignedManifest(manifest=manifest, publisher=key.node_id, signature="0" * 128, origins=tuple(origins))
     try:
         msgspec.convert(msgspec.to_builtins(unsigned), SignedManifest)
     except msgspec.ValidationError as err:
-        raise InvalidManifestError(f"{manifest.name!r} is no manifest: {err}") from None
+        raise InvalidManifestError(f"{manifest.name!r} is not a manifest: {err}") from None
     check_manifest(manifest)
     signature = key.sign(_signed_bytes(manifest, unsigned.origins)).hex()
     return msgspec.structs.replace(unsigned, signature=signature)
 
 
 def manifest_from_wire(value: object, expected: ManifestDigest | None = None) -> SignedManifest:
-    """Decode and check what a peer, an origin or a file gave.
+    """Decode and check a manifest from a peer, an origin or a file.
 
     Raises InvalidManifestError for wrong types, names that could leave a folder, layers that do not join, a
     signature that is not the publisher's, or another digest than `expected`.
@@ -194,9 +194,9 @@ def check_manifest(manifest: Manifest) -> None:
         safe_filename(component)
     names: set[str] = set()
     next_layer = 0
-    for place, entry in enumerate(manifest.shards):
-        if entry.shard_id != place:
-            raise InvalidManifestError(f"shard {place} of {manifest.name!r} is numbered {entry.shard_id}")
+    for index, entry in enumerate(manifest.shards):
+        if entry.shard_id != index:
+            raise InvalidManifestError(f"shard {index} of {manifest.name!r} is numbered {entry.shard_id}")
         safe_filename(entry.filename)
         if entry.filename in names:
             raise InvalidManifestError(f"{manifest.name!r} names {entry.filename!r} twice")
@@ -205,20 +205,20 @@ def check_manifest(manifest: Manifest) -> None:
             start, end = entry.start_layer, entry.end_layer
             if start != next_layer or end is None or end <= next_layer:
                 raise InvalidManifestError(
-                    f"shard {place} of {manifest.name!r} holds layers [{start}, {end}), expected start {next_layer}"
+                    f"shard {index} of {manifest.name!r} holds layers [{start}, {end}), expected start {next_layer}"
                 )
             next_layer = end
     if manifest.kind == "model" and (manifest.model is None or manifest.model.n_layers != next_layer):
         raise InvalidManifestError(f"the shards of {manifest.name!r} end at layer {next_layer}, the model does not")
     if manifest.kind == "file" and len(manifest.shards) != 1:
-        raise InvalidManifestError(f"{manifest.name!r} is a loose file but lists {len(manifest.shards)} shards")
+        raise InvalidManifestError(f"{manifest.name!r} is a single file but lists {len(manifest.shards)} shards")
     size = len(manifest.canonical_body())
     if size > MAX_MANIFEST_BYTES:
         raise InvalidManifestError(f"{manifest.name!r} takes {size} bytes, a manifest at most {MAX_MANIFEST_BYTES}")
 
 
 def safe_filename(name: str) -> str:
-    """Return a peer's file name unchanged, or raise InvalidManifestError where it could mean another folder."""
+    """Return a peer's file name unchanged, or raise InvalidManifestError if it could mean another folder."""
     if (
         not name
         or name.startswith(".")
@@ -244,7 +244,7 @@ def readable_name(text: str, other: str) -> str:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Split `name@digest` into both; the digest is empty where there is none. A bare digest is both."""
+    """Split `name@digest` into both; the digest is empty if there is none. A bare digest is both."""
     plain, at, digest = name.rpartition("@")
     if at and plain and re.fullmatch(r"[0-9a-f]{8,64}", digest):
         return plain, digest

@@ -4,7 +4,7 @@ Source: https://github.com/msgpack-rpc/msgpack-rpc/blob/master/spec.md and
 https://github.com/msgpack/msgpack/blob/master/spec.md. A request is `[0, msgid, method, params]`, an answer
 `[1, msgid, error, result]`, a notification `[2, method, params]`.
 
-Bytes are hostile until shown otherwise. A walk over the headers alone, which allocates nothing, checks every
+Bytes may be hostile. A walk over the headers alone, which allocates nothing, checks every
 length and count against `Limits` as soon as it is announced; only a message that is whole and within them is
 decoded. So a length of 5 GB costs its five bytes, and no array is made before its items are here.
 """
@@ -59,7 +59,7 @@ class Response:
     """`[1, msgid, error, result]`; one of error and result is None."""
 
     msgid: int | None
-    """None where the answer is to bytes in which no request could be made out."""
+    """None if the answer is to bytes in which no request was found."""
     error: Any
     result: Any
 
@@ -74,10 +74,10 @@ class Notification:
 
 @dataclass(frozen=True)
 class NotRpc:
-    """MessagePack that is whole but no MessagePack-RPC; the messages after it can be read."""
+    """A whole MessagePack value that is not MessagePack-RPC; the messages after it can be read."""
 
     msgid: int | None
-    """Where one could be made out."""
+    """None if none was found."""
     reason: str
 
 
@@ -91,7 +91,7 @@ class Decoder:
         self._limits = limits
         self._buffer = bytearray()
         self._position = 0
-        """Of the next header in the buffer; past its end where a payload is still to come."""
+        """Of the next header in the buffer; past its end if a payload is still to come."""
         self._open: list[int] = [1]
         """Values still to come, in the message and in each array or map that is open."""
         self._items = 0
@@ -99,19 +99,19 @@ class Decoder:
 
     @property
     def buffered_bytes(self) -> int:
-        """Of a message that has not come to its end."""
+        """Of an incomplete message."""
         return len(self._buffer)
 
     @property
     def msgid(self) -> int | None:
-        """Of the message that has not come to its end or failed, where it is a request's or answer's."""
+        """Of the incomplete or failed message, if it is a request's or an answer's."""
         return _peek_msgid(self._buffer)
 
     def feed(self, data: bytes) -> Iterator[Message]:
         """Take bytes in and go through the messages that are whole by now.
 
         The iterator raises MalformedMessageError for bytes that are not MessagePack, and MessageTooLargeError
-        for what is above the limits. Both are final: where the next message begins is not known.
+        for what is above the limits. Both are final: the start of the next message is not known.
         """
         self._buffer += data
         return self._messages()
@@ -182,7 +182,7 @@ class Decoder:
 
 
 def encode(message: Request | Response | Notification) -> bytes:
-    """Pack a message; structs in it become maps. Raises TypeError or ValueError for what cannot be."""
+    """Pack a message; structs in it become maps. Raises TypeError or ValueError for a value that has none."""
     match message:
         case Request(msgid, method, params):
             plain: list[Any] = [0, msgid, method, params]
@@ -205,7 +205,7 @@ def _decode(packed: bytearray, cost_bytes: int) -> Message:
     try:
         found = msgpack.unpackb(packed)
     except (ValueError, TypeError, OverflowError) as err:
-        # Text that is not UTF-8, a key that is no text, a timestamp of an odd length: the framing still stands.
+        # Text that is not UTF-8, a key that is not text, a timestamp of an odd length: the framing is still right.
         return NotRpc(_peek_msgid(packed), f"a message cannot be decoded: {err}"[:500])
     match found:
         case [0, int(msgid), str() | bytes() as method, list(params)] if _is_msgid(msgid):
@@ -253,13 +253,13 @@ def _headers() -> list[tuple[int, int, int]]:
         table[0x80 + tag], table[0x90 + tag] = (0, 0, 2 * tag), (0, 0, tag)
     for tag in range(32):
         table[0xA0 + tag] = (0, tag, 0)
-    for place, length_bytes in enumerate((1, 2, 4)):
-        table[0xC4 + place] = table[0xD9 + place] = (length_bytes, 0, 0)
-        table[0xC7 + place] = (length_bytes, 1, 0)
-    for place in range(4):
-        table[0xCC + place] = table[0xD0 + place] = (0, 1 << place, 0)
-    for place in range(5):
-        table[0xD4 + place] = (0, 1 + (1 << place), 0)
+    for index, length_bytes in enumerate((1, 2, 4)):
+        table[0xC4 + index] = table[0xD9 + index] = (length_bytes, 0, 0)
+        table[0xC7 + index] = (length_bytes, 1, 0)
+    for index in range(4):
+        table[0xCC + index] = table[0xD0 + index] = (0, 1 << index, 0)
+    for index in range(5):
+        table[0xD4 + index] = (0, 1 + (1 << index), 0)
     table[0xCA], table[0xCB] = (0, 4, 0), (0, 8, 0)
     table[0xDC], table[0xDD] = (2, 0, 1), (4, 0, 1)
     table[0xDE], table[0xDF] = (2, 0, 2), (4, 0, 2)

@@ -1,4 +1,4 @@
-"""Signed, expiring records of the DHT: who has what, under which name, and where a node is.
+"""Signed, expiring records of the DHT: which node has which shards, their names, and the addresses of nodes.
 
 A record lies under a 20-byte key that is made from the cluster's name, so clusters that share a DHT never see
 each other's records. The key is signed with the record but not stored in it: a record copied under another key
@@ -30,8 +30,8 @@ MAX_RECORD_BYTES = 2_800
 MAX_TTL_S = 3_600
 _CLOCK_SKEW_S = 60
 _MAX_BAD = 4
-"""Bad records in one value before the rest goes unread: each costs a signature check, and an honest holder sends none
-(but some that expired on the way)."""
+"""Bad records in one value before the rest is left unread: each costs a signature check, and an honest holder sends
+none (except some that expired on the way)."""
 MAX_RECORDS = 128
 """In one value: more do not fit. msgpack makes an array as soon as one is announced, so a few
 KB of nested ones would otherwise take tens of MB."""
@@ -63,7 +63,7 @@ class Name(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
 
 class NodeInfo(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """Where a node is, and what it says of itself; under `nodes_key`."""
+    """A node's addresses and resources, as it states them; under `nodes_key`."""
 
     host: Host
     rpc_port: Port
@@ -74,7 +74,7 @@ class NodeInfo(msgspec.Struct, frozen=True, array_like=True, tag=3):
 
 
 class Want(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    """A node takes its part of a shard's pieces from the origin; under `wanted_key`. Short-lived: it is a lease."""
+    """A node fetches its part of a shard's pieces from the origin; under `wanted_key`. Short-lived."""
 
     host: Host
     bt_port: Port
@@ -94,14 +94,14 @@ class Record(msgspec.Struct, frozen=True):
     expires: int
     """Seconds since 1970."""
     withdrawn: bool
-    """Whether it takes back what the publisher said before; kept until it expires, never handed out."""
+    """Whether it withdraws the publisher's earlier record; kept until it expires, never returned by a lookup."""
     payload: Payload
     packed: bytes
     """As stored and sent."""
 
     @property
     def subject(self) -> tuple[NodeId, bytes]:
-        """What this record replaces an older one of."""
+        """The publisher's records with the same subject replace each other."""
         digest = self.payload.digest if isinstance(self.payload, Name) else ""
         return self.publisher, digest.encode()
 
@@ -140,7 +140,7 @@ def seal(
     now: float | None = None,
     withdrawn: bool = False,
 ) -> Record:
-    """Sign a payload for a key. Raises InvalidRecordError where it comes out too large to be stored."""
+    """Sign a payload for a key. Raises InvalidRecordError if the record is too large to be stored."""
     seconds = time.time() if now is None else now
     sequence, expires = int(seconds * 1000), int(seconds + ttl_s)
     body = bytes(
@@ -202,7 +202,7 @@ def pack_value(records: Iterable[Record]) -> bytes:
 def open_value(
     key: RecordKey, value: object, *, now: float | None = None, seen: Mapping[bytes, Record] | None = None
 ) -> list[Record]:
-    """The valid records of a value that a DHT peer sent; what is invalid is left out, whatever it is.
+    """The valid records of a value that a DHT peer sent; invalid ones are left out.
 
     `seen` has records of this key that were checked before, by their packed bytes.
     """

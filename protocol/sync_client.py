@@ -31,7 +31,7 @@ class SyncClient:
     """A connection to one node. Not for several threads at once."""
 
     def __init__(self, host: str, port: int, *, timeout_s: float = 10) -> None:
-        """Connect. Raises UnreachableError where nothing answers within `timeout_s`."""
+        """Connect. Raises UnreachableError if no node answers within `timeout_s`."""
         self.address = f"{host}:{port}"
         try:
             self._socket = socket.create_connection((host, port), timeout=timeout_s)
@@ -58,7 +58,7 @@ class SyncClient:
 
     @property
     def is_closed(self) -> bool:
-        """Whether nothing can be asked any more: closed here, or broken."""
+        """Whether the connection is closed or broken."""
         return self._failure is not None
 
     def interrupt(self) -> None:
@@ -170,14 +170,14 @@ class SyncClient:
         return self._messages.popleft()
 
     def _set_timeout(self, deadline: float | None) -> None:
-        """Raise TimeoutError where none is left."""
+        """Set the socket's timeout to the time that is left; raises TimeoutError if none is."""
         left_s = None if deadline is None else deadline - time.monotonic()
         if left_s is not None and left_s <= 0:
             raise TimeoutError("timed out")
         self._socket.settimeout(left_s)
 
     def _cancel(self, request_id: str) -> None:
-        """Tell the node; its answer finds no call and is dropped. Harmless where the call is over."""
+        """Send CANCEL; the answer belongs to no call and is dropped. Does nothing if the call is over."""
         if self._failure:
             return
         with contextlib.suppress(ShoalError):

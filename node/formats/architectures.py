@@ -1,11 +1,11 @@
-"""Where each model architecture may be cut, and why not elsewhere: one table.
+"""The layers before which each model architecture may be cut, and the reasons against others: one table.
 
 A slice is a model of its own to llama.cpp: it counts its layers from 0, takes hidden states where a whole model takes
 embeddings, and derives from its own number of layers what a whole model derives from its own. So a cut is right only
-where none of the three changes what a layer computes. An architecture is in TABLE when that was tried: a random model
-of it, cut and run by llama.cpp (the build in xllamacpp 2026.10.11549), gave the whole model's logits to the bit, and
-where a period is given, another cut did not. REFUSED says why the others known here cannot be cut; one that is in
-neither is refused until someone tries it. Source of the periods and conditions: src/models/*.cpp of llama.cpp.
+if none of the three changes what a layer computes. An architecture is in TABLE if that was tried: a random model of
+it, cut and run by llama.cpp (the build in xllamacpp 2026.10.11549), gave the whole model's logits to the bit, and if a
+period is given, another cut did not. REFUSED has the reasons why the other known ones cannot be cut; one that is in
+neither is refused until it is tried. Source of the periods and conditions: src/models/*.cpp of llama.cpp.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class ArchitectureRule:
     """How a given model may be cut."""
 
     period: int
-    """Cuts are legal before multiples of this layer number; 0: nowhere."""
+    """Cuts are legal before multiples of this layer number; 0: before none."""
     reason: str = ""
-    """Why not elsewhere; empty where every layer will do."""
+    """Why other cuts are not legal; empty if all are."""
     ties_output: bool = True
     """Whether the loader takes token_embd for the output matrix when there is none."""
     scales_embeddings: bool = False
@@ -124,11 +124,11 @@ REFUSED: dict[str, str] = {name: reason for names, reason in _REASONS for name i
 
 
 def rule_of(gguf: GgufFile, n_layers: int) -> ArchitectureRule:
-    """The rule for a model of `n_layers` layers; raises InvalidShardError where metadata that it needs is malformed."""
+    """The rule for a model of `n_layers` layers. Raises InvalidShardError if metadata that it needs is malformed."""
     arch = gguf.architecture
     row = TABLE.get(arch)
     if row is None:
-        why = REFUSED.get(arch, "nobody has tried yet whether its slices compute what the whole model does")
+        why = REFUSED.get(arch, "it was not tried whether its slices compute what the whole model does")
         return ArchitectureRule(0, f"{arch}: {why}")
     if exception := _exception(gguf, arch, n_layers):
         return ArchitectureRule(0, f"{arch}: {exception}")

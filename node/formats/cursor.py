@@ -1,4 +1,4 @@
-"""A bounded forward reader for headers of files that nobody vouches for."""
+"""A bounded forward reader for headers of untrusted files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _U64 = struct.Struct("<Q")
 
 
 def regular_size(path: Path) -> int:
-    """Bytes of a file; InvalidShardError where it is no regular one, since opening a pipe would wait for ever."""
+    """Bytes of a file. Raises InvalidShardError if it is not a regular one: opening a pipe would wait for ever."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise InvalidShardError(f"{path.name} is not a regular file")
@@ -23,9 +23,9 @@ def regular_size(path: Path) -> int:
 
 
 class Cursor:
-    """Reads forward through the first `limit` bytes of a file and refuses, before it reads, what is not there.
+    """Reads forward through the first `limit` bytes of a file, and refuses to read beyond them.
 
-    Nothing is set aside for a length that the file announces: at most the bytes that the file has are read, in
+    No memory is allocated for a length that the file announces: at most the bytes that the file has are read, in
     windows of 1 MiB. Little-endian, as GGUF is.
     """
 
@@ -35,7 +35,7 @@ class Cursor:
         self._size = size
         self._limit = min(size, limit)
         self._start = 0  # file offset of the window's first byte
-        self._at = 0  # place in the window
+        self._at = 0  # offset in the window
         self._window = b""
 
     @property
@@ -48,7 +48,7 @@ class Cursor:
         """Bytes between here and the end, or the bound on headers."""
         return self._limit - self.position
 
-    def need(self, count: int, what: str) -> None:
+    def require(self, count: int, what: str) -> None:
         """Raise InvalidShardError unless `count` more bytes are there for `what`."""
         if count > self.left:
             end = "the file ends" if self._limit == self._size else "the largest header that is read ends"
@@ -65,7 +65,7 @@ class Cursor:
         return piece
 
     def skip(self, count: int, what: str) -> None:
-        self.need(count, what)
+        self.require(count, what)
         if self._at + count <= len(self._window):
             self._at += count
         else:
@@ -101,7 +101,7 @@ class Cursor:
     def _fill(self, count: int, what: str) -> None:
         if self._at + count <= len(self._window):
             return
-        self.need(count, what)
+        self.require(count, what)
         rest = self._window[self._at :]
         self._start, self._at = self.position, 0
         wanted = min(max(count, _WINDOW_BYTES), self._limit - self._start)

@@ -17,7 +17,7 @@ MAX_LAYERS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Cuttable:
-    """A model, and where it may be cut."""
+    """A model, and the layers before which it may be cut."""
 
     n_layers: int
     """Layers that generate: those of multi-token prediction (nextn) are not counted."""
@@ -26,7 +26,7 @@ class Cuttable:
     legal: tuple[int, ...]
     """Layers that may begin a shard, 0 left out; ascending."""
     reason: str
-    """Why others may not; empty where every layer may."""
+    """Why others may not; empty if all may."""
     rule: ArchitectureRule
 
     def even(self, shards: int) -> tuple[int, ...]:
@@ -44,21 +44,21 @@ class Cuttable:
                 {"legal": list(self.legal), "most_shards": len(self.legal) + 1},
             )
         before = [0, *accumulate(self.layer_bytes)]
-        places = [before[layer] for layer in self.legal]
+        offsets = [before[layer] for layer in self.legal]
         chosen: list[int] = []
         low = done = 0
         for left in range(shards, 1, -1):
-            high = len(places) - (left - 2)  # leave a cut for each part to come
+            high = len(offsets) - (left - 2)  # leave a cut for each part to come
             goal = done + (before[-1] - done) // left
-            at = min(max(bisect_left(places, goal), low), high - 1)
-            if at > low and goal - places[at - 1] <= places[at] - goal:
+            at = min(max(bisect_left(offsets, goal), low), high - 1)
+            if at > low and goal - offsets[at - 1] <= offsets[at] - goal:
                 at -= 1
             chosen.append(self.legal[at])
-            low, done = at + 1, places[at]
+            low, done = at + 1, offsets[at]
         return self._checked((0, *chosen, self.n_layers))
 
     def at(self, cuts: Sequence[int]) -> tuple[int, ...]:
-        """Boundaries for cuts before the given layers; IllegalCutError, naming the legal ones, where one is not."""
+        """Boundaries for cuts before the given layers; IllegalCutError, naming the legal ones, if one is not."""
         wrong = sorted(set(cuts) - set(self.legal))
         if wrong or list(cuts) != sorted(set(cuts)):
             asked = ", ".join(str(cut) for cut in cuts)
@@ -80,16 +80,16 @@ class Cuttable:
         return boundaries
 
     def _why(self) -> str:
-        places = ", ".join(str(cut) for cut in self.legal) or "none"
+        legal = ", ".join(str(cut) for cut in self.legal) or "none"
         reason = f" ({self.reason})" if self.reason else ""
-        return f"legal cuts of these {self.n_layers} layers are before {places}{reason}"
+        return f"legal cuts of these {self.n_layers} layers are before {legal}{reason}"
 
 
 def cuttable(gguf: GgufFile) -> Cuttable:
-    """Work out where a model may be cut.
+    """Find the layers before which a model may be cut.
 
     A model whose architecture forbids every cut has no legal ones, and a reason: it can still be one shard.
-    Raises InvalidShardError where the header is no whole model's: no layers, missing or surplus blocks.
+    Raises InvalidShardError if the header is not a complete model's: no layers, missing or surplus blocks.
     """
     arch = gguf.architecture
     all_layers = gguf.integer(f"{arch}.block_count")

@@ -5,7 +5,7 @@ package is not used: it maps what the header announces and trusts it. What the s
 refuses (arrays in arrays, dimensions beyond four) is refused here, since such a file could be shared but never run.
 
 Memory stays below a small multiple of MAX_HEADER_BYTES whatever the file says: values that are long (vocabularies)
-are not kept but remembered by their place in the file, where `split` copies them from.
+are not kept; their offset in the file is, from which `split` copies them.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ _MAX_ELEMENTS = 1 << 62
 def read_gguf(path: Path) -> GgufFile:
     """Read and check the header of a GGUF. Reads no tensor.
 
-    Raises InvalidShardError for a file that is no GGUF, is truncated, or whose header contradicts itself or the
-    file; OSError as opening and reading do.
+    Raises InvalidShardError for a file that is not a GGUF, is truncated, or whose header contradicts itself or the
+    file; OSError from opening or reading.
     """
     size = regular_size(path)
     with path.open("rb") as file:
@@ -155,7 +155,7 @@ class _Header:
         if item_type is ValueType.STRING:
             if count > self.strings_budget:
                 raise InvalidShardError(f"{self.name}: {key!r} has {count} strings, at most {MAX_STRINGS} are read")
-            cursor.need(8 * count, repr(key))
+            cursor.require(8 * count, repr(key))
             self.strings_budget -= count
             cursor.skip_strings(count, repr(key))
         elif count <= min(MAX_KEPT_ITEMS, self.items_budget):

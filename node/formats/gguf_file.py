@@ -1,4 +1,4 @@
-"""What a GGUF's header says, as frozen values.
+"""The contents of a GGUF's header, as frozen values.
 
 Source: the GGUF specification (ggml, docs/gguf.md). `node.formats.gguf` reads them out of a file.
 """
@@ -55,9 +55,9 @@ class GgufValue:
 
     type: ValueType
     value: Scalar | tuple[Scalar, ...] | None
-    """None where it is too long to keep, and for an array of strings."""
+    """None if it is too long to keep, or an array of strings."""
     offset: int
-    """Where its encoded bytes begin in the file, after the type."""
+    """Offset in the file of its encoded bytes, after the type."""
     size: int
     """Number of those bytes."""
     item_type: ValueType | None = None
@@ -97,14 +97,14 @@ class GgufFile:
 
     @property
     def architecture(self) -> str:
-        """`general.architecture`; InvalidShardError where it is missing."""
+        """`general.architecture`. Raises InvalidShardError if it is missing."""
         found = self.text("general.architecture")
         if not found:
             raise InvalidShardError(f"{self.path.name} does not name its architecture (general.architecture)")
         return found
 
     def text(self, key: str) -> str | None:
-        """A string, or None where the key is missing; InvalidShardError where it is something else."""
+        """A string, or None if the key is missing. Raises InvalidShardError for any other type."""
         found = self.metadata.get(key)
         if found is None:
             return None
@@ -113,7 +113,7 @@ class GgufFile:
         return found.value
 
     def integer(self, key: str) -> int | None:
-        """A whole number, or None where the key is missing; InvalidShardError where it is something else."""
+        """A whole number, or None if the key is missing. Raises InvalidShardError for any other type."""
         found = self.metadata.get(key)
         if found is None:
             return None
@@ -122,7 +122,7 @@ class GgufFile:
         return found.value
 
     def layer_integers(self, key: str, n_layers: int) -> tuple[int, ...] | None:
-        """One number for each layer, from an array of that length or one number for all; None where it is missing."""
+        """One number for each layer, from an array of that length or one number for all; None if it is missing."""
         found = self.metadata.get(key)
         if found is None:
             return None

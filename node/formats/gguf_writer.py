@@ -2,7 +2,7 @@
 
 The `gguf` package's GGUFWriter does not serve here: it guesses the item types of arrays from Python values (an array
 of uint32 comes out as int32), drops empty strings and arrays, and holds vocabularies as Python lists. Here whatever
-is taken over from the source is copied as encoded bytes, and only what changes is encoded anew. It writes GGUF
+comes from the source unchanged is copied as encoded bytes, and only what changes is encoded again. It writes GGUF
 version 3, whose encoding on little-endian machines is that of version 2.
 """
 
@@ -19,12 +19,12 @@ from protocol.errors import InvalidShardError
 _VERSION = 3
 _CHUNK_BYTES = 1 << 20
 
-Progress = Callable[[int], None]
+OnBytes = Callable[[int], None]
 """Called with the number of bytes written since the last call."""
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class SourceRange:
     """Bytes of the source file."""
 
     offset: int
@@ -37,12 +37,17 @@ class Entry:
 
     key: str
     type: ValueType
-    value: bytes | Span
+    value: bytes | SourceRange
 
     @property
     def size(self) -> int:
         """Encoded bytes of key, type and value."""
-        return 8 + len(self.key.encode()) + 4 + (self.value.size if isinstance(self.value, Span) else len(self.value))
+        return (
+            8
+            + len(self.key.encode())
+            + 4
+            + (self.value.size if isinstance(self.value, SourceRange) else len(self.value))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ class PlannedTensor:
     shape: tuple[int, ...]
     ggml_type: int
     size_bytes: int
-    source: Span | None
+    source: SourceRange | None
     """None: zeros."""
 
 
@@ -81,12 +86,12 @@ class GgufPlan:
 def taken_over(gguf: GgufFile, key: str) -> Entry:
     """A metadata value of the source, unchanged."""
     value = gguf.metadata[key]
-    return Entry(key, value.type, Span(value.offset, value.size))
+    return Entry(key, value.type, SourceRange(value.offset, value.size))
 
 
 def taken_tensor(gguf: GgufFile, tensor: TensorInfo, name: str) -> PlannedTensor:
     """A tensor of the source, unchanged, under another name."""
-    span = Span(gguf.data_offset + tensor.offset, tensor.size_bytes)
+    span = SourceRange(gguf.data_offset + tensor.offset, tensor.size_bytes)
     return PlannedTensor(name, tensor.shape, tensor.ggml_type, tensor.size_bytes, span)
 
 
@@ -107,17 +112,17 @@ def numbers(key: str, item_type: ValueType, values: Sequence[float]) -> Entry:
     return Entry(key, ValueType.ARRAY, head + struct.pack(f"<{len(values)}{FIXED_FORMATS[item_type]}", *values))
 
 
-def write_gguf(plan: GgufPlan, source: BinaryIO, out: BinaryIO, progress: Progress | None = None) -> None:
+def write_gguf(plan: GgufPlan, source: BinaryIO, out: BinaryIO, progress: OnBytes | None = None) -> None:
     """Write `plan`, copying from `source`; 1 MiB in memory at a time beside the tensor list.
 
-    Raises InvalidShardError where the source ends early (it was changed meanwhile), OSError as reading and writing do.
+    Raises InvalidShardError if the source ends early (it was changed meanwhile), OSError from reading or writing.
     """
     report = progress or (lambda _: None)
     out.write(b"GGUF" + struct.pack("<IQQ", _VERSION, len(plan.tensors), len(plan.entries)))
     for entry in plan.entries:
         key = entry.key.encode()
         out.write(struct.pack("<Q", len(key)) + key + struct.pack("<I", entry.type))
-        if isinstance(entry.value, Span):
+        if isinstance(entry.value, SourceRange):
             _copy(source, out, entry.value, lambda _: None)
         else:
             out.write(entry.value)
@@ -145,7 +150,7 @@ def _padded(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
 
 
-def _zeros(out: BinaryIO, size: int, report: Progress) -> None:
+def _zeros(out: BinaryIO, size: int, report: OnBytes) -> None:
     while size:
         step = min(size, _CHUNK_BYTES)
         out.write(bytes(step))
@@ -153,7 +158,7 @@ def _zeros(out: BinaryIO, size: int, report: Progress) -> None:
         size -= step
 
 
-def _copy(source: BinaryIO, out: BinaryIO, span: Span, report: Progress) -> None:
+def _copy(source: BinaryIO, out: BinaryIO, span: SourceRange, report: OnBytes) -> None:
     source.seek(span.offset)
     left = span.size
     while left:

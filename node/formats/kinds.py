@@ -1,4 +1,4 @@
-"""Which kind a shard's file is, and the check that goes with it."""
+"""The kind of a shard's file, and the check for that kind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from protocol.manifest import ShardKind
 
 
 def kind_of(path: Path) -> ShardKind:
-    """The kind that a file's name claims: by the name, since a damaged GGUF is invalid and no loose file."""
+    """The kind by the file's name: a damaged GGUF is invalid, rather than a plain file."""
     match path.suffix.lower():
         case ".gguf":
             return "gguf"
@@ -24,10 +24,10 @@ def kind_of(path: Path) -> ShardKind:
 
 
 def check_shard(path: Path, kind: ShardKind | None = None) -> int | None:
-    """Raise InvalidShardError, naming the file and what is wrong, unless it is whole as its kind asks.
+    """Check that a file is complete for its kind. Returns the rows of a parquet file, None for other kinds.
 
-    Returns the rows of a parquet file, None for other kinds. `kind` is what a manifest says, the file name's claim
-    without it. Reads headers and footers alone. OSError as opening and reading do.
+    `kind` is the manifest's, by default that of the file name. Reads headers and footers alone. Raises
+    InvalidShardError, which names the file and what is wrong; OSError from opening or reading.
     """
     match kind or kind_of(path):
         case "gguf":

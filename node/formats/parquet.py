@@ -1,8 +1,8 @@
 """Checks that a parquet file is whole: its magic numbers, its footer, and that all it points at is there.
 
 Source: the Parquet format specification (file layout: `PAR1`, column chunks, footer in Thrift, its length in four
-bytes, `PAR1`). The bounds are checked before pyarrow reads the footer, and pyarrow is told how large what the footer
-announces may be.
+bytes, `PAR1`). The bounds are checked before pyarrow reads the footer, and pyarrow gets bounds for what the footer
+announces.
 """
 
 from __future__ import annotations
@@ -20,21 +20,20 @@ MAX_FOOTER_BYTES = 64 << 20
 _TAIL_BYTES = 8
 _MAX_ITEMS = 4 << 20
 MAX_ROWS = 1 << 50
-"""As many as a manifest can say."""
+"""The most that a manifest can state."""
 
 
 def check_parquet(path: Path) -> int:
-    """Return the rows of a whole parquet file, those of its row groups; raise InvalidShardError for what is none.
+    """Return the rows of a complete parquet file, the sum over its row groups.
 
-    OSError as opening and reading do.
-
-    Reads the footer alone: pages are covered by the content id, and by whoever reads them. A damaged footer may end
+    Raises InvalidShardError for any other file, OSError from opening or reading. Reads the footer alone: the content id
+    covers the pages. A damaged footer may end
     the process: for some (of size statistics) pyarrow 26 lets a C++ exception through. So a node calls this in the
     process that hashes.
     """
     size = regular_size(path)
     footer_start = _check_layout(path, size)
-    # Imported here: a node without data sets need not carry pyarrow's hundred megabytes.
+    # Imported here: a node without data sets does not load pyarrow's hundred megabytes.
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -53,7 +52,7 @@ def check_parquet(path: Path) -> int:
 
 
 def _check_layout(path: Path, size: int) -> int:
-    """Check both ends; return where the footer begins."""
+    """Check both ends; returns the offset of the footer."""
     if size < len(MAGIC) + _TAIL_BYTES:
         raise InvalidShardError(f"{path.name} is truncated: {size} bytes are too few for a parquet file")
     with path.open("rb") as file:
@@ -61,7 +60,9 @@ def _check_layout(path: Path, size: int) -> int:
         file.seek(size - _TAIL_BYTES)
         tail = file.read(_TAIL_BYTES)
     if tail[4:] == ENCRYPTED_MAGIC or head == ENCRYPTED_MAGIC:
-        raise InvalidShardError(f"{path.name} has an encrypted footer, which cannot be checked: share it as plain file")
+        raise InvalidShardError(
+            f"{path.name} has an encrypted footer, which cannot be checked: share it as a plain file"
+        )
     if head != MAGIC:
         raise InvalidShardError(f"{path.name} is not a parquet file: it does not begin with {MAGIC.decode()}")
     if tail[4:] != MAGIC:

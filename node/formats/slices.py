@@ -5,9 +5,9 @@ belong to no block but are read in every one (rope factors); output_norm, which 
 last slice uses it. Beyond that
 - the first slice: the tokenizer and `token_embd`;
 - a middle slice: the tokenizer `no_vocab` and an embedding of 32 rows of zeros, since the loader wants one;
-- the last slice: the tokenizer and the output matrix. Where a model has `output` and `token_embd` apart, the output
+- the last slice: the tokenizer and the output matrix. If a model has both `output` and `token_embd`, the output
   matrix is stored under the name `token_embd`, which the loader takes for both when there is no `output`: hidden
-  states enter a last slice, so its embedding is never looked up, and a copy of it would be dead weight.
+  states enter a last slice, so its embedding is never looked up, and a copy of it would be useless.
 A model in one shard keeps all that it has.
 """
 
@@ -37,7 +37,7 @@ _BLOCK = re.compile(r"^blk\.(0|[1-9]\d{0,5})\.(.+)\Z", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class SliceInfo:
-    """What a slice says of its place in the model."""
+    """A slice's position in the model, by its own metadata."""
 
     start_layer: int
     end_layer: int
@@ -47,9 +47,9 @@ class SliceInfo:
 
 
 def slice_info(gguf: GgufFile) -> SliceInfo | None:
-    """The place of a slice in its model, or None for a GGUF that `split` did not write.
+    """The position of a slice in its model, or None for a GGUF that `split` did not write.
 
-    Raises InvalidShardError where the keys are incomplete or contradict each other.
+    Raises InvalidShardError if the keys are incomplete or contradict each other.
     """
     keys = (START_LAYER, END_LAYER, N_LAYERS, SHARD_INDEX, SHARD_COUNT)
     values = [gguf.integer(key) for key in keys]

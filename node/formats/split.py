@@ -1,4 +1,4 @@
-"""Cuts a GGUF into shards with a manifest, all of it or nothing.
+"""Cuts a GGUF into shards with a manifest: all of it, or nothing.
 
 Everything is written under temporary names in the target folder, flushed to the disk, and renamed when it is
 complete; the manifest comes last. The bytes depend on the source and the cuts alone: two machines that cut the same
@@ -18,12 +18,12 @@ from node.formats.gguf import read_gguf
 from node.formats.gguf_file import GgufFile
 from node.formats.gguf_writer import GgufPlan, write_gguf
 from node.formats.slices import SHARD_INDEX, plan_slice
-from node.formats.target import Target
+from node.formats.target import SplitTarget
 from protocol.content import hash_file
 from protocol.errors import IllegalCutError, InvalidParamsError, InvalidShardError
 from protocol.manifest import MANIFEST_FILENAME, Manifest, ModelInfo, ShardEntry, check_manifest, readable_name
 
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Called with (bytes done, bytes in total); every shard byte counts twice, as it is written and as it is hashed."""
 
 
@@ -35,7 +35,7 @@ def split_gguf(
     shard_bytes: int | None = None,
     cuts: Sequence[int] | None = None,
     name: str | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Manifest:
     """Cut the model at `source` into `out_dir`/shard-0.gguf ... and write the manifest beside them; returns it.
 
@@ -43,12 +43,12 @@ def split_gguf(
     most that large) and `cuts` (before exactly these layers) is given. `name` is by default made from the model's
     `general.name`, else from the file's name. Memory stays bounded by the header, not by the model.
 
-    The folder may hold an earlier cut of the same model, which is replaced; anything else by the name of a shard is
-    left alone and refused. Files of other names are not touched. Holds the GIL while it hashes: run it in a process
+    The folder may hold an earlier cut of the same model, which is replaced; any other file that is named like a shard
+    is an error. Files of other names are not touched. Holds the GIL while it hashes: run it in a process
     or thread of its own.
 
-    Raises InvalidShardError (no whole, sound GGUF), IllegalCutError (`details.legal`), InvalidParamsError (also for a
-    folder that holds something else), InsufficientDiskError, and OSError as the file system does.
+    Raises InvalidShardError (the source is not a complete GGUF), IllegalCutError (`details.legal`),
+    InvalidParamsError (also for a folder that holds something else), InsufficientDiskError, and OSError.
     """
     if sum(option is not None for option in (shards, shard_bytes, cuts)) != 1:
         raise InvalidParamsError("give exactly one of: a number of shards, a shard size, or the layers to cut before")
@@ -75,7 +75,7 @@ def default_name(gguf: GgufFile) -> str:
 
 
 def model_info(gguf: GgufFile, model: Cuttable) -> ModelInfo:
-    """What a planner needs to know; InvalidShardError where the header does not say."""
+    """What a planner needs to know. Raises InvalidShardError if the header lacks it."""
     arch, name = gguf.architecture, gguf.path.name
     n_embd = gguf.integer(f"{arch}.embedding_length")
     context = gguf.integer(f"{arch}.context_length")
@@ -112,8 +112,8 @@ def _check_whole(gguf: GgufFile) -> None:
 
 
 def _check_name(name: str) -> None:
-    sample = {"name": name, "kind": "file", "shards": [{"shard_id": 0, "filename": "x", "size": 1,
-              "content_id": "0" * 64, "kind": "file"}]}  # fmt: skip
+    shard = {"shard_id": 0, "filename": "x", "size": 1, "content_id": "0" * 64, "kind": "file"}
+    sample = {"name": name, "kind": "file", "shards": [shard]}
     try:
         msgspec.convert(sample, Manifest)
     except msgspec.ValidationError as err:
@@ -128,7 +128,7 @@ def _plans(gguf: GgufFile, model: Cuttable, boundaries: tuple[int, ...]) -> list
 def _boundaries_below(gguf: GgufFile, model: Cuttable, shard_bytes: int) -> tuple[int, ...]:
     """The fewest even parts of which none is larger than `shard_bytes`."""
     if shard_bytes < 1:
-        raise InvalidParamsError(f"a shard of {shard_bytes} bytes cannot be: give a size such as 256MiB")
+        raise InvalidParamsError(f"shard size {shard_bytes} is not above 0 bytes: give a size such as 256MiB")
     finest = len(model.legal) + 1
     least = _largest(gguf, model, model.even(finest))
     if least <= shard_bytes:
@@ -156,7 +156,7 @@ def _write(
     name: str,
     info: ModelInfo,
     out_dir: Path,
-    progress: Progress | None,
+    progress: OnProgress | None,
 ) -> Manifest:
     total = 2 * sum(plan.size for plan in plans)
     done = 0
@@ -167,7 +167,7 @@ def _write(
         if progress:
             progress(done, total)
 
-    with Target.open(out_dir, gguf, sum(plan.size for plan in plans)) as target, gguf.path.open("rb") as source:
+    with SplitTarget.open(out_dir, gguf, sum(plan.size for plan in plans)) as target, gguf.path.open("rb") as source:
         entries: list[ShardEntry] = []
         for index, plan in enumerate(plans):
             filename = f"shard-{index}.gguf"

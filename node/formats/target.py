@@ -1,14 +1,12 @@
-"""The folder that a cut goes into: written aside, renamed when whole, never half of it.
+"""The folder that a cut goes into: written under temporary names, renamed when complete.
 
-One writer at a time holds a lock on the folder. Until `commit` nothing that was there changes; a run that was
-killed leaves a folder `.split-...`, which the next one removes.
+One writer at a time holds a lock on the folder. Until `commit` nothing in it changes; a run that was killed leaves a
+folder `.split-...`, which the next one removes.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
 import re
 import shutil
 import tempfile
@@ -17,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from node.files import FileLock, fsync_dir, fsync_file, replace_file
 from node.formats.gguf import read_gguf
 from node.formats.gguf_file import GgufFile
 from protocol.errors import InsufficientDiskError, InvalidParamsError, InvalidShardError
@@ -28,7 +27,7 @@ _SPARE_BYTES = 1 << 20
 _IDENTITY = ("general.architecture", "general.name", "general.file_type", "shoal.model.n_layers")
 
 
-class Target:
+class SplitTarget:
     """An open, locked target folder."""
 
     def __init__(self, out_dir: Path, temp_dir: Path) -> None:
@@ -37,22 +36,20 @@ class Target:
 
     @classmethod
     @contextmanager
-    def open(cls, out_dir: Path, model: GgufFile, needed_bytes: int) -> Iterator[Target]:
-        """Lock the folder (made if need be), look at what it holds, and see that the disk has room.
+    def open(cls, out_dir: Path, model: GgufFile, needed_bytes: int) -> Iterator[SplitTarget]:
+        """Lock the folder (made if missing), check its contents, and check that the disk has room.
 
-        Raises InvalidParamsError where it holds another model or is being written, InsufficientDiskError where
-        `needed_bytes` do not fit or the disk fills up meanwhile.
+        Raises InvalidParamsError if it holds another model or is being written, InsufficientDiskError if `needed_bytes`
+        do not fit or the disk fills up meanwhile.
         """
         try:
             out_dir.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise InvalidParamsError(f"{out_dir} is not a folder: give another --out") from None
-        lock = os.open(out_dir, os.O_RDONLY | os.O_DIRECTORY)
+        lock = FileLock(out_dir)
+        if not lock.try_acquire():
+            raise InvalidParamsError(f"another split is writing into {out_dir}: wait for it")
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InvalidParamsError(f"another split is writing into {out_dir}: wait for it") from None
             _check_contents(out_dir, model)
             for stale in out_dir.glob(f"{_PREFIX}*"):
                 shutil.rmtree(stale, ignore_errors=True)
@@ -67,10 +64,10 @@ class Target:
             finally:
                 shutil.rmtree(temp_dir, ignore_errors=True)
         finally:
-            os.close(lock)
+            lock.release()
 
     def temporary(self, filename: str) -> Path:
-        """Where a file lies until `commit`."""
+        """The path of a file until `commit`."""
         return self._temp_dir / filename
 
     @contextmanager
@@ -78,31 +75,22 @@ class Target:
         """A new file under its temporary name, on the disk when the block ends."""
         with self.temporary(filename).open("xb") as out:
             yield out
-            out.flush()
-            os.fsync(out.fileno())
+        fsync_file(self.temporary(filename))
 
     def commit(self, shards: list[str], manifest: str) -> None:
-        """Rename the files into place, the manifest last; shards of an earlier cut that are left over go.
+        """Rename the files into place, the manifest last; remaining shards of an earlier cut are deleted.
 
-        A crash in the middle leaves whole shards without a manifest: cutting again puts that right.
+        A crash in the middle leaves complete shards without a manifest: cutting again mends that.
         """
         (self._out_dir / manifest).unlink(missing_ok=True)
         for old in self._out_dir.iterdir():
             if _SHARD_NAME.match(old.name) and old.name not in shards:
                 old.unlink()
         for filename in shards:
-            self.temporary(filename).replace(self._out_dir / filename)
-        _sync_folder(self._out_dir)
-        self.temporary(manifest).replace(self._out_dir / manifest)
-        _sync_folder(self._out_dir)
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            replace_file(self.temporary(filename), self._out_dir / filename)
+        fsync_dir(self._out_dir)
+        replace_file(self.temporary(manifest), self._out_dir / manifest)
+        fsync_dir(self._out_dir)
 
 
 def _check_contents(out_dir: Path, model: GgufFile) -> None:
@@ -116,7 +104,7 @@ def _check_contents(out_dir: Path, model: GgufFile) -> None:
             found = read_gguf(path)
         except (InvalidShardError, OSError) as err:
             raise InvalidParamsError(
-                f"{path} is there already and is no shard of this model ({err}): {advice}"
+                f"{path} is there already and is not a shard of this model ({err}): {advice}"
             ) from None
         for key in _IDENTITY[:-1]:
             if _plain(found, key) != _plain(model, key):

@@ -7,10 +7,9 @@ handle        one torrent in the session: commands, and awaited answers
 session       TorrentSession, the libtorrent session: opened, asked, closed
 part_file     a download on disk, and what continues it after a stop or a crash
 piece_layer   the piece layer of a download: from peers, or handed over
-upload_slots  how many peers a seed sends one file to at once
 watchdog      when a download is restarted, one peer at a time
 download      from reserved space to a checked file; pieces may be given by the caller
-swarm         all seeds and downloads of a node
+swarm         all seeds and downloads of a node, and how many peers a seed sends to at once
 """
 
 from node.swarm.download import Download

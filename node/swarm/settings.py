@@ -85,8 +85,8 @@ def session_params(settings: SwarmSettings) -> Any:
         # Encryption without authentication costs half the speed and protects nothing.
         "out_enc_policy": int(lt.enc_policy.pe_disabled),
         "in_enc_policy": int(lt.enc_policy.pe_disabled),
-        # The bound on slots is each file's own (upload_slots.py). With -1 here libtorrent never reconsiders which peers
-        # have one.
+        # The bound on slots is each file's own (UploadSlots in swarm.py). With -1 here libtorrent never reconsiders
+        # which peers have one.
         "unchoke_slots_limit": 10_000,
         "active_seeds": -1,
         "active_downloads": -1,

@@ -15,7 +15,7 @@ from protocol.manifest import FileName
 
 RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 NameOrDigest = Annotated[str, msgspec.Meta(min_length=1, max_length=1000)]
-"""`name`, or `name@digest` with at least 8 digits of the manifest's digest, where a name alone is ambiguous; or the URL
+"""`name`, or `name@digest` with at least 8 digits of the manifest's digest, if a name alone is ambiguous; or the URL
 of a manifest at an origin."""
 Text = Annotated[str, msgspec.Meta(max_length=1 << 20)]
 
@@ -32,7 +32,7 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, rename={"sender": "fro
     """`params[1]` of a request."""
 
     request_id: RequestId | None = None
-    """Names the request in its PROGRESS and TASK_OUTPUT notifications and for CANCEL; made up where missing."""
+    """Names the request in its PROGRESS and TASK_OUTPUT notifications and for CANCEL; generated if missing."""
     sender: str | None = None
     recipient: str | None = None
     """Node id that the request is meant for; another node refuses it."""
@@ -65,7 +65,7 @@ P = TypeVar("P", bound=msgspec.Struct)
 def decode_params(kind: type[P], value: object) -> P:
     """Check a map of parameters against its declaration.
 
-    Keys, and values where text is declared, may come as bin, at any depth: some MessagePack libraries send all
+    Keys, and values that are declared as text, may come as bin, at any depth: some MessagePack libraries send all
     text so. Raises InvalidParamsError that names the offending field.
     """
     declared = _inspect(kind)
@@ -77,7 +77,7 @@ def decode_params(kind: type[P], value: object) -> P:
 
 
 def text_keys(value: object) -> dict[str, Any]:
-    """A map of parameters with keys of bin made text. Raises InvalidParamsError for what is no such map."""
+    """A map of parameters with keys of bin decoded to text. Raises InvalidParamsError for any other value."""
     if not isinstance(value, Mapping):
         raise InvalidParamsError(f"params[0] must be a map of parameters, not {type(value).__name__}")
     return dict(_with_text_keys(value))
@@ -91,7 +91,7 @@ def _inspect(kind: type[msgspec.Struct]) -> inspect.StructType:
 
 
 def _with_text(value: Any, declared: inspect.Type) -> Any:
-    """The value with bin made text where text is declared, and in every key."""
+    """The value, with bin decoded to text in every key and in values that are declared as text."""
     if isinstance(declared, inspect.UnionType):
         # Of a union, the member that fits a map, an array or a text; no parameter has two of one sort.
         fits = _FITS.get(type(value), ())

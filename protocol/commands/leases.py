@@ -40,7 +40,7 @@ class LeasedShard(Result, frozen=True, kw_only=True):
     shard_id: int
     content_id: ContentId
     path: str
-    """On the node's machine; empty where the file is not there and checked: still on its way, found wrong, or gone."""
+    """On the node's machine; empty unless the file is there and checked."""
     expires_in_s: float
 
 
@@ -58,7 +58,7 @@ class ReleaseParams(ShardSelector, frozen=True, kw_only=True):
     lease: LeaseName
     evict: bool = False
     """Delete the file as EVICT_SHARD does, unless another lease holds it, a stage has it loaded, it is being fetched,
-    or it was published here; of a shard that is named also where the lease had expired."""
+    or it was published here; of a shard that is named also if the lease had expired."""
 
 
 class ReleasedShard(Result, frozen=True, kw_only=True):
@@ -74,7 +74,7 @@ class ReleasedShard(Result, frozen=True, kw_only=True):
     leases: int
     """How many other leases hold it."""
     kept_because: str = ""
-    """Why it was not deleted, where it should have been."""
+    """Why it was not deleted, if it should have been."""
     published: bool = False
     """Whether the file was put here by who publishes it, and not fetched: no client's reading of it deletes it."""
 

@@ -19,7 +19,7 @@ class CancelResult(Result, frozen=True, kw_only=True):
 
     request_id: str
     cancelled: bool
-    """False where no such request is in progress (any more)."""
+    """False if no such request is in progress (any more)."""
 
 
 class NodesParams(Params, frozen=True, kw_only=True):
@@ -120,7 +120,7 @@ class OriginStatus(Result, frozen=True, kw_only=True):
     requests: int = 0
     """What a store tried again by itself is not counted."""
     errors: int = 0
-    """Requests that failed; that an object is not there is no failure."""
+    """Requests that failed; a missing object does not count as a failure."""
 
 
 class LeaseStatus(Result, frozen=True, kw_only=True):
@@ -130,7 +130,7 @@ class LeaseStatus(Result, frozen=True, kw_only=True):
     shards: int
     """That it holds."""
     expires_in_s: float
-    """Until the first of them is free, where nothing renews it."""
+    """Until the first of them is free, if it is not renewed."""
 
 
 class StatusResult(Result, frozen=True, kw_only=True):

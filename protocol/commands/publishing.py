@@ -12,7 +12,7 @@ from protocol.manifest import MAX_ORIGINS, Manifest, ManifestName, OriginText
 
 
 class PublishParams(Params, frozen=True, kw_only=True):
-    """PUBLISH: take a file, or the files of a folder, into the shards folder, seed and announce them, and where asked
+    """PUBLISH: take a file, or the files of a folder, into the shards folder, seed and announce them, and if asked
     upload them.
     """
 
@@ -46,4 +46,4 @@ class PublishResult(Result, frozen=True, kw_only=True):
     uploaded_bytes: int
     """Of shards, to all origins; what was there already is not in it."""
     manifest_urls: list[str]
-    """Of the manifest, by origin: a node that knows nobody finds it by that."""
+    """Of the manifest, by origin: a node without peers finds it by that."""

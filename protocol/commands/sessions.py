@@ -57,7 +57,7 @@ class OpenSessionResult(Result, frozen=True, kw_only=True):
 
 
 class StartSessionParams(Params, frozen=True, kw_only=True):
-    """START_SESSION: tell every stage where the next one is, the last one first, and stage 0 to begin."""
+    """START_SESSION: give every stage the address of the next one, the last stage first, then start stage 0."""
 
     session: str
     attempt: Annotated[int, msgspec.Meta(ge=0)] = 0

@@ -51,9 +51,9 @@ class ShardResult(Result, frozen=True, kw_only=True):
     shard_id: int
     status: Literal["loaded", "loading", "fetched", "fetching", "unloaded", "evicted"]
     path: str
-    """On the node's machine; where it was, for an evicted one."""
+    """On the node's machine; its former path, for an evicted one."""
     source: ShardSource
-    """Where most of the bytes came from in this request; "local" where none moved."""
+    """Where most of the bytes came from in this request; "local" if none moved."""
     bytes: int
     """Size of the shard."""
     seconds: float
@@ -110,7 +110,7 @@ class GetManifestParams(Params, frozen=True, kw_only=True):
     """GET_MANIFEST."""
 
     name: NameOrDigest | None = None
-    """Of a model, a data set or a loose file, whichever it is; or the URL of a manifest at an origin."""
+    """Of a model, a data set or a single file; or the URL of a manifest at an origin."""
     model: NameOrDigest | None = None
     dataset: NameOrDigest | None = None
     digest: ManifestDigest | None = None

@@ -113,6 +113,6 @@ class VerifyShardResult(Result, frozen=True, kw_only=True):
     valid: bool
     expected: ContentId
     found: ContentId | None
-    """None where the file cannot be read."""
+    """None if the file cannot be read."""
     path: str
     seconds: float

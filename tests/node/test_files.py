@@ -155,3 +155,13 @@ def test_who_waits_without_a_limit_is_woken_and_its_forked_child_does_not_wait(t
     waiting.join(10)
     assert second.is_held
     second.release()
+
+
+def test_a_folder_can_be_locked_and_nothing_is_written_into_it(tmp_path: Path) -> None:
+    first, second = FileLock(tmp_path), FileLock(tmp_path)
+    assert first.try_acquire()
+    assert not second.try_acquire()
+    first.release()
+    assert second.try_acquire()
+    second.release()
+    assert list(tmp_path.iterdir()) == []

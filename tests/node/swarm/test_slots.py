@@ -1,6 +1,6 @@
 """How many peers a seed serves at once, with time as an argument."""
 
-from node.swarm.upload_slots import MAX_SLOTS, MIN_SLOTS, UploadSlots
+from node.swarm.swarm import MAX_SLOTS, MIN_SLOTS, UploadSlots
 
 LIMIT = 8_000_000
 
