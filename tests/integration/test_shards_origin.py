@@ -104,7 +104,7 @@ async def test_streams_that_break_go_on_at_the_byte_where_they_broke(tmp_path: P
 
 async def test_three_cold_nodes_take_one_copy_from_the_origin(tmp_path: Path) -> None:
     shard = publish(tmp_path / "origin", 24 * MB)  # of fewer blocks a node has none by chance in one of forty runs
-    place, network = shard.place(rate_bytes_s=8 * MB), Network()
+    place, network = shard.place(rate_bytes_s=16 * MB), Network()
     async with AsyncExitStack() as stack:
         nodes: list[Node] = []
         for name in "abc":
@@ -123,7 +123,9 @@ async def test_the_origin_gives_the_rest_when_all_peers_are_killed_in_the_middle
     shard = publish(tmp_path / "origin", 8 * MB)
     place, network = shard.place(), Network()
     seen: list[DownloadProgress] = []
-    async with open_node(tmp_path / "b", network, origin=GivenOrigins(place)) as b, AsyncExitStack() as stack:
+    # Whether a peer is connected is known late: the default of `origin_after_s` allows for it.
+    b_node = open_node(tmp_path / "b", network, origin_after_s=1.0, origin=GivenOrigins(place))
+    async with b_node as b, AsyncExitStack() as stack:
         a = await stack.enter_async_context(
             open_node(tmp_path / "a", network, bootstrap=(b,), upload_limit=2 * MB, origin=GivenOrigins(shard.place()))
         )

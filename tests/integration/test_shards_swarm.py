@@ -128,7 +128,7 @@ async def test_a_downloader_killed_in_the_middle_goes_on(tmp_path: Path) -> None
     size = 32_000_000
     write_model(tmp_path / "a" / "shards" / "tiny", n_shards=1, size=size)
     network: Network = {}
-    async with open_node(tmp_path / "a", network, upload_limit=8_000_000) as a:
+    async with open_node(tmp_path / "a", network, upload_limit=16_000_000) as a:
         await a.shards.settled()
         (signed,) = a.shards.manifests()
         (tmp_path / "signed.json").write_bytes(msgspec.json.encode(signed))

@@ -32,6 +32,7 @@ QUICK = {
     "relookup_s": 0.5,
     "restart_s": 5.0,
     "stall_timeout_s": 20.0,
+    "origin_after_s": 0.3,
 }
 
 _RPC_PORTS = itertools.count(1024)
