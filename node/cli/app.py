@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
 from typing import Annotated
 
@@ -67,7 +68,9 @@ def run(argv: list[str]) -> None:
     if not argv or (argv[0].startswith("-") and argv[0].partition("=")[0] not in _OF_ALL):
         argv = ["serve", *argv]
     elif not argv[0].startswith("-") and argv[0] not in _COMMANDS:
-        fail(f"there is no command {argv[0]!r}; the commands are: {', '.join(_COMMANDS)}", code=2)
+        near = difflib.get_close_matches(argv[0], _COMMANDS, 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        fail(f"there is no command {argv[0]!r}; {meant}the commands are: {', '.join(_COMMANDS)}", code=2)
     try:
         app(argv, prog_name=PROGRAM)
     except ConfigError as error:

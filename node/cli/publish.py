@@ -43,7 +43,9 @@ _READ_ALONE = ("https", "http", "hf")
 def publish(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH", exists=True, help="Files, or one folder of them.")],
     *,
-    name: Annotated[str | None, typer.Option(help="Of the data set. Default: the folder's own.")] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of the data set. Default: the folder's own.")
+    ] = None,
     config: ConfigFile = None,
     data_dir: DataDir = None,
     shards_dir: ShardsDir = None,

@@ -45,7 +45,7 @@ def pull(
     try:
         manifest, results = asyncio.run(_pull(address_of(node), name))
     except UnreachableError as error:
-        fail(f"{error.message}; a daemon starts by: shoal")
+        fail(f"{error.message} `shoal` starts one")
     except KeyboardInterrupt:
         fail("interrupted; what came is kept, and the same command goes on from there", code=130)
     folder = Path(results[0].path).parent

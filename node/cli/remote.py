@@ -146,15 +146,17 @@ def status(node: Target, *, json_output: Json = False) -> None:
 def generate(
     node: Target,
     *,
-    model: Annotated[str | None, typer.Option(help="Name, or name@digest. Default: the cluster's only one.")] = None,
-    prompt: Annotated[str, typer.Option(help="A message to a chat model; '-' reads stdin.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name, or name@digest. Default: the cluster's only one.")
+    ] = None,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="A message to a chat model; '-' reads stdin.")],
     raw: Annotated[bool, typer.Option("--raw", help="The prompt goes in as it is, without a chat template.")] = False,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of the answer, at most.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Of the answer, at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, metavar="T", help="0 is greedy.")] = 0.0,
     top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Draw from the likeliest that make up this share, above 0.")
+        float, typer.Option(min=0, max=1, metavar="P", help="Draw from the likeliest that make up this share, above 0.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same tokens.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="The same seed draws the same tokens.")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON result at the end, nothing streamed.")] = False,
 ) -> None:
     """Generate text through a pipeline of the cluster.

