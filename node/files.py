@@ -8,6 +8,9 @@ half of either, and what an interrupted write leaves is a hidden file that ends 
 "contents"  the bytes are on the disk before the name is: after a power cut the old file or the new one, whole.
 "name"      the folder is on the disk too: when the call returns, a power cut leaves the new file.
 
+The names of files that are not finished are here too, since the swarm's part files are what the shards room adopts,
+continues and deletes.
+
 Everything here blocks on the disk: call it from a thread.
 """
 
@@ -31,7 +34,26 @@ from protocol.errors import CancelledRequestError
 Durability = Literal["process", "contents", "name"]
 
 TEMPORARY_SUFFIX = ".tmp"
+PART_SUFFIX = ".part"
+INVALID_SUFFIX = ".invalid"
+UNFINISHED_SUFFIXES = (PART_SUFFIX, TEMPORARY_SUFFIX, ".temp", ".partial", ".crdownload", INVALID_SUFFIX)
+"""Of our own and other programs' downloads in progress, and of files that were set aside: not shards."""
 POLL_S = 0.05
+
+
+def part_path(path: Path) -> Path:
+    """Where a download to `path` is written until it is whole: by the swarm, which allocates all of it at the start."""
+    return path.with_name(path.name + PART_SUFFIX)
+
+
+def whole_part_path(path: Path) -> Path:
+    """Where a shard that an origin gives whole is written: its length is what has come, and the swarm leaves it alone."""
+    return path.with_name(path.name + ".whole" + PART_SUFFIX)
+
+
+def invalid_path(path: Path) -> Path:
+    """Where a file that was in the way of a download to `path`, or was found wrong, is set aside."""
+    return path.with_name(path.name + INVALID_SUFFIX)
 
 
 @contextmanager

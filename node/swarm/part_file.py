@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from node.files import atomic_write
+from node.files import atomic_write, part_path
 from node.swarm.handle import file_error
 from node.swarm.torrent import Torrent
 
@@ -28,7 +28,7 @@ class PartFile:
     """The file that a download writes, and its two companions. Every method does its file work off the loop."""
 
     def __init__(self, torrent: Torrent, final_path: Path, state_dir: Path) -> None:
-        self.path = final_path.with_name(final_path.name + ".part")
+        self.path = part_path(final_path)
         self._torrent = torrent
         self._layer = state_dir / f"{torrent.info_hash}.layer"
         self._resume = state_dir / f"{torrent.info_hash}.resume"

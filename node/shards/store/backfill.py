@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from node.shards.store.catalog import ShardFile
-from node.shards.store.hash_cache import Index
+from node.shards.store.hash_cache import HashCache
 from node.shards.store.hasher import FileChangedError, Hasher
 from protocol.content import ContentHash
 from protocol.errors import ShoalError
@@ -17,11 +17,11 @@ from protocol.errors import ShoalError
 log = logging.getLogger(__name__)
 
 
-class Remember:
+class Backfill:
     """Reads fetched files once more when there is nothing else to hash. They are seeded meanwhile."""
 
-    def __init__(self, index: Index, hasher: Hasher) -> None:
-        self._index = index
+    def __init__(self, cache: HashCache, hasher: Hasher) -> None:
+        self._cache = cache
         self._hasher = hasher
         self._queue: dict[Path, ShardFile] = {}
         self._queued = asyncio.Event()
@@ -48,11 +48,11 @@ class Remember:
         """
         if file.fingerprint:
             await asyncio.to_thread(_sync, file.path)
-            await asyncio.to_thread(self._index.put, file.path, file.fingerprint, content)
+            await asyncio.to_thread(self._cache.put, file.path, file.fingerprint, content)
 
     async def forget(self, file: ShardFile) -> None:
         """This file is not what was hashed."""
-        await asyncio.to_thread(self._index.forget, file.path)
+        await asyncio.to_thread(self._cache.forget, file.path)
 
     async def run(self, on_wrong: Callable[[ShardFile, str], None]) -> None:
         """Call `on_wrong` with a file that is not what it was when it came."""
@@ -69,7 +69,7 @@ class Remember:
                 log.info("%s is hashed at the next start instead: %s", path, err)
             else:
                 if hashed.fingerprint != file.fingerprint:
-                    pass  # The survey sees it too, and treats it as a new file.
+                    pass  # The scanner sees it too, and treats it as a new file.
                 elif entry and hashed.content.content_id != entry.content_id:
                     on_wrong(file, f"{path.name} changed on disk after it came: it holds {hashed.content.content_id}")
                 else:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from node.files import part_path, whole_part_path
 from protocol.errors import InsufficientDiskError
 
 
@@ -25,22 +26,7 @@ def allocated_bytes(path: Path) -> int:
         return 0
 
 
-def part_of(path: Path) -> Path:
-    """Where a download to `path` lies until it is whole."""
-    return path.with_name(path.name + ".part")
-
-
-def whole_part_of(path: Path) -> Path:
-    """Where a shard that comes to `path` whole from an origin, and not by the swarm, lies until it is there."""
-    return path.with_name(path.name + ".whole.part")
-
-
-def invalid_of(path: Path) -> Path:
-    """Where a file that was in the way of a download to `path`, or was found wrong, is set aside."""
-    return path.with_name(path.name + ".invalid")
-
-
-class Space:
+class DiskSpace:
     """Counts what downloads in progress have still to write against what the disk has free."""
 
     def __init__(self, folder: Path, min_free: int, free: Callable[[Path], int] = free_bytes) -> None:
@@ -78,4 +64,4 @@ class Space:
 
 
 def _written_bytes(path: Path) -> int:
-    return sum(map(allocated_bytes, (path, part_of(path), whole_part_of(path))))
+    return sum(map(allocated_bytes, (path, part_path(path), whole_part_path(path))))

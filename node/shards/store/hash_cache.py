@@ -1,6 +1,6 @@
-"""Remembers what was hashed: (path, size, mtime) -> content id, piece layer and rows, in an sqlite file.
+"""What was hashed before: (path, size, mtime) -> content id, piece layer and rows, in an sqlite file.
 
-It is a cache. A damaged one is set aside and begun anew, a row that contradicts itself is not believed, and where it
+It is a cache. A damaged one is set aside and a new one made, a row that contradicts itself is not believed, and if it
 cannot be written the price is a second hashing.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
-from node.files import Fingerprint
+from node.files import Fingerprint, replace_file
 from protocol.content import ContentHash, is_piece_layer
 from protocol.ids import ContentId
 
@@ -34,7 +34,7 @@ CREATE TABLE IF NOT EXISTS hashed (
 T = TypeVar("T")
 
 
-class Index:
+class HashCache:
     """Blocks on the disk, so it is called off the event loop; safe to use from several threads."""
 
     def __init__(self, path: Path) -> None:
@@ -72,7 +72,7 @@ class Index:
         return self._run(read, None)
 
     def put(self, path: Path, fingerprint: Fingerprint, content: ContentHash, rows: int | None = None) -> None:
-        """Keep it; `rows` of a parquet file, where they were counted."""
+        """Keep it; `rows` of a parquet file, if they were counted."""
 
         def write(db: sqlite3.Connection) -> None:
             db.execute(
@@ -112,13 +112,13 @@ class Index:
         self._run(prune, None)
 
     def _run(self, work: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
-        """Do `work` in a transaction. On damage the file is begun anew and `otherwise` returned."""
+        """Do `work` in a transaction. On damage a new file is made, and `otherwise` returned."""
         with self._lock:
             try:
                 with self._db:
                     return work(self._db)
             except sqlite3.OperationalError as err:
-                log.warning("cannot use the index %s: %s; files may be hashed again", self._path, err)
+                log.warning("cannot use the hash cache %s: %s; files may be hashed again", self._path, err)
             except sqlite3.DatabaseError as err:
                 self._db.close()
                 self._set_aside(err)
@@ -134,11 +134,11 @@ class Index:
 
     def _set_aside(self, err: sqlite3.DatabaseError) -> None:
         damaged = self._path.with_name(self._path.name + ".damaged")
-        log.warning("the index %s is damaged (%s): set aside as %s, files are hashed again", self._path, err, damaged)
+        log.warning("the hash cache %s is damaged (%s): set aside as %s, files are hashed again", self._path, err, damaged)
         for suffix in ("-wal", "-shm"):
             self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
         if self._path.exists():
-            self._path.replace(damaged)
+            replace_file(self._path, damaged)
 
 
 def _open(path: Path) -> sqlite3.Connection:

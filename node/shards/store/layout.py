@@ -1,4 +1,4 @@
-"""Folders and files that a fetch makes, moves or takes away. Every function blocks on the disk."""
+"""Folders and files that a fetch makes, moves or deletes. Every function blocks on the disk."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
-from node.files import Fingerprint
-from node.shards.store.disk_space import invalid_of, part_of
+from node.files import Fingerprint, invalid_path, part_path, replace_file
 from node.shards.store.manifests import LocalManifest, folder_names, read_manifest, write_manifest
 from protocol.errors import InvalidManifestError, ShardNotFoundError
 from protocol.manifest import MANIFEST_FILENAME, SignedManifest
@@ -21,9 +20,10 @@ def prepare_folder(root: Path, signed: SignedManifest, taken: Collection[Path]) 
 
     Folders in `taken` are another manifest's.
 
-    Raises InvalidManifestError where the place is no folder of ours.
+    Raises InvalidManifestError if neither name is free or ours.
     """
-    for name in folder_names(signed.manifest.name, signed.digest):
+    names = folder_names(signed.manifest.name, signed.digest)
+    for name in names:
         folder = root / name
         if folder in taken:
             continue
@@ -37,7 +37,8 @@ def prepare_folder(root: Path, signed: SignedManifest, taken: Collection[Path]) 
         if fingerprint:
             return LocalManifest(folder, signed, fingerprint)
     raise InvalidManifestError(
-        f"there is no place for {signed.manifest.name!r} under {root}: its folder names are taken by something else"
+        f"there is no place for {signed.manifest.name!r} under {root}: {' and '.join(names)} are something else; "
+        "move one of them away"
     )
 
 
@@ -56,30 +57,33 @@ def _is_free(folder: Path, signed: SignedManifest) -> bool:
 
 def set_aside(path: Path) -> Path | None:
     """Make room at `path`: what lies there, and is not the shard that it should be, gets the suffix `.invalid`."""
-    part = part_of(path)
+    part = part_path(path)
     if part.is_symlink():
         part.unlink()
     if not path.is_symlink() and not path.exists():
         return None
-    return path.replace(invalid_of(path))
+    return replace_file(path, invalid_path(path))
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Have the bytes of `source` at `target` too: as a second name where the file system can, else as a copy."""
+    """Have the bytes of `source` at `target` too: as a second name if the file system can, else as a copy.
+
+    Raises ShardNotFoundError if `source` was deleted meanwhile, OSError.
+    """
     set_aside(target)
     with suppress(OSError):
         os.link(source, target)
         return
-    part = part_of(target)
+    part = part_path(target)
     try:
         shutil.copyfile(source, part)
     except FileNotFoundError:
         raise ShardNotFoundError(f"{source.name} went away while it was copied; fetch it again") from None
-    part.replace(target)
+    replace_file(part, target)
 
 
 def remove_if_empty(folder: Path) -> bool:
-    """Take a fetched manifest's folder away, unless something lies beside the manifest. Whether that is gone."""
+    """Delete a fetched manifest's folder, unless something lies beside the manifest. Whether the manifest is gone."""
     with suppress(OSError):
         if all(name == MANIFEST_FILENAME for name in os.listdir(folder)):
             (folder / MANIFEST_FILENAME).unlink()

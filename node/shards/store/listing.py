@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from node.files import Fingerprint
-from node.shards.store.manifests import UNFINISHED_SUFFIXES, LocalManifest
+from node.files import UNFINISHED_SUFFIXES, Fingerprint
+from node.shards.store.manifests import LocalManifest
 from protocol.manifest import MANIFEST_FILENAME, Shard, ShardKind
 
 log = logging.getLogger(__name__)

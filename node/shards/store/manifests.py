@@ -1,9 +1,7 @@
-"""A manifest that this node holds, and the folder on disk where its shards lie."""
+"""The manifests of folders on this machine: read, signed, written, and the names of folders and shards that they give."""
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from node.files import Fingerprint
+from node.files import UNFINISHED_SUFFIXES, Fingerprint, atomic_write
 from protocol.errors import InvalidManifestError
 from protocol.ids import ManifestDigest
 from protocol.manifest import (
@@ -28,10 +26,6 @@ from protocol.manifest import (
     sign_manifest,
 )
 from protocol.signing import SigningKey
-
-UNFINISHED_SUFFIXES = (".part", ".tmp", ".temp", ".partial", ".crdownload", ".invalid")
-"""Downloads in progress, and files that were set aside: no shards yet, or no longer."""
-
 
 @dataclass(frozen=True)
 class LocalManifest:
@@ -66,7 +60,7 @@ def read_manifest(path: Path, key: SigningKey) -> SignedManifest | None:
     """Read `manifest.json`: unsigned as `split` writes it, then signed with `key`, or signed by whoever published it.
 
     None for JSON that is about something else: other tools call their files so too. Raises InvalidManifestError for
-    what claims to be ours and is not in order, and for what is no JSON.
+    what claims to be ours and is not in order, and for what is not JSON.
     """
     try:
         with path.open("rb") as file:
@@ -99,22 +93,12 @@ def _sign(value: Any, path: Path, key: SigningKey) -> SignedManifest:
 
 
 def write_manifest(folder: Path, signed: SignedManifest) -> None:
-    """Write the signed manifest into `folder`, whole or not at all; a crash leaves at most a hidden file."""
-    fd, temporary = tempfile.mkstemp(prefix=".manifest-", dir=folder)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(msgspec.json.encode(signed))
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(folder / MANIFEST_FILENAME)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Write the signed manifest into `folder`, whole or not at all. Raises OSError."""
+    atomic_write(folder / MANIFEST_FILENAME, msgspec.json.encode(signed), "contents")
 
 
 def shard_path(folder: Path, entry: ShardEntry) -> Path:
-    """Where a shard lies. Raises InvalidManifestError for a name that would lead out, hide it, or hit our own files."""
+    """The path of a shard. Raises InvalidManifestError for a name that would lead out, hide it, or hit our own files."""
     name = safe_filename(entry.filename)
     if name.casefold() == MANIFEST_FILENAME or name.lower().endswith(UNFINISHED_SUFFIXES):
         raise InvalidManifestError(f"a shard cannot be called {name!r} on a node's disk: rename it and publish again")
@@ -122,7 +106,7 @@ def shard_path(folder: Path, entry: ShardEntry) -> Path:
 
 
 def folder_names(name: str, digest: ManifestDigest) -> tuple[str, str]:
-    """Names of the folder for a fetched manifest: the usual one, and the one to take where that is another's.
+    """Names of the folder for a fetched manifest: the usual one, and the one to take if that is another's.
 
     The name comes from a peer: what could lead out of the folder, or hide it, is replaced.
     """

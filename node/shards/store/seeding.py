@@ -10,7 +10,7 @@ from typing import NamedTuple
 from node.files import Fingerprint
 from node.shards.interfaces import Swarm
 from node.shards.store.catalog import ShardFile
-from node.shards.store.hash_cache import Index
+from node.shards.store.hash_cache import HashCache
 from node.swarm.torrent import Torrent
 from protocol.errors import ShoalError
 from protocol.ids import InfoHash
@@ -26,12 +26,12 @@ class Seed(NamedTuple):
     fingerprint: Fingerprint
 
 
-class Seeds:
+class Seeding:
     """Adds and removes torrents so that each good file is seeded once, whatever its copies."""
 
-    def __init__(self, swarm: Swarm, index: Index) -> None:
+    def __init__(self, swarm: Swarm, cache: HashCache) -> None:
         self._swarm = swarm
-        self._index = index
+        self._cache = cache
         self._copies: dict[InfoHash, dict[Path, Seed]] = {}
         self._turn = asyncio.Lock()
 
@@ -71,7 +71,7 @@ class Seeds:
             self._copies.pop(info_hash, None)
 
     async def _takes_over(self, copy: Seed) -> bool:
-        content = await asyncio.to_thread(self._index.get, copy.path, copy.fingerprint)
+        content = await asyncio.to_thread(self._cache.get, copy.path, copy.fingerprint)
         if content is None:
             return False
         try:
