@@ -47,7 +47,7 @@ def part_path(path: Path) -> Path:
 
 
 def whole_part_path(path: Path) -> Path:
-    """Where a shard that an origin gives whole is written: its length is what has come, and the swarm leaves it alone."""
+    """Where a shard that an origin gives whole is written: its length is what came, and the swarm leaves it alone."""
     return path.with_name(path.name + ".whole" + PART_SUFFIX)
 
 

@@ -184,8 +184,7 @@ async def _load_assigned(shards: Shards, loader: ShardLoader, assignment: Assign
     while True:
         try:
             signed = await shards.resolve("model", assignment.model)
-            entry = signed.manifest.shard(shard_id)
-            await loader.load(signed, entry, ProgressReport(None, shard_id))
+            await loader.load(signed.shard(shard_id), ProgressReport(None, shard_id))
         except ShoalError as error:
             level = logging.DEBUG if error.code == told else logging.WARNING
             log.log(level, "assigned shard %s:%d is not loaded yet: %s", assignment.model, shard_id, error)

@@ -90,7 +90,7 @@ class InfoHandlers:
             ),
             leases=[
                 LeaseStatus(lease=one.lease, shards=one.shards, expires_in_s=one.expires_in_s)
-                for one in self.parts.shards.leases.summaries(time.monotonic())
+                for one in self.parts.shards.leases.summaries(self.parts.shards.clock.now())
             ],
         )
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
-from node.shards.leases import LeasedId
-from node.shards.service import Shards, leased_id
-from protocol.commands.common import ShardSelector
+from node.shards.service import Shards
 from protocol.commands.leases import (
     LeasedShard,
     ReleasedShard,
@@ -17,6 +14,7 @@ from protocol.commands.leases import (
     RenewResult,
 )
 from protocol.errors import BusyError, ShardInUseError, ShardNotFoundError
+from protocol.manifest import Shard
 
 
 @dataclass(frozen=True)
@@ -27,19 +25,18 @@ class LeaseHandlers:
 
     async def renew(self, params: RenewParams) -> RenewResult:
         """RENEW."""
-        leases, now = self.shards.leases, time.monotonic()
-        named = await self._named(params)
-        chosen = leases.of_lease(params.lease, now) if named is None else [named]
-        renewed = leases.renew(params.lease, chosen, time.monotonic(), params.ttl_s)
+        leases = self.shards.leases
+        chosen = [shard.ref for shard in await self._chosen(params)]
+        renewed = leases.renew(params.lease, chosen, self.shards.clock.now(), params.ttl_s)
         return RenewResult(lease=params.lease, shards=[self._leased(shard, left_s) for shard, left_s in renewed])
 
     async def release(self, params: ReleaseParams) -> ReleaseResult:
         """RELEASE."""
-        named = await self._named(params)
-        chosen = self.shards.leases.of_lease(params.lease, time.monotonic()) if named is None else [named]
+        chosen = await self._chosen(params)
+        now = self.shards.clock.now()
         # All of them first: what is deleted takes time, and the client has said that it reads none of them.
-        held = [self.shards.leases.release(params.lease, shard, time.monotonic()) for shard in chosen]
-        if params.evict and not self.shards.is_surveyed:
+        held = [self.shards.leases.release(params.lease, shard.ref, now) for shard in chosen]
+        if params.evict and not self.shards.is_scanned:
             raise BusyError(
                 f"lease {params.lease} is released, but nothing is deleted yet: this node has not scanned its shards "
                 "folder since its start; ask again"
@@ -50,32 +47,30 @@ class LeaseHandlers:
         ]
         return ReleaseResult(lease=params.lease, shards=released)
 
-    async def _named(self, selector: ShardSelector) -> LeasedId | None:
-        """The shard that is meant; None if all of the lease are."""
-        fields = (selector.model, selector.dataset, selector.shard_id, selector.content_id, selector.filename)
+    async def _chosen(self, params: RenewParams | ReleaseParams) -> list[Shard]:
+        """The shard that is named, or all of the lease."""
+        fields = (params.model, params.dataset, params.shard_id, params.content_id, params.filename)
         if all(field is None for field in fields):
-            return None
-        return leased_id(*await self.shards.select(selector))
+            return self.shards.leases.of_lease(params.lease, self.shards.clock.now())
+        return [await self.shards.select(params)]
 
-    def _leased(self, shard: LeasedId, expires_in_s: float) -> LeasedShard:
-        signed = self.shards.manifest(shard.digest)
-        path = self.shards.path_of(signed, signed.manifest.shard(shard.shard_id)) if signed else None
+    def _leased(self, shard: Shard, expires_in_s: float) -> LeasedShard:
         return LeasedShard(
             digest=shard.digest,
-            shard_id=shard.shard_id,
-            content_id=shard.content_id,
-            path=str(path or ""),
+            shard_id=shard.entry.shard_id,
+            content_id=shard.entry.content_id,
+            path=str(self.shards.path_of(shard.ref) or ""),
             expires_in_s=expires_in_s,
         )
 
-    async def _released(self, shard: LeasedId, was_held: bool, *, evict: bool) -> ReleasedShard:
+    async def _released(self, shard: Shard, was_held: bool, *, evict: bool) -> ReleasedShard:
         kept_because = ""
-        published = self.shards.is_published_here(shard.digest, shard.shard_id)
+        published = self.shards.is_published_here(shard.ref)
         if evict and published:
             kept_because = "it was published here, not fetched: EVICT_SHARD deletes it"
-        elif evict and (signed := self.shards.manifest(shard.digest)):
+        elif evict:
             try:
-                await self.shards.evict(signed, signed.manifest.shard(shard.shard_id))
+                await self.shards.evict(shard)
             except ShardInUseError as err:
                 kept_because = err.message
             except ShardNotFoundError:
@@ -84,11 +79,11 @@ class LeaseHandlers:
                 kept_because = f"its file cannot be deleted: {err.strerror}"
         return ReleasedShard(
             digest=shard.digest,
-            shard_id=shard.shard_id,
-            content_id=shard.content_id,
+            shard_id=shard.entry.shard_id,
+            content_id=shard.entry.content_id,
             held=was_held,
-            gone=self.shards.is_surveyed and not self.shards.has_file(shard.digest, shard.shard_id),
-            leases=self.shards.leases.holders(shard, time.monotonic()).leases,
+            gone=self.shards.is_scanned and not self.shards.has_file(shard.ref),
+            leases=self.shards.leases.holders(shard.ref, self.shards.clock.now()).leases,
             kept_because=kept_because,
             published=published,
         )

@@ -46,7 +46,7 @@ from protocol.errors import (
     UnknownNameError,
 )
 from protocol.ids import ManifestDigest
-from protocol.manifest import ShardEntry, SignedManifest
+from protocol.manifest import Shard, ShardEntry
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class ProgressReport:
         )
 
 
-_Work = Callable[[SignedManifest, ShardEntry, ProgressReport], Awaitable[ShardResult]]
+_Work = Callable[[Shard, ProgressReport], Awaitable[ShardResult]]
 
 
 class ShardLoader:
@@ -104,62 +104,57 @@ class ShardLoader:
         self._one_load = asyncio.Lock()
         """Memory is looked at and taken by one load at a time, or two would both see the same bytes free."""
 
-    def is_loaded(self, signed: SignedManifest, entry: ShardEntry) -> bool:
+    def is_loaded(self, shard: Shard) -> bool:
         """Whether this node's stage has the shard."""
-        return entry.shard_id in self._stages.loaded(signed.digest)
+        return shard.entry.shard_id in self._stages.loaded(shard.digest)
 
-    async def fetch(
-        self, signed: SignedManifest, entry: ShardEntry, report: ProgressReport, term: Term | None = None
-    ) -> ShardResult:
+    async def fetch(self, shard: Shard, report: ProgressReport, term: Term | None = None) -> ShardResult:
         """Have the shard on disk, held by a lease if there is a `term`. Raises what `Shards.fetch` raises."""
-        fetched = await self._fetch(signed, entry, report, term)
-        return _result(entry, "fetched", fetched, fetched.seconds)
+        fetched = await self._fetch(shard, report, term)
+        return _result(shard.entry, "fetched", fetched, fetched.seconds)
 
-    async def load(self, signed: SignedManifest, entry: ShardEntry, report: ProgressReport) -> ShardResult:
+    async def load(self, shard: Shard, report: ProgressReport) -> ShardResult:
         """Have the shard on disk and loaded by this node's stage of the model.
 
         Raises InsufficientMemoryError before any byte moves if the shard's size alone says that it cannot fit, and
         again, with cache and buffers, before the engine is asked; EngineError if the engine refuses the file.
         """
         started = time.monotonic()
-        if not self.is_loaded(signed, entry):
-            _refuse_above(available_memory_bytes(), entry)
-        fetched = await self._fetch(signed, entry, report)
-        report.send("loading", entry.size, entry.size)
+        if not self.is_loaded(shard):
+            _refuse_above(available_memory_bytes(), shard)
+        fetched = await self._fetch(shard, report)
+        report.send("loading", shard.entry.size, shard.entry.size)
         async with self._one_load:
-            if not self.is_loaded(signed, entry):
+            if not self.is_loaded(shard):
                 # A process of the store's parses the header, which a stranger may have written.
-                check_memory(entry.filename, await self._shards.model_sizes(fetched.path), self._engine)
-                await self._stages.load(signed.digest, entry.shard_id, fetched.path, name=signed.manifest.name)
-                log.info("loaded shard %d of %s", entry.shard_id, signed.manifest.name)
-        await self.tell_loaded(signed.digest)
-        return _result(entry, "loaded", fetched, time.monotonic() - started)
+                check_memory(shard.entry.filename, await self._shards.model_sizes(fetched.path), self._engine)
+                await self._stages.load(shard.digest, shard.entry.shard_id, fetched.path, name=shard.manifest.name)
+                log.info("loaded %s", shard.label)
+        await self.tell_loaded(shard.digest)
+        return _result(shard.entry, "loaded", fetched, time.monotonic() - started)
 
-    async def unload(self, signed: SignedManifest, entry: ShardEntry) -> ShardResult:
+    async def unload(self, shard: Shard) -> ShardResult:
         """Free the memory, keep the file. Raises ShardNotLoadedError; ShardInUseError while a session runs on it."""
         started = time.monotonic()
-        if not self.is_loaded(signed, entry):
+        if not self.is_loaded(shard):
             raise ShardNotLoadedError(
-                f"shard {entry.shard_id} of {signed.manifest.name} is not loaded here",
-                {"model": signed.manifest.name, "shard_id": entry.shard_id},
+                f"{shard.label} is not loaded here",
+                {"model": shard.manifest.name, "shard_id": shard.entry.shard_id},
             )
-        await self._stages.unload(signed.digest, entry.shard_id)
-        await self.tell_loaded(signed.digest)
-        return _still_local(entry, "unloaded", self._shards.path_of(signed, entry), time.monotonic() - started)
+        await self._stages.unload(shard.digest, shard.entry.shard_id)
+        await self.tell_loaded(shard.digest)
+        return _still_local(shard.entry, "unloaded", self._shards.path_of(shard.ref), time.monotonic() - started)
 
     async def tell_loaded(self, digest: ManifestDigest) -> None:
         """Bring the catalog and the DHT up to date with what this node's stage has loaded; after a crash, nothing."""
         await self._shards.set_loaded(digest, self._stages.loaded(digest))
 
-    async def _fetch(
-        self, signed: SignedManifest, entry: ShardEntry, report: ProgressReport, term: Term | None = None
-    ) -> FetchedShard:
-        fetched = await self._shards.fetch(signed, entry, report.send_fetch, term)
+    async def _fetch(self, shard: Shard, report: ProgressReport, term: Term | None = None) -> FetchedShard:
+        fetched = await self._shards.fetch(shard, report.send_fetch, term)
         if fetched.bytes_by_source:
             log.info(
-                "fetched shard %d of %s: %.1f MB from %s in %.1f s",
-                entry.shard_id,
-                signed.manifest.name,
+                "fetched %s: %.1f MB from %s in %.1f s",
+                shard.label,
                 sum(fetched.bytes_by_source.values()) / 1e6,
                 ", ".join(source for source, count in fetched.bytes_by_source.items() if count),
                 fetched.seconds,
@@ -177,33 +172,32 @@ class ShardHandlers:
 
     async def load(self, params: LoadShardParams, call: Call) -> ShardResult:
         """LOAD_SHARD."""
-        signed = await self.shards.resolve("model", params.model)
-        entry = signed.manifest.shard(params.shard_id)
-        if params.wait or self.loader.is_loaded(signed, entry):
-            return await self.loader.load(signed, entry, ProgressReport(call, entry.shard_id))
-        self._go_on(self.loader.load, signed, entry, call)
-        return _still_local(entry, "loading", self.shards.path_of(signed, entry), 0.0)
+        shard = (await self.shards.resolve("model", params.model)).shard(params.shard_id)
+        if params.wait or self.loader.is_loaded(shard):
+            return await self.loader.load(shard, ProgressReport(call, shard.entry.shard_id))
+        self._go_on(self.loader.load, shard, call)
+        return _still_local(shard.entry, "loading", self.shards.path_of(shard.ref), 0.0)
 
     async def fetch(self, params: FetchShardParams, call: Call) -> ShardResult:
         """FETCH_SHARD."""
-        signed, entry = await self.shards.select(params)
+        shard = await self.shards.select(params)
         term = Term(params.lease, params.ttl_s) if params.lease is not None else None
-        if params.wait or self.shards.path_of(signed, entry):
-            return await self.loader.fetch(signed, entry, ProgressReport(call, entry.shard_id), term)
-        self._go_on(partial(self.loader.fetch, term=term), signed, entry, call)
-        return _still_local(entry, "fetching", self.shards.path_of(signed, entry), 0.0)
+        if params.wait or self.shards.path_of(shard.ref):
+            return await self.loader.fetch(shard, ProgressReport(call, shard.entry.shard_id), term)
+        self._go_on(partial(self.loader.fetch, term=term), shard, call)
+        return _still_local(shard.entry, "fetching", self.shards.path_of(shard.ref), 0.0)
 
     async def unload(self, params: UnloadShardParams) -> ShardResult:
         """UNLOAD_SHARD."""
-        return await self.loader.unload(*await self.shards.select(params))
+        return await self.loader.unload(await self.shards.select(params))
 
     async def evict(self, params: EvictShardParams) -> ShardResult:
         """EVICT_SHARD."""
         started = time.monotonic()
-        await self.shards.surveyed()
-        signed, entry = await self.shards.select(params)
-        path = await self.shards.evict(signed, entry)
-        return _still_local(entry, "evicted", path, time.monotonic() - started)
+        await self.shards.wait_scanned()
+        shard = await self.shards.select(params)
+        path = await self.shards.evict(shard)
+        return _still_local(shard.entry, "evicted", path, time.monotonic() - started)
 
     async def list_files(self) -> ListFilesResult:
         """LIST_FILES."""
@@ -225,19 +219,18 @@ class ShardHandlers:
 
     def _go_on(
         self,
-        work: Callable[[SignedManifest, ShardEntry, ProgressReport], Awaitable[ShardResult]],
-        signed: SignedManifest,
-        entry: ShardEntry,
+        work: Callable[[Shard, ProgressReport], Awaitable[ShardResult]],
+        shard: Shard,
         call: Call,
     ) -> None:
         if self.background.requests >= MAX_BACKGROUND:
             raise BusyError(f"{MAX_BACKGROUND} requests go on in the background already; wait for one")
 
-        what = f"{call.method} of shard {entry.shard_id} of {signed.manifest.name}, request {call.request_id}"
+        what = f"{call.method} of {shard.label}, request {call.request_id}"
 
         async def run() -> None:
             try:
-                await work(signed, entry, ProgressReport(call, entry.shard_id))
+                await work(shard, ProgressReport(call, shard.entry.shard_id))
             except ShoalError as error:
                 log.warning("%s: %s", what, error)
             except asyncio.CancelledError:
@@ -247,13 +240,13 @@ class ShardHandlers:
         self.background.start(run(), name=what, request_id=call.request_id)
 
 
-def _refuse_above(available: int, entry: ShardEntry) -> None:
+def _refuse_above(available: int, shard: Shard) -> None:
     """Before any byte moves: the weights alone. `check_memory` counts the rest, from the file's header."""
-    if entry.size > available:
+    if shard.entry.size > available:
         raise InsufficientMemoryError(
-            f"shard {entry.shard_id} ({entry.filename}) has {entry.size >> 20} MiB of weights, {available >> 20} MiB "
+            f"{shard.label} has {shard.entry.size >> 20} MiB of weights, {available >> 20} MiB "
             "of memory are available; unload something, or use a larger machine",
-            {"needed_bytes": entry.size, "available_bytes": available},
+            {"needed_bytes": shard.entry.size, "available_bytes": available},
         )
 
 

@@ -56,7 +56,9 @@ class Eviction:
             await self._verifier.withdraw(file)
             await asyncio.to_thread(_unlink, file.path)
             await asyncio.to_thread(self._cache.forget, file.path)
-            self._catalog.evicted(file)
+            known = self._catalog.get(file.path)
+            if known and known.fingerprint == file.fingerprint:  # it may have been found unreadable meanwhile
+                self._catalog.evicted(known)
             deleted.append(file.path)
         if folder:
             path = shard_path(folder, shard.entry)

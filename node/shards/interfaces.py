@@ -1,44 +1,28 @@
-"""What this room asks of the rooms below it, so that it can be tested without them."""
+"""What this package asks of those below it, so that it can be tested without them."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-from node.swarm.torrent import PeerAddress, Piece, Torrent
+from node.swarm.torrent import DownloadProgress, PeerAddress, Piece, Torrent
 from protocol.ids import ContentId, InfoHash, ManifestDigest, NodeId
 from protocol.manifest import ShardEntry, SignedManifest
 
 
-class Progress(Protocol):
-    """How far a download is."""
+class DownloadHandle(Protocol):
+    """One file that is downloaded."""
 
-    @property
-    def bytes_done(self) -> int:
-        """Checked bytes on disk."""
-
-    @property
-    def bytes_total(self) -> int: ...
-
-    @property
-    def rate_bytes_s(self) -> float: ...
-
-    @property
-    def peers(self) -> int: ...
-
-
-class Download(Protocol):
-    """One file on its way."""
-
-    def progress(self) -> Progress: ...
+    def progress(self) -> DownloadProgress: ...
 
     @property
     def piece_layer(self) -> bytes:
         """32 bytes a piece; empty while it is not known."""
 
     async def ready(self) -> None:
-        """Wait until what is on disk was looked through."""
+        """Wait until the part file was checked."""
 
     def missing_pieces(self) -> Sequence[Piece]:
         """The pieces that are not here, in order."""
@@ -49,7 +33,7 @@ class Download(Protocol):
     async def take_layer(self, layer: bytes) -> None: ...
 
     async def add_piece(self, index: int, data: bytes) -> bool:
-        """Whether it is kept; False also where the download was begun anew meanwhile."""
+        """Whether it is kept; False also if the download was restarted meanwhile."""
 
     def add_peers(self, peers: Iterable[PeerAddress]) -> None: ...
 
@@ -57,26 +41,27 @@ class Download(Protocol):
         """Wait until every byte is checked, flushed, and under its final name."""
 
     async def cancel(self, delete: bool = False) -> None:
-        """Stop; what came stays as a `.part` file unless `delete`."""
+        """Stop; what came stays as a part file unless `delete`."""
 
 
-class Swarm(Protocol):
-    """Moves the bytes."""
-
-    on_invalid: Callable[[Torrent, str], None] | None
+class TorrentClient(Protocol):
+    """Seeds and downloads files."""
 
     @property
     def port(self) -> int: ...
 
+    def on_invalid(self, listener: Callable[[Torrent, str], None]) -> AbstractContextManager[None]:
+        """Call `listener` with a torrent whose file was found changed or unreadable, and why, until the block ends."""
+
     async def seed(self, torrent: Torrent, path: Path, piece_layer: bytes) -> None: ...
 
     async def download(self, torrent: Torrent, path: Path, piece_layer: bytes = b"") -> Any:
-        """A `Download`."""
+        """A `DownloadHandle`."""
 
     async def remove(self, info_hash: InfoHash) -> None: ...
 
 
-class FoundProvider(Protocol):
+class ProviderInfo(Protocol):
     """A node that says that it has shards of a manifest."""
 
     @property
@@ -98,7 +83,7 @@ class FoundProvider(Protocol):
     def fetching(self) -> frozenset[int]: ...
 
 
-class FoundName(Protocol):
+class NameInfo(Protocol):
     """A name in the cluster, and the manifest that it stands for."""
 
     @property
@@ -112,7 +97,7 @@ class FoundName(Protocol):
     def digest(self) -> ManifestDigest: ...
 
 
-class FoundWant(Protocol):
+class WantInfo(Protocol):
     """A node that takes pieces of a shard from the origin at this moment."""
 
     @property
@@ -129,8 +114,8 @@ class FoundWant(Protocol):
         """How many adjacent pieces it shares out together."""
 
 
-class Discovery(Protocol):
-    """Says who has what."""
+class ProviderDirectory(Protocol):
+    """Says which node has which shard, and what names mean."""
 
     @property
     def node_id(self) -> NodeId:
@@ -149,22 +134,22 @@ class Discovery(Protocol):
 
     async def withdraw_shards(self, digest: ManifestDigest) -> None: ...
 
-    async def find_providers(self, digest: ManifestDigest) -> Sequence[FoundProvider]: ...
+    async def find_providers(self, digest: ManifestDigest) -> Sequence[ProviderInfo]: ...
 
-    async def find_name(self, name: str) -> Sequence[FoundName]: ...
+    async def find_name(self, name: str) -> Sequence[NameInfo]: ...
 
-    async def list_names(self) -> Sequence[FoundName]: ...
+    async def list_names(self) -> Sequence[NameInfo]: ...
 
     async def announce_want(self, content_id: ContentId, bt_port: int, *, block_pieces: int, ttl_s: int) -> None:
         """Say that we take our part of this content, in such blocks, from the origin; refreshed until withdrawn."""
 
     async def withdraw_want(self, content_id: ContentId) -> None: ...
 
-    async def find_wants(self, content_id: ContentId) -> Sequence[FoundWant]:
-        """Who else does, ourselves not among them."""
+    async def find_wants(self, content_id: ContentId) -> Sequence[WantInfo]:
+        """The other nodes that do."""
 
 
-class OriginPlace(Protocol):
+class OriginReader(Protocol):
     """One origin that may have the shards of a manifest. Raises OriginError and its children."""
 
     @property
@@ -175,19 +160,19 @@ class OriginPlace(Protocol):
         """The object that is read for this shard, for messages."""
 
     async def range_unit_bytes(self) -> int:
-        """What ranges are best multiples of: it gives nothing shorter, and nothing before all of it came."""
+        """Ranges are best multiples of it: the origin reads units whole before it gives their first byte."""
 
     async def piece_layer(self, entry: ShardEntry) -> bytes:
-        """As the origin claims it, unchecked; empty where it has none."""
+        """As the origin claims it, unchecked; empty if it has none."""
 
     def stream(self, entry: ShardEntry, start: int, end: int) -> AsyncIterator[bytes]:
         """The shard's bytes [start, end) as they come; what was given out before a failure counts."""
 
 
-class Origin(Protocol):
+class OriginCatalog(Protocol):
     """Where shards come from when no peer has them."""
 
-    def locations(self, signed: SignedManifest) -> Sequence[OriginPlace]:
+    def locations(self, signed: SignedManifest) -> Sequence[OriginReader]:
         """The origins to ask for shards of this manifest, best first."""
 
     async def find_manifests(self, kind: str | None, name: str) -> Sequence[SignedManifest]:
@@ -198,4 +183,4 @@ class Origin(Protocol):
 
 
 FetchManifest = Callable[[Any, ManifestDigest], Awaitable[SignedManifest]]
-"""Asks a `FoundProvider` for a manifest and checks that it is the one with that digest."""
+"""Asks a `ProviderInfo` for a manifest and checks that it is the one with that digest."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from node.clock import Clock
-from node.shards.interfaces import Discovery, FetchManifest, Origin
+from node.shards.interfaces import FetchManifest, OriginCatalog, ProviderDirectory
 from node.shards.settings import ShardsSettings
 from node.shards.store.catalog import Catalog
 from protocol.commands.common import ShardSelector
@@ -53,9 +53,9 @@ class ManifestResolver:
         self,
         settings: ShardsSettings,
         catalog: Catalog,
-        discovery: Discovery,
+        discovery: ProviderDirectory,
         fetch_manifest: FetchManifest,
-        origin: Origin | None,
+        origin: OriginCatalog | None,
         clock: Clock,
     ) -> None:
         self._settings = settings

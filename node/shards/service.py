@@ -1,54 +1,54 @@
-"""`Shards`: what the floors above ask of this room."""
+"""`Shards`: what the packages above ask of this one."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from node.background import FirstErrorGroup
 from node.clock import Clock
 from node.formats.hyperparameters import ModelSizes
-from node.shards.eviction import Custody
+from node.shards.eviction import Eviction
 from node.shards.fetch.download import FetchNetwork, FetchStore
 from node.shards.fetch.fetcher import Fetcher
 from node.shards.fetch.folders import ManifestFolders
 from node.shards.fetch.job import FetchedShard, OnProgress
-from node.shards.interfaces import Discovery, FetchManifest, Origin, Swarm
-from node.shards.leases import LeasedId, Leases, Term
+from node.shards.interfaces import FetchManifest, OriginCatalog, ProviderDirectory, TorrentClient
+from node.shards.leases import Leases, Term
 from node.shards.publish.publisher import Publisher
 from node.shards.resolver import Kind, ManifestResolver
 from node.shards.settings import ShardsSettings
 from node.shards.store.announcer import Announcer
-from node.shards.store.backfill import Remember
+from node.shards.store.backfill import Backfill
 from node.shards.store.catalog import Catalog, ShardFile
-from node.shards.store.disk_space import Space
-from node.shards.store.file_info import file_info
-from node.shards.store.hash_cache import Index
-from node.shards.store.hasher import FileChangedError, Hasher
-from node.shards.store.scanner import Survey
-from node.shards.store.seeding import Seeds
-from node.shards.store.verifier import Admission
-from node.shards.store.watch import watch
+from node.shards.store.disk_space import DiskSpace
+from node.shards.store.hash_cache import HashCache
+from node.shards.store.hasher import FileChangedError, Hasher, Hashers
+from node.shards.store.quarantine import Quarantine
+from node.shards.store.scanner import Scanner
+from node.shards.store.seeding import Seeding
+from node.shards.store.verifier import Verifier
 from protocol.commands.common import ShardSelector
 from protocol.commands.nodes import DownloadStatus
-from protocol.commands.shards import FileInfo
+from protocol.commands.shards import FileInfo, FileState
 from protocol.errors import InvalidShardError
 from protocol.ids import ContentId, ManifestDigest
-from protocol.manifest import Shard, ShardEntry, ShardRef, SignedManifest
+from protocol.manifest import Shard, ShardRef, SignedManifest
 from protocol.signing import SigningKey
 
-INDEX_FILENAME = "index.sqlite"
-TELL_TIMEOUT_S = 3.0
-"""A DHT whose nodes are gone must not hold up who has loaded a shard."""
+HASH_CACHE_FILENAME = "index.sqlite"
+ANNOUNCE_TIMEOUT_S = 3.0
+"""A DHT whose nodes are gone must not delay the answer to a client that had a shard loaded."""
 
 
 class CanIdle(Protocol):
-    """A part of this room that may have nothing left to do."""
+    """A part of this package that may have nothing left to do."""
 
     @property
     def is_idle(self) -> bool: ...
@@ -57,59 +57,56 @@ class CanIdle(Protocol):
         """Wait for a moment at which it has nothing to do."""
 
 
+@dataclass(frozen=True)
+class ShardsNetwork:
+    """What the shards of a node need of the packages below, and what others are told of the node."""
+
+    torrents: TorrentClient
+    directory: ProviderDirectory
+    fetch_manifest: FetchManifest
+    origins: OriginCatalog | None
+    rpc_port: int
+
+
 class Shards:
     """The shards of this node. Opened by `async with Shards.open(...)`."""
 
     def __init__(
         self,
         settings: ShardsSettings,
-        swarm: Swarm,
-        discovery: Discovery,
-        fetch_manifest: FetchManifest,
+        network: ShardsNetwork,
         key: SigningKey,
-        rpc_port: int,
-        index: Index,
-        hashers: tuple[Hasher, Hasher, Hasher],
-        origin: Origin | None,
+        cache: HashCache,
+        hashers: Hashers,
         tasks: asyncio.TaskGroup,
         clock: Clock,
     ) -> None:
+        torrents, directory, origins = network.torrents, network.directory, network.origins
         self._settings = settings
-        self._tasks = tasks
-        self._index = index
-        self._reader, self._urgent, self._headers = hashers
-        self._catalog = Catalog()
-        self._seeds = Seeds(swarm, index)
-        self._admission = Admission(settings, self._catalog, index, self._reader, self._seeds, key)
-        self._survey = Survey(settings, self._catalog, self._admission, key)
-        self._remember = Remember(index, self._reader)
-        self._announcer = Announcer(self._catalog, discovery, rpc_port, swarm.port)
-        self.publisher = Publisher(settings, self._catalog, index, self._survey, self._announcer)
-        self._resolver = ManifestResolver(settings, self._catalog, discovery, fetch_manifest, origin, clock)
+        self._hashers = hashers
+        self._catalog = catalog = Catalog()
+        self._seeding = Seeding(torrents, cache)
+        self._verifier = Verifier(settings, catalog, cache, hashers.background, self._seeding, key, clock)
+        self._scanner = Scanner(settings, catalog, self._verifier, key, clock)
+        self._backfill = Backfill(cache, hashers.background)
+        self._announcer = Announcer(catalog, directory, network.rpc_port, torrents.port, clock)
+        self._quarantine = Quarantine(catalog, cache, self._seeding, hashers.urgent, tasks)
+        self._resolver = ManifestResolver(settings, catalog, directory, network.fetch_manifest, origins, clock)
         store = FetchStore(
-            self._catalog,
-            self._survey,
-            self._seeds,
-            self._remember,
-            self._urgent,
-            Space(settings.shards_dir, settings.min_free_disk),
-            ManifestFolders(settings.shards_dir, self._catalog),
+            catalog,
+            self._scanner,
+            self._seeding,
+            self._backfill,
+            hashers.urgent,
+            DiskSpace(settings.shards_dir, settings.min_free_disk),
+            ManifestFolders(settings.shards_dir, catalog),
         )
-        network = FetchNetwork(swarm, discovery, origin)
-        self._fetcher = Fetcher(settings, store, network, tasks, clock)
+        self._fetcher = Fetcher(settings, store, FetchNetwork(torrents, directory, origins), tasks, clock)
+        self.publisher = Publisher(settings, catalog, cache, self._scanner, self._announcer)
         self.leases = Leases()
-        """On the clock of `time.monotonic`."""
-        self._custody = Custody(
-            self._catalog,
-            index,
-            self._seeds,
-            self._admission,
-            self._fetcher,
-            self._urgent,
-            self.leases,
-            tasks,
-        )
-        swarm.on_invalid = self._custody.on_invalid
+        """On `clock`."""
+        self.clock = clock
+        self._eviction = Eviction(catalog, cache, self._verifier, self._fetcher, self.leases, clock)
 
     @classmethod
     @asynccontextmanager
@@ -117,60 +114,45 @@ class Shards:
         cls,
         settings: ShardsSettings,
         *,
-        swarm: Swarm,
-        discovery: Discovery,
+        swarm: TorrentClient,
+        discovery: ProviderDirectory,
         fetch_manifest: FetchManifest,
         key: SigningKey,
         rpc_port: int,
-        origin: Origin | None = None,
+        origin: OriginCatalog | None = None,
         clock: Clock | None = None,
+        new_hasher: Callable[[], Hasher] = Hasher,
     ) -> AsyncIterator[Shards]:
-        """Begin to look at the shards folder, and go on with it until the context ends.
+        """Begin to scan the shards folder, and go on with it until the context ends.
 
-        Returns at once, whatever there is to hash. `fetch_manifest(provider, digest)` asks a provider that discovery
-        found for a manifest, and checks it. `rpc_port` is what others are told of this node. With an `origin`, what
-        peers do not give comes from there.
+        Returns at once, whatever there is to hash. `fetch_manifest(provider, digest)` asks a provider that `discovery`
+        found for a manifest, and checks it. `rpc_port` is what others are told of this node. What peers do not give
+        comes from `origin`, if there is one.
         """
         settings = await asyncio.to_thread(_with_folders, settings)
-        index = await asyncio.to_thread(Index, settings.data_dir / INDEX_FILENAME)
-        hashers = Hasher(), Hasher(), Hasher()
-        failure: Exception | None = None
+        cache = await asyncio.to_thread(HashCache, settings.data_dir / HASH_CACHE_FILENAME)
+        hashers = Hashers(new_hasher(), new_hasher(), new_hasher())
+        network = ShardsNetwork(swarm, discovery, fetch_manifest, origin, rpc_port)
         try:
-            async with asyncio.TaskGroup() as tasks:
-                shards = cls(
-                    settings,
-                    swarm,
-                    discovery,
-                    fetch_manifest,
-                    key,
-                    rpc_port,
-                    index,
-                    hashers,
-                    origin,
-                    tasks,
-                    clock or Clock(),
-                )
+            async with FirstErrorGroup() as tasks:
+                shards = cls(settings, network, key, cache, hashers, tasks, clock or Clock())
                 background = [
-                    tasks.create_task(shards._survey.run(), name="survey"),
-                    tasks.create_task(shards._admission.run(shards._survey.poke), name="admission"),
-                    tasks.create_task(shards._remember.run(shards._custody.distrust), name="remember"),
+                    tasks.create_task(shards._scanner.run(), name="scanner"),
+                    tasks.create_task(shards._scanner.watch(), name="watch"),
+                    tasks.create_task(shards._verifier.run(shards._scanner.poke), name="verifier"),
+                    tasks.create_task(shards._backfill.run(shards._quarantine.isolate), name="backfill"),
                     tasks.create_task(shards._announcer.run(), name="announcer"),
-                    tasks.create_task(watch(settings.shards_dir, shards._survey.poke), name="watch"),
                 ]
                 try:
-                    yield shards
-                except Exception as err:
-                    failure = err  # The group would wrap it.
+                    with swarm.on_invalid(shards._quarantine.on_invalid):
+                        yield shards
                 finally:
-                    swarm.on_invalid = None
                     shards._fetcher.cancel_all()
                     for task in background:
                         task.cancel()
-            if failure:
-                raise failure
         finally:
             await asyncio.gather(*(hasher.close() for hasher in hashers))
-            await asyncio.to_thread(index.close)
+            await asyncio.to_thread(cache.close)
 
     # What is here
 
@@ -190,23 +172,21 @@ class Shards:
         """Ids of the shards of a manifest that are here, checked."""
         return self._catalog.on_disk(digest)
 
-    def path_of(self, signed: SignedManifest, entry: ShardEntry) -> Path | None:
+    def path_of(self, ref: ShardRef) -> Path | None:
         """The file of a shard, if it is here and checked."""
-        files = self._catalog.of_shard(ShardRef(signed.digest, entry.shard_id))
-        return next((file.path for file in files if file.state == "seeding"), None)
+        return next((file.path for file in self._catalog.of_shard(ref) if file.state == "seeding"), None)
 
-    def has_file(self, digest: ManifestDigest, shard_id: int) -> bool:
-        """Whether anything of a shard is in its place, checked or not."""
-        return bool(self._catalog.of_shard(ShardRef(digest, shard_id)))
+    def has_file(self, ref: ShardRef) -> bool:
+        """Whether a file is in a shard's place, checked or not."""
+        return bool(self._catalog.of_shard(ref))
 
-    def is_published_here(self, digest: ManifestDigest, shard_id: int) -> bool:
+    def is_published_here(self, ref: ShardRef) -> bool:
         """Whether a shard lies where its publisher put it, and was not fetched."""
-        folders = [
-            self._catalog.manifest_in(file.path.parent) for file in self._catalog.of_shard(ShardRef(digest, shard_id))
-        ]
+        folders = [self._catalog.manifest_in(file.path.parent) for file in self._catalog.of_shard(ref)]
         return any(folder is None or not folder.fetched for folder in folders)
 
     def downloads(self) -> list[DownloadStatus]:
+        """The fetches in progress."""
         return [
             DownloadStatus(
                 filename=job.shard.entry.filename,
@@ -222,20 +202,20 @@ class Shards:
     @property
     def hashed_bytes(self) -> int:
         """Read and hashed since the start."""
-        return self._reader.hashed_bytes + self._urgent.hashed_bytes
+        return sum(hasher.hashed_bytes for hasher in self._hashers)
 
     @property
-    def is_surveyed(self) -> bool:
-        """Whether the folder was looked at since the start: before that, nothing seems to be here."""
-        return self._survey.is_scanned
+    def is_scanned(self) -> bool:
+        """Whether the folder was scanned since the start: before that, no shard seems to be here."""
+        return self._scanner.is_scanned
 
-    async def surveyed(self) -> None:
-        """Wait until it was."""
-        await self._survey.wait_scanned()
+    async def wait_scanned(self) -> None:
+        """Wait until the folder was scanned once."""
+        await self._scanner.wait_scanned()
 
     async def settled(self) -> None:
-        """Wait until every file that is here is seeded or invalid, hashes are kept, and others were told."""
-        parts: list[CanIdle] = [self._survey, self._catalog, self._remember, self._custody, self._announcer]
+        """Wait until every file that is here is seeded or invalid, hashes are kept, and changes were announced."""
+        parts: list[CanIdle] = [self._scanner, self._catalog, self._backfill, self._quarantine, self._announcer]
         while not all(part.is_idle for part in parts):
             for part in parts:
                 await part.wait_idle()
@@ -246,52 +226,46 @@ class Shards:
         """See `ManifestResolver.resolve`."""
         return await self._resolver.resolve(kind, name_or_digest)
 
-    async def select(self, selector: ShardSelector) -> tuple[SignedManifest, ShardEntry]:
+    async def select(self, selector: ShardSelector) -> Shard:
         """See `ManifestResolver.select`."""
-        shard = await self._resolver.select(selector)
-        return shard.signed, shard.entry
+        return await self._resolver.select(selector)
 
     # What is done
 
     async def fetch(
-        self,
-        signed: SignedManifest,
-        entry: ShardEntry,
-        on_progress: OnProgress | None = None,
-        term: Term | None = None,
+        self, shard: Shard, on_progress: OnProgress | None = None, term: Term | None = None
     ) -> FetchedShard:
-        """Have a shard here and checked, from wherever it is. With a `term` a lease holds it from now on; where it does
+        """Have a shard here and checked, from wherever it is. With a `term`, a lease holds it from now on; if it does
         not come, the lease holds it no longer than it did before.
 
-        Raises NoSourceError, OriginError where origins were asked too, InsufficientDiskError, InvalidShardError,
+        Raises NoSourceError, OriginError if origins were asked too, InsufficientDiskError, InvalidShardError,
         InvalidManifestError for names that cannot be written here, BusyError for too many leases. Cancelling the caller
         ends the download unless others wait for it.
         """
-        shard = Shard(self._catalog.manifest(signed.digest) or signed, entry)
+        shard = Shard(self._catalog.manifest(shard.digest) or shard.signed, shard.entry)
         if term is None:
             return await self._fetcher.fetch(shard, on_progress)
-        leased, ttl_s = leased_id(signed, entry), None
-        number = self.leases.begin(term.lease, leased, time.monotonic())
+        number, ttl_s = self.leases.begin(term.lease, shard, self.clock.now()), None
         try:
             fetched = await self._fetcher.fetch(shard, on_progress)
             ttl_s = term.ttl_s
         finally:
-            self.leases.end(number, term.lease, leased, time.monotonic(), ttl_s)
+            self.leases.end(number, term.lease, shard.ref, self.clock.now(), ttl_s)
         return fetched
 
-    async def evict(self, signed: SignedManifest, entry: ShardEntry) -> Path:
-        """Stop to seed a shard and delete its file, or what an unfinished download left of it.
+    async def evict(self, shard: Shard) -> Path:
+        """Stop to seed a shard and delete its file, or what an unfinished download left of it. Returns its path.
 
-        Returns where it was. Raises ShardInUseError while it is loaded, downloaded or leased, and ShardNotFoundError.
+        Raises ShardInUseError while it is loaded, downloaded or leased, and ShardNotFoundError.
         """
-        return await self._custody.evict(Shard(signed, entry))
+        return await self._eviction.evict(shard)
 
-    async def verify(self, signed: SignedManifest, entry: ShardEntry) -> ContentId | None:
-        """Hash a shard's file again. Returns what it holds, None where it cannot be read; a wrong one is invalid then.
+    async def verify(self, shard: Shard) -> ContentId | None:
+        """Hash a shard's file again; a wrong one is invalid then. Returns what it holds, None if it cannot be read.
 
-        Raises ShardNotFoundError where it is not here.
+        Raises ShardNotFoundError if it is not here.
         """
-        return await self._custody.verify(Shard(signed, entry))
+        return await self._quarantine.verify(shard)
 
     async def model_sizes(self, path: Path) -> ModelSizes:
         """The sizes in the header of a shard's GGUF, by which its memory is estimated. A process of its own parses it.
@@ -299,33 +273,41 @@ class Shards:
         Raises InvalidShardError for a header that llama.cpp could not load, or a file that is written to meanwhile.
         """
         try:
-            return await self._headers.model_sizes(path)
+            return await self._hashers.headers.model_sizes(path)
         except FileChangedError:
             raise InvalidShardError(f"{path.name} is written to by somebody else; try again when it is whole") from None
         except OSError as err:
             raise InvalidShardError(f"{path.name} cannot be read: {err}") from None
 
     async def set_loaded(self, digest: ManifestDigest, shard_ids: frozenset[int]) -> None:
-        """A stage has exactly these shards of a manifest loaded now; returns when others were told, or tried to be."""
+        """A stage has exactly these shards of a manifest loaded now. Returns when that was announced, or tried."""
         self._catalog.loaded_changed(digest, self._catalog.loaded(digest), shard_ids)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(TELL_TIMEOUT_S):
+            async with self.clock.timeout(ANNOUNCE_TIMEOUT_S):
                 await self._announcer.wait_idle()
 
-    # How it is done
-
     def _info(self, file: ShardFile) -> FileInfo:
-        loaded, leases = False, 0
+        entry, manifest, state, leases = None, None, file.state, 0
+        loaded_state: FileState = file.state
         if file.shard:
-            leased = LeasedId(file.shard.digest, file.shard.entry.shard_id, file.shard.entry.content_id)
-            loaded = leased.shard_id in self._catalog.loaded(leased.digest)
-            leases = self.leases.holders(leased, time.monotonic()).leases
-        return file_info(file, self._settings.shards_dir, loaded=loaded, leases=leases)
-
-
-def leased_id(signed: SignedManifest, entry: ShardEntry) -> LeasedId:
-    """What leases call a shard."""
-    return LeasedId(signed.digest, entry.shard_id, entry.content_id)
+            ref, entry, manifest = file.shard.ref, file.shard.entry, file.shard.manifest
+            leases = self.leases.holders(ref, self.clock.now()).leases
+            if state == "seeding" and ref.shard_id in self._catalog.loaded(ref.digest):
+                loaded_state = "loaded"
+        size = file.fingerprint.size if file.fingerprint else 0
+        return FileInfo(
+            filename=os.fsencode(file.path.relative_to(self._settings.shards_dir)).decode(errors="replace"),
+            size=entry.size if entry and state != "invalid" else size,
+            kind=file.kind,
+            state=loaded_state,
+            info_hash=file.torrent.info_hash if file.torrent else None,
+            content_id=entry.content_id if entry else None,
+            model=manifest.name if manifest and manifest.kind == "model" else None,
+            dataset=manifest.name if manifest and manifest.kind == "dataset" else None,
+            shard_id=entry.shard_id if entry else None,
+            error=file.error,
+            leases=leases,
+        )
 
 
 def _with_folders(settings: ShardsSettings) -> ShardsSettings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +54,6 @@ class Swarm:
     def __init__(
         self, settings: SwarmSettings, session: TorrentSession, tasks: asyncio.TaskGroup, clock: Clock
     ) -> None:
-        self.on_invalid: Callable[[Torrent, str], None] | None = None
-        """Called with a torrent whose file was found changed or unreadable, and why; it is not seeded any more."""
         self._settings = settings
         self._session = session
         self._tasks = tasks
@@ -65,6 +63,7 @@ class Swarm:
         self._slots: dict[InfoHash, UploadSlots] = {}
         self._leaving: dict[InfoHash, asyncio.Task[None]] = {}
         """Seeds found wrong, while they are removed: until then the session takes no other of this info hash."""
+        self._invalid_listeners: list[Callable[[Torrent, str], None]] = []
         self._seeding = asyncio.Lock()
 
     @classmethod
@@ -168,6 +167,17 @@ class Swarm:
         self._seeds[handle.torrent.info_hash] = handle
         self._slots[handle.torrent.info_hash] = UploadSlots(self._settings.upload_limit_bytes_s, slots)
 
+    @contextlib.contextmanager
+    def on_invalid(self, listener: Callable[[Torrent, str], None]) -> Iterator[None]:
+        """For the length of the block, call `listener` with each torrent whose file was found changed or unreadable,
+        and why. It is not seeded any more.
+        """
+        self._invalid_listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._invalid_listeners.remove(listener)
+
     def _on_seed_event(self, torrent: Torrent, event: Event) -> None:
         match event:
             case TorrentStatus():
@@ -186,8 +196,8 @@ class Swarm:
         _log.warning("%s is not seeded any more: %s", torrent.name, reason)
         self._leaving[torrent.info_hash] = leaving = self._tasks.create_task(self._session.remove(handle))
         leaving.add_done_callback(lambda _: self._leaving.pop(torrent.info_hash))
-        if self.on_invalid:
-            self.on_invalid(torrent, reason)
+        for listener in list(self._invalid_listeners):
+            listener(torrent, reason)
 
     def _serve(self, status: TorrentStatus) -> None:
         handle, slots = self._seeds.get(status.info_hash), self._slots.get(status.info_hash)

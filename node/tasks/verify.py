@@ -11,14 +11,14 @@ from protocol.commands.tasks import VerifyShardParams, VerifyShardResult
 
 async def verify_shard(context: TaskContext, params: VerifyShardParams, _: Call) -> VerifyShardResult:
     """Raises ShardNotFoundError if the shard is not on this node's disk."""
-    await context.shards.surveyed()
-    signed, entry = await context.shards.select(params)
+    await context.shards.wait_scanned()
+    shard = await context.shards.select(params)
     started = time.monotonic()
-    path = context.shards.path_of(signed, entry)
-    found = await context.shards.verify(signed, entry)
+    path = context.shards.path_of(shard.ref)
+    found = await context.shards.verify(shard)
     return VerifyShardResult(
-        valid=found == entry.content_id,
-        expected=entry.content_id,
+        valid=found == shard.entry.content_id,
+        expected=shard.entry.content_id,
         found=found,
         path=str(path),
         seconds=time.monotonic() - started,

@@ -16,6 +16,7 @@ import pytest_asyncio
 
 from node.shards.fetch.job import FetchedShard
 from protocol.errors import OriginError, ShoalError
+from protocol.manifest import Shard
 from tests.support.origins.faults import Fault
 from tests.support.origins.lab import ONE, TWO, Stock, open_node, payload_reaches, stocked
 from tests.support.origins.proxy import OriginProxy
@@ -75,7 +76,7 @@ async def test_a_storm_of_refusals_costs_time_and_nothing_else(
     async with stock.proxy() as proxy, open_node(tmp_path / "a", stock, proxy) as a:
         for fault in storm:
             proxy.rules.add(fault)
-        arrived(await a.shards.fetch(stock.signed, stock.entry), stock, proxy)
+        arrived(await a.shards.fetch(Shard(stock.signed, stock.entry)), stock, proxy)
         assert proxy.rules.applied["status"] >= 2
 
 
@@ -98,14 +99,14 @@ async def test_refused_in_the_middle_the_error_says_what_and_the_next_try_goes_o
         proxy.rules.add(cut)
         proxy.rules.add(msgspec.structs.replace(fault, key=stock.key))
         with pytest.raises(ShoalError) as caught:
-            await a.shards.fetch(stock.signed, stock.entry)
+            await a.shards.fetch(Shard(stock.signed, stock.entry))
         says(caught.value, stock, fault.status)
         assert caught.value.code == code
         assert proxy.ledger.payload_bytes(stock.key) == 2 * cut.after_bytes
         proxy.rules.clear()
         # What came of the pieces that were cut is gone with the first try.
         lost = 2 * stock.torrent.piece_length
-        arrived(await a.shards.fetch(stock.signed, stock.entry), stock, proxy, lost_bytes=lost)
+        arrived(await a.shards.fetch(Shard(stock.signed, stock.entry)), stock, proxy, lost_bytes=lost)
 
 
 async def test_denied_from_the_start_nothing_is_left_behind_and_the_next_origin_gives_it(
@@ -113,7 +114,7 @@ async def test_denied_from_the_start_nothing_is_left_behind_and_the_next_origin_
 ) -> None:
     async with stock.proxy() as proxy, open_node(tmp_path / "a", stock, proxy, origins=(ONE, TWO)) as a:
         proxy.rules.add(Fault(kind="status", status=403, key="shards/one/"))
-        arrived(await a.shards.fetch(stock.signed, stock.entry), stock, proxy)
+        arrived(await a.shards.fetch(Shard(stock.signed, stock.entry)), stock, proxy)
         assert proxy.ledger.payload_bytes("shards/one/") == 0
 
 
@@ -123,14 +124,14 @@ async def test_an_origin_that_falls_silent_is_asked_again_where_it_stopped(
 ) -> None:
     async with stock.proxy() as proxy, open_node(tmp_path / "a", stock, proxy) as a:
         proxy.rules.add(Fault(kind=kind, after_bytes=600_001, times=3, key=stock.key))
-        arrived(await a.shards.fetch(stock.signed, stock.entry), stock, proxy, lost_bytes=3 * CUT_BYTES)
+        arrived(await a.shards.fetch(Shard(stock.signed, stock.entry)), stock, proxy, lost_bytes=3 * CUT_BYTES)
         assert proxy.rules.applied == {kind: 3}
 
 
 async def test_bodies_that_end_early_go_on_at_the_byte_where_they_broke(stock: Stock, tmp_path: Path) -> None:
     async with stock.proxy() as proxy, open_node(tmp_path / "a", stock, proxy) as a:
         proxy.rules.add(Fault(kind="truncate", after_bytes=400_001, times=8, key=stock.key))
-        arrived(await a.shards.fetch(stock.signed, stock.entry), stock, proxy, lost_bytes=8 * CUT_BYTES)
+        arrived(await a.shards.fetch(Shard(stock.signed, stock.entry)), stock, proxy, lost_bytes=8 * CUT_BYTES)
         assert proxy.rules.applied == {"truncate": 8}
 
 
@@ -141,12 +142,12 @@ async def test_an_ignored_range_is_not_taken_for_the_range(stock: Stock, tmp_pat
     ):
         proxy.rules.add(Fault(kind="ignore_range", key=stock.key))
         with pytest.raises(ShoalError) as caught:
-            await a.shards.fetch(stock.signed, stock.entry)
+            await a.shards.fetch(Shard(stock.signed, stock.entry))
         says(caught.value, stock)
         assert proxy.rules.applied["ignore_range"] > 1
         assert proxy.ledger.payload_bytes(stock.key) < stock.entry.size, "it was noticed late"
         proxy.rules.clear()
-        arrived(await a.shards.fetch(stock.signed, stock.entry), stock, proxy)
+        arrived(await a.shards.fetch(Shard(stock.signed, stock.entry)), stock, proxy)
 
 
 async def test_wrong_bytes_are_refused_and_come_from_another_origin(stock: Stock, tmp_path: Path) -> None:
@@ -155,7 +156,7 @@ async def test_wrong_bytes_are_refused_and_come_from_another_origin(stock: Stock
         open_node(tmp_path / "a", stock, proxy, origins=(ONE, TWO)) as a,
     ):
         proxy.rules.add(Fault(kind="wrong_bytes", offset=5_000_000, key="shards/one/shards/"))
-        fetched = await a.shards.fetch(stock.signed, stock.entry)
+        fetched = await a.shards.fetch(Shard(stock.signed, stock.entry))
         wrong = 5_000_000 // stock.torrent.piece_length
         assert set(proxy.ledger.pieces_sent_twice(stock.key, stock.torrent.piece_length)) <= {wrong, wrong + 1}
         assert fetched.path.read_bytes() == stock.path.read_bytes()
@@ -169,12 +170,12 @@ async def test_wrong_bytes_from_the_only_origin_are_an_error_and_the_rest_is_kep
     ):
         proxy.rules.add(Fault(kind="wrong_bytes", offset=7_000_000, key=stock.key))
         with pytest.raises(ShoalError) as caught:
-            await a.shards.fetch(stock.signed, stock.entry)
+            await a.shards.fetch(Shard(stock.signed, stock.entry))
         says(caught.value, stock)
         assert caught.value.code == "origin_corrupt"
         assert list(a.shards_dir.rglob("*.part"))
         proxy.rules.clear()
-        fetched = await a.shards.fetch(stock.signed, stock.entry)
+        fetched = await a.shards.fetch(Shard(stock.signed, stock.entry))
         assert fetched.path.read_bytes() == stock.path.read_bytes()
         wrong = 7_000_000 // stock.torrent.piece_length
         assert set(proxy.ledger.pieces_sent_twice(stock.key, stock.torrent.piece_length)) <= {wrong, wrong + 1}
@@ -191,7 +192,7 @@ async def test_whole_without_a_torrent_it_goes_on_at_the_byte_where_it_broke(sto
         proxy.rules.add(Fault(kind="truncate", after_bytes=1_500_001, times=2, key=stock.key))
         proxy.rules.add(Fault(kind="stall", after_bytes=1_500_001, times=1, key=stock.key))
         proxy.rules.add(Fault(kind="status", status=503, times=2, key=stock.key))
-        arrived(await a.shards.fetch(stock.signed, stock.entry), stock, proxy, lost_bytes=3 * CUT_BYTES)
+        arrived(await a.shards.fetch(Shard(stock.signed, stock.entry)), stock, proxy, lost_bytes=3 * CUT_BYTES)
         assert proxy.rules.applied["truncate"] + proxy.rules.applied["stall"] == 3
         size = stock.entry.size
         assert proxy.ledger.of(stock.key)[0].asked in (None, (0, None), (0, size))
@@ -203,12 +204,12 @@ async def test_whole_without_a_torrent_wrong_bytes_are_set_aside(stock: Stock, t
         proxy.rules.add(NO_TORRENT)
         proxy.rules.add(Fault(kind="wrong_bytes", offset=7_000_000, times=1, key=stock.key))
         with pytest.raises(ShoalError) as caught:
-            await a.shards.fetch(stock.signed, stock.entry)
+            await a.shards.fetch(Shard(stock.signed, stock.entry))
         says(caught.value, stock)
         assert caught.value.code == "origin_corrupt"
         assert not any(file.state in ("seeding", "loaded") for file in a.shards.files())
         proxy.ledger.reset()
-        arrived(await a.shards.fetch(stock.signed, stock.entry), stock, proxy)
+        arrived(await a.shards.fetch(Shard(stock.signed, stock.entry)), stock, proxy)
 
 
 async def gone_for(seconds: float, stock: Stock, tmp_path: Path, **options: float) -> None:
@@ -217,7 +218,7 @@ async def gone_for(seconds: float, stock: Stock, tmp_path: Path, **options: floa
         open_node(tmp_path / "a", stock, proxy, **options) as a,
         asyncio.TaskGroup() as tasks,
     ):
-        fetch = tasks.create_task(a.shards.fetch(stock.signed, stock.entry))
+        fetch = tasks.create_task(a.shards.fetch(Shard(stock.signed, stock.entry)))
         await payload_reaches(proxy, stock.key, stock.entry.size // 3)
         await proxy.gone()
         await asyncio.sleep(seconds)
@@ -247,7 +248,7 @@ async def test_three_cold_nodes_in_a_storm_take_each_piece_once_together(tmp_pat
     ):
         proxy.rules.add(Fault(kind="status", status=503, share=0.3))
         proxy.rules.add(Fault(kind="truncate", after_bytes=900_001, share=0.3, key=stock.key))
-        fetched = await asyncio.gather(*(node.shards.fetch(stock.signed, stock.entry) for node in (a, b, c)))
+        fetched = await asyncio.gather(*(node.shards.fetch(Shard(stock.signed, stock.entry)) for node in (a, b, c)))
         for one in fetched:
             assert one.path.read_bytes() == stock.path.read_bytes()
         assert proxy.ledger.pieces_sent_twice(stock.key, stock.torrent.piece_length) == []

@@ -123,10 +123,11 @@ async def test_a_seed_notices_at_the_first_upload_that_its_file_changed(tmp_path
     poison(source, source, every=200_000)  # in each piece
     found: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     async with (
+        contextlib.AsyncExitStack() as stack,
         Swarm.open(SwarmSettings(tmp_path / "bad")) as bad,
         Swarm.open(SwarmSettings(tmp_path / "node")) as node,
     ):
-        bad.on_invalid = lambda torrent, _: found.set_result(torrent.info_hash)
+        stack.enter_context(bad.on_invalid(lambda torrent, _: found.set_result(torrent.info_hash)))
         await bad.seed(torrent, source, hashed.piece_layer)
         download = await node.download(torrent, tmp_path / "got.bin")
         download.add_peers([PeerAddress("127.0.0.1", bad.port)])

@@ -20,7 +20,7 @@ from node.shards.store.manifests import folder_names
 from node.swarm.torrent import DownloadProgress
 from protocol.content import hash_file
 from protocol.errors import OriginCorruptError, OriginDeniedError, OriginNotFoundError, OriginUnavailableError
-from protocol.manifest import Manifest, ModelInfo, ShardEntry, SignedManifest, sign_manifest
+from protocol.manifest import Manifest, ModelInfo, Shard, ShardEntry, SignedManifest, sign_manifest
 from protocol.signing import SigningKey
 from tests.support.origins.file_origin import FileOrigin, GivenOrigins, not_found
 from tests.support.shards.rooms import Network, Node, open_node, write_gguf
@@ -66,7 +66,7 @@ def shard(tmp_path: Path) -> Published:
 
 
 async def fetch(node: Node, shard: Published, seen: list[DownloadProgress] | None = None) -> FetchedShard:
-    fetched = await node.shards.fetch(shard.signed, shard.entry, seen.append if seen is not None else None)
+    fetched = await node.shards.fetch(Shard(shard.signed, shard.entry), seen.append if seen is not None else None)
     assert fetched.path.read_bytes() == shard.path.read_bytes()
     return fetched
 

@@ -15,7 +15,7 @@ import pytest
 
 from protocol.commands.common import ShardSelector
 from protocol.errors import InsufficientDiskError, NoSourceError, ShardNotFoundError
-from protocol.manifest import SignedManifest
+from protocol.manifest import Shard, SignedManifest
 from tests.support.shards.rooms import Network, Node, open_node, write_gguf, write_model
 from tests.support.waiting import eventually
 
@@ -37,7 +37,7 @@ async def test_a_shard_moves_is_evicted_and_moves_again(tmp_path: Path) -> None:
         assert signed.digest == manifest.digest
         entry = signed.manifest.shard(1)
         phases: list[str] = []
-        fetched = await b.shards.fetch(signed, entry, lambda progress: phases.append(progress.phase))
+        fetched = await b.shards.fetch(Shard(signed, entry), lambda progress: phases.append(progress.phase))
         assert fetched.source == "peers"
         assert fetched.bytes_by_source == {"peers": entry.size}
         assert fetched.path.read_bytes() == (a.shards_dir / "tiny" / "shard-1.gguf").read_bytes()
@@ -47,16 +47,16 @@ async def test_a_shard_moves_is_evicted_and_moves_again(tmp_path: Path) -> None:
         await b.shards.settled()
         assert [(f.state, f.shard_id) for f in b.shards.files()] == [("seeding", 1)]
         assert {f.info_hash for f in b.shards.files()} == {a.shards.files()[1].info_hash}
-        again = await b.shards.fetch(signed, entry)
+        again = await b.shards.fetch(Shard(signed, entry))
         assert (again.source, again.path) == ("local", fetched.path)
         (provider,) = await a.discovery.find_providers(signed.digest)
         assert provider.on_disk == {1}
 
-        await b.shards.evict(signed, entry)
+        await b.shards.evict(Shard(signed, entry))
         await b.shards.settled()
         assert (states(b), fetched.path.exists()) == ({}, False)
         assert await a.discovery.find_providers(signed.digest) == []
-        assert (await b.shards.fetch(signed, entry)).source == "peers"
+        assert (await b.shards.fetch(Shard(signed, entry))).source == "peers"
         assert fetched.path.read_bytes() == (a.shards_dir / "tiny" / "shard-1.gguf").read_bytes()
 
 
@@ -67,7 +67,7 @@ async def test_after_a_restart_nothing_is_hashed_again_and_a_fetched_shard_serve
         await a.shards.settled()
         assert a.shards.hashed_bytes == manifest.total_bytes
         signed = await b.shards.resolve("model", None)
-        await asyncio.gather(*(b.shards.fetch(signed, entry) for entry in signed.manifest.shards))
+        await asyncio.gather(*(b.shards.fetch(Shard(signed, entry)) for entry in signed.manifest.shards))
         await b.shards.settled()
     # Node a is gone; b comes back alone, and c gets everything from it.
     async with open_node(tmp_path / "b", network) as b, open_node(tmp_path / "c", network, bootstrap=(b,)) as c:
@@ -77,7 +77,7 @@ async def test_after_a_restart_nothing_is_hashed_again_and_a_fetched_shard_serve
         signed = await c.shards.resolve("model", "tiny")
         assert signed.digest == manifest.digest
         for entry in signed.manifest.shards:
-            fetched = await c.shards.fetch(signed, entry)
+            fetched = await c.shards.fetch(Shard(signed, entry))
             assert fetched.source == "peers"
             assert fetched.path.read_bytes() == (tmp_path / "a/shards/tiny" / entry.filename).read_bytes()
 
@@ -91,10 +91,10 @@ async def test_a_file_dropped_in_is_found_by_its_name_and_a_damaged_one_never(tm
         (a.shards_dir / "cut.gguf").write_bytes((tmp_path / "whole.gguf").read_bytes()[:-1000])
         await eventually(lambda: states(a) == {"rows.parquet": "seeding", "cut.gguf": "invalid"})
         await a.shards.settled()
-        signed, entry = await b.shards.select(ShardSelector(filename="rows.parquet"))
-        fetched = await b.shards.fetch(signed, entry)
+        shard = await b.shards.select(ShardSelector(filename="rows.parquet"))
+        fetched = await b.shards.fetch(shard)
         assert fetched.path.read_bytes() == (a.shards_dir / "rows.parquet").read_bytes()
-        assert fetched.path.parent.name == f"rows.parquet@{signed.digest[:12]}"
+        assert fetched.path.parent.name == f"rows.parquet@{shard.digest[:12]}"
         with pytest.raises(ShardNotFoundError):
             await b.shards.select(ShardSelector(filename="cut.gguf"))
         (a.shards_dir / "rows.parquet").unlink()
@@ -114,8 +114,8 @@ async def test_three_fetch_at_once_and_one_of_two_callers_leaves(tmp_path: Path)
         signed = await b.shards.resolve("model", "tiny")
         entry = signed.manifest.shard(0)
         async with asyncio.TaskGroup() as tasks:
-            fetches = [tasks.create_task(node.shards.fetch(signed, entry)) for node in (b, c, d)]
-            leaver = asyncio.create_task(b.shards.fetch(signed, entry))
+            fetches = [tasks.create_task(node.shards.fetch(Shard(signed, entry))) for node in (b, c, d)]
+            leaver = asyncio.create_task(b.shards.fetch(Shard(signed, entry)))
             await eventually(lambda: bool(b.shards.downloads()) and b.shards.downloads()[0].bytes_done > 0)
             assert len(b.shards.downloads()) == 1
             leaver.cancel()
@@ -154,7 +154,7 @@ async def test_a_downloader_killed_in_the_middle_goes_on(tmp_path: Path) -> None
             await b.shards.settled()
             assert states(b) == {}
             assert [held.digest for held in b.shards.manifests()] == [signed.digest]
-            fetched = await b.shards.fetch(signed, signed.manifest.shard(0))
+            fetched = await b.shards.fetch(signed.shard(0))
             assert fetched.path == part.with_suffix("")
             assert fetched.path.read_bytes() == (a.shards_dir / "tiny/shard-0.gguf").read_bytes()
             moved_twice = killed_at + fetched.bytes_by_source["peers"] - size
@@ -173,12 +173,12 @@ async def test_without_space_or_source_the_error_says_so_and_nothing_is_left(tmp
         signed = await b.shards.resolve("model", "tiny")
         entry = signed.manifest.shard(0)
         with pytest.raises(InsufficientDiskError) as caught:
-            await b.shards.fetch(signed, entry)
+            await b.shards.fetch(Shard(signed, entry))
         assert caught.value.details["needed"] == entry.size
-        await a.shards.evict(signed, entry)
+        await a.shards.evict(Shard(signed, entry))
         await a.shards.settled()
         with pytest.raises(NoSourceError, match=r"shard-0\.gguf"):
-            await c.shards.fetch(signed, entry)
+            await c.shards.fetch(Shard(signed, entry))
         for node in (b, c):
             assert (states(node), list(node.shards_dir.iterdir())) == ({}, [])
 
@@ -198,7 +198,7 @@ async def test_a_seed_whose_file_was_changed_is_noticed_and_withdrawn(tmp_path: 
             file.write(os.urandom(1000))
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         signed: SignedManifest = await b.shards.resolve("model", "tiny")
-        fetch = asyncio.create_task(b.shards.fetch(signed, signed.manifest.shard(0)))
+        fetch = asyncio.create_task(b.shards.fetch(signed.shard(0)))
         await eventually(lambda: states(a) == {"tiny/shard-0.gguf": "invalid"})
         with pytest.raises(NoSourceError):
             await fetch

@@ -13,7 +13,7 @@ from typing import Any
 
 from node.background import FirstErrorGroup
 from node.clock import Clock
-from node.files import Fingerprint, replace_file
+from node.files import Fingerprint, part_path, replace_file, whole_part_path
 from node.shards.fetch.block_assignment import BlockAssignment, blocks_of
 from node.shards.fetch.folders import ManifestFolders
 from node.shards.fetch.job import FetchedShard, FetchJob
@@ -22,15 +22,15 @@ from node.shards.fetch.origin_selector import OriginSelector
 from node.shards.fetch.providers import Providers, peer_addresses
 from node.shards.fetch.want_announcer import WantAnnouncer
 from node.shards.fetch.whole_file import WholeFileDownload
-from node.shards.interfaces import Discovery, Download, Origin, OriginPlace, Swarm
+from node.shards.interfaces import DownloadHandle, OriginCatalog, OriginReader, ProviderDirectory, TorrentClient
 from node.shards.settings import ShardsSettings
-from node.shards.store.backfill import Remember
+from node.shards.store.backfill import Backfill
 from node.shards.store.catalog import Catalog, ShardFile, torrent_of
-from node.shards.store.disk_space import Space, part_of, whole_part_of
+from node.shards.store.disk_space import DiskSpace
 from node.shards.store.hasher import FileChangedError, Hasher
 from node.shards.store.layout import link_or_copy, set_aside
-from node.shards.store.scanner import Survey
-from node.shards.store.seeding import Seed, Seeds
+from node.shards.store.scanner import Scanner
+from node.shards.store.seeding import Seed, Seeding
 from node.swarm.torrent import DownloadProgress, PeerAddress
 from protocol.commands.shards import ShardSource
 from protocol.content import ContentHash
@@ -56,11 +56,11 @@ class FetchStore:
     """What a fetch uses of this node's files."""
 
     catalog: Catalog
-    scanner: Survey
-    seeding: Seeds
-    backfill: Remember
+    scanner: Scanner
+    seeding: Seeding
+    backfill: Backfill
     hasher: Hasher
-    space: Space
+    space: DiskSpace
     folders: ManifestFolders
 
 
@@ -68,9 +68,9 @@ class FetchStore:
 class FetchNetwork:
     """Where a shard comes from if it is not here."""
 
-    torrents: Swarm
-    directory: Discovery
-    origins: Origin | None
+    torrents: TorrentClient
+    directory: ProviderDirectory
+    origins: OriginCatalog | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,12 +250,12 @@ class ShardFetch:
     async def _download_by_swarm(self, path: Path, peers: Sequence[PeerAddress]) -> _Arrival:
         """Download, and restart the download if nothing comes. Raises WholeFileNeededError."""
         feeder, pace = self._feeder, _Pace(self._clock)
-        has_part = await asyncio.to_thread(part_of(path).exists)
+        has_part = await asyncio.to_thread(part_path(path).exists)
         patience_s = self._settings.restart_s + (self._entry.size / SLOWEST_CHECK_BYTES_S if has_part else 0)
         resumed_bytes: int | None = None
         while True:
             layer = await feeder.first_layer() if feeder and feeder.begun else b""
-            download: Download = await self._network.torrents.download(self._torrent, path, layer)
+            download: DownloadHandle = await self._network.torrents.download(self._torrent, path, layer)
             try:
                 if resumed_bytes is None:
                     resumed_bytes = await self._resumed_bytes(download) if has_part else 0
@@ -279,7 +279,7 @@ class ShardFetch:
             return _Arrival(path, {"peers": from_peers})
         return _Arrival(path, ({"peers": from_peers} if from_peers > 0 else {}) | {"origin": feeder.origin_bytes})
 
-    async def _resumed_bytes(self, download: Download) -> int:
+    async def _resumed_bytes(self, download: DownloadHandle) -> int:
         """Bytes that an earlier try left: known when the swarm has checked the part file, before peers are asked."""
         resumed, equal = 0, 0
         give_up_at = self._clock.now() + RESUME_WAIT_S
@@ -291,7 +291,9 @@ class ShardFetch:
                 resumed, give_up_at = found, self._clock.now() + RESUME_WAIT_S
         return resumed
 
-    async def _follow(self, download: Download, peers: Sequence[PeerAddress], pace: _Pace, patience_s: float) -> bool:
+    async def _follow(
+        self, download: DownloadHandle, peers: Sequence[PeerAddress], pace: _Pace, patience_s: float
+    ) -> bool:
         """See a download to its end, with new peers and what the origin gives: True.
 
         False if nothing came for `patience_s` at the start, or for `restart_s` later: it is time to restart it; never
@@ -314,7 +316,9 @@ class ShardFetch:
                 for task in tasks:
                     task.cancel()
 
-    async def _report(self, download: Download, pace: _Pace, patience_s: float, end: asyncio.Future[bool]) -> None:
+    async def _report(
+        self, download: DownloadHandle, pace: _Pace, patience_s: float, end: asyncio.Future[bool]
+    ) -> None:
         """Tell the job how far the download is; end it with False if nothing comes for too long."""
         feeder = self._feeder
         give_up_at = self._clock.now() + patience_s
@@ -340,7 +344,7 @@ class ShardFetch:
                 end.set_result(False)
             await self._clock.sleep(min(TICK_S, give_up_at - now) if give_up_at > now else TICK_S)
 
-    async def _look_up_again(self, download: Download) -> None:
+    async def _look_up_again(self, download: DownloadHandle) -> None:
         while True:
             await self._clock.sleep(self._settings.relookup_s)
             download.add_peers(await self._providers.look_up())
@@ -361,11 +365,11 @@ class ShardFetch:
             return self._providers.no_source_or_origin(came, feeder.selector.errors)
 
         async with AsyncExitStack() as space:
-            if await asyncio.to_thread(part_of(path).exists):  # Some of it counts, and the space reserved is for it.
+            if await asyncio.to_thread(part_path(path).exists):  # Some of it counts, and the space reserved is for it.
                 await space.enter_async_context(self._store.space.reserved(whole.part, self._entry.size))
             content = await whole.run(failed)
         await asyncio.to_thread(replace_file, whole.part, path)
-        await asyncio.to_thread(part_of(path).unlink, missing_ok=True)
+        await asyncio.to_thread(part_path(path).unlink, missing_ok=True)
         return _Arrival(path, {"origin": whole.origin_bytes}, content)
 
     # Check
@@ -403,7 +407,7 @@ class ShardFetch:
         assert file, f"{came.path} was changed by another task while it was fetched"
         if came.content is None:
             self._store.backfill.later(file)
-            await asyncio.to_thread(whole_part_of(came.path).unlink, missing_ok=True)
+            await asyncio.to_thread(whole_part_path(came.path).unlink, missing_ok=True)
         else:
             await self._store.backfill.write(file, came.content)
 
@@ -441,7 +445,7 @@ async def _settle(end: asyncio.Future[bool], work: Callable[[], Awaitable[Any]])
             end.set_result(True)
 
 
-async def _range_unit_bytes(origin: OriginPlace) -> int:
+async def _range_unit_bytes(origin: OriginReader) -> int:
     """1 also if the origin cannot be used by this node: a node without its key takes no blocks from it."""
     with suppress(ShoalError, TimeoutError):
         async with asyncio.timeout(UNIT_TIMEOUT_S):

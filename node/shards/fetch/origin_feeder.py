@@ -19,7 +19,7 @@ from node.shards.fetch.block_assignment import Block
 from node.shards.fetch.origin_selector import OriginSelector
 from node.shards.fetch.providers import Providers
 from node.shards.fetch.want_announcer import WantAnnouncer
-from node.shards.interfaces import Download, OriginPlace
+from node.shards.interfaces import DownloadHandle, OriginReader
 from node.shards.settings import ShardsSettings
 from node.swarm.piece_layer import piece_fits
 from protocol.errors import InternalError, OriginError, ShoalError
@@ -142,7 +142,7 @@ class OriginFeeder:
                     return await self.selector.piece_layer() or b""
         return b""
 
-    async def feed(self, download: Download) -> None:
+    async def feed(self, download: DownloadHandle) -> None:
         """Help a download until the caller cancels.
 
         Raises WholeFileNeededError; and, if nothing came from anywhere for too long, an OriginError or NoSourceError
@@ -164,7 +164,7 @@ class OriginFeeder:
                 for stream in self._streams.values():
                     stream.cancel()
 
-    async def _feed(self, download: Download, streams: asyncio.TaskGroup) -> None:
+    async def _feed(self, download: DownloadHandle, streams: asyncio.TaskGroup) -> None:
         await self._want_announcer.settled()
         added: set[object] = set()
         while True:
@@ -186,18 +186,18 @@ class OriginFeeder:
                 async with self._clock.timeout(TICK_S):
                     await self._wake.wait()
 
-    def _observe(self, download: Download) -> None:
+    def _observe(self, download: DownloadHandle) -> None:
         now, progress = self._clock.now(), download.progress()
         self._times.observe(now, progress.bytes_done)
         self._peer_rate.observe(now, self._times.peer_bytes, progress.peers)
 
-    def _patience_s(self, download: Download) -> float:
+    def _patience_s(self, download: DownloadHandle) -> float:
         is_alone = not download.progress().peers and not self._assignment.others
         if self.selector.exhausted and is_alone:
             return min(self._settings.find_timeout_s, LAST_LOOK_S)
         return self._settings.stall_timeout_s + self.lull_s
 
-    async def _find_layer(self, download: Download) -> None:
+    async def _find_layer(self, download: DownloadHandle) -> None:
         """Have the piece layer from an origin, unless peers give it meanwhile. Raises WholeFileNeededError."""
         layer = await self.selector.piece_layer()
         if layer:
@@ -217,7 +217,7 @@ class OriginFeeder:
         if not self._providers.any_complete or self.idle_s >= UNSTICK_S:  # a record outlives its node
             raise WholeFileNeededError
 
-    async def _start_streams(self, download: Download, streams: asyncio.TaskGroup) -> None:
+    async def _start_streams(self, download: DownloadHandle, streams: asyncio.TaskGroup) -> None:
         self._missing.clear()
         self._missing.update(piece.index for piece in download.missing_pieces())
         self._available = await download.available_pieces()
@@ -239,7 +239,7 @@ class OriginFeeder:
     def _peers_fail(self) -> bool:
         return self.idle_s >= UNSTICK_S + self.lull_s or self._peer_rate.is_slow(self._clock.now())
 
-    async def _take_block(self, number: int, download: Download) -> None:
+    async def _take_block(self, number: int, download: DownloadHandle) -> None:
         """Take the missing pieces of a block, or what of them an origin gives before it fails."""
         block = self._assignment.blocks[number]
         try:
@@ -284,7 +284,7 @@ class PieceStreams:
         self._silence_s = silence_s
         self._partial: dict[int, bytearray] = {}
         """Piece -> its bytes so far; after a stream breaks, the next one goes on from there."""
-        self._giver: dict[int, OriginPlace] = {}
+        self._giver: dict[int, OriginReader] = {}
         """Piece -> the origin that gave the latest of its bytes."""
 
     @property
@@ -297,7 +297,7 @@ class PieceStreams:
         for index in self._partial.keys() - set(pieces):
             del self._partial[index]
 
-    async def read(self, origin: OriginPlace, run: Block, download: Download, *, shared: bool) -> None:
+    async def read(self, origin: OriginReader, run: Block, download: DownloadHandle, *, shared: bool) -> None:
         """Read adjacent pieces in one request; the bytes of a piece that came before a failure are kept for the next.
 
         `shared`: whether the block is this node's own. Raises OriginError, and what the download raises.
@@ -333,7 +333,7 @@ class PieceStreams:
             if close := getattr(stream, "aclose", None):
                 await close()
 
-    async def _give(self, download: Download, index: int, data: bytes) -> None:
+    async def _give(self, download: DownloadHandle, index: int, data: bytes) -> None:
         """Give a checked piece to the download, also while the download is being restarted."""
         given_bytes = len(data) if index in self._missing else 0
         self._times.given_bytes += given_bytes  # before the download has it: from then on it would count as a peer's

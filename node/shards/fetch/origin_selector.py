@@ -7,7 +7,7 @@ import random
 from collections.abc import AsyncIterator, Sequence
 
 from node.clock import Clock
-from node.shards.interfaces import OriginPlace
+from node.shards.interfaces import OriginReader
 from node.swarm.torrent import Torrent
 from protocol.errors import OriginCorruptError, OriginError, OriginUnavailableError
 from protocol.manifest import ShardEntry
@@ -24,7 +24,7 @@ CORRUPT_TRIES = 3
 class _OriginState:
     """What is known of one origin in this fetch."""
 
-    def __init__(self, origin: OriginPlace) -> None:
+    def __init__(self, origin: OriginReader) -> None:
         self.origin = origin
         self.is_out = False
         """Not asked again in this fetch."""
@@ -39,7 +39,7 @@ class _OriginState:
 class OriginSelector:
     """The origins that may have one shard, best first."""
 
-    def __init__(self, origins: Sequence[OriginPlace], entry: ShardEntry, torrent: Torrent, clock: Clock) -> None:
+    def __init__(self, origins: Sequence[OriginReader], entry: ShardEntry, torrent: Torrent, clock: Clock) -> None:
         self.entry = entry
         self.torrent = torrent
         self._clock = clock
@@ -55,12 +55,12 @@ class OriginSelector:
         """The last error of each origin that failed, by its URL."""
         return {state.origin.url: state.error for state in self._states if state.error}
 
-    def next_origin(self) -> OriginPlace | None:
+    def next_origin(self) -> OriginReader | None:
         """The best origin that is not backed off now."""
         now = self._clock.now()
         return next((one.origin for one in self._states if not one.is_out and one.backed_off_until <= now), None)
 
-    def failed(self, origin: OriginPlace, error: OriginError) -> None:
+    def failed(self, origin: OriginReader, error: OriginError) -> None:
         """The origin did not give what was asked for: back off, or leave it out if another try is useless."""
         now, state = self._clock.now(), self._of(origin)
         if state.is_out:
@@ -76,7 +76,7 @@ class OriginSelector:
         state.backed_off_until = now + backoff_s * random.uniform(0.5, 1.0)
         log.info("%s: origin %s failed: %s", self.entry.filename, origin.url, error)
 
-    def gave_wrong(self, origin: OriginPlace, what: str) -> None:
+    def gave_wrong(self, origin: OriginReader, what: str) -> None:
         """The origin gave bytes that are not the shard's: it is not asked again in this fetch."""
         state = self._of(origin)
         state.is_out = True
@@ -87,7 +87,7 @@ class OriginSelector:
         )
         log.warning("%s", state.error)
 
-    async def next_chunk(self, origin: OriginPlace, stream: AsyncIterator[bytes], silence_s: float) -> bytes:
+    async def next_chunk(self, origin: OriginReader, stream: AsyncIterator[bytes], silence_s: float) -> bytes:
         """The next bytes of a stream that is not at its end. Raises OriginError if none come for `silence_s`."""
         details = _details(origin, self.entry)
         try:
@@ -131,7 +131,7 @@ class OriginSelector:
                 log.warning("%s: origin %s has a wrong piece layer", self.entry.filename, state.origin.url)
         return b"" if answered else None
 
-    async def _ask_piece_layer(self, origin: OriginPlace) -> bytes:
+    async def _ask_piece_layer(self, origin: OriginReader) -> bytes:
         try:
             async with self._clock.timeout(LAYER_TIMEOUT_S):
                 return await origin.piece_layer(self.entry)
@@ -141,7 +141,7 @@ class OriginSelector:
                 _details(origin, self.entry),
             ) from None
 
-    def _of(self, origin: OriginPlace) -> _OriginState:
+    def _of(self, origin: OriginReader) -> _OriginState:
         return next(state for state in self._states if state.origin is origin)
 
 
@@ -150,6 +150,6 @@ def _says_less(error: OriginError, known: OriginError | None) -> bool:
     return known is not None and bool(known.details.get("status")) and not error.details.get("status")
 
 
-def _details(origin: OriginPlace, entry: ShardEntry) -> dict[str, object]:
+def _details(origin: OriginReader, entry: ShardEntry) -> dict[str, object]:
     """Of an error that is found here and not by the origin's client."""
     return {"origin": origin.url, "key": origin.key_of(entry), "status": "", "tried": 1}

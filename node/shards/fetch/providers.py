@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from node.clock import Clock
-from node.shards.interfaces import Discovery, FoundProvider, FoundWant
+from node.shards.interfaces import ProviderDirectory, ProviderInfo, WantInfo
 from node.shards.settings import ShardsSettings
 from node.swarm.torrent import PeerAddress
 from protocol.errors import NoSourceError, OriginError, ShoalError
@@ -25,7 +25,7 @@ RESOLVE_TIMEOUT_S = 5.0
 class Providers:
     """The providers of one shard, and what was tried to find them."""
 
-    def __init__(self, settings: ShardsSettings, directory: Discovery, shard: Shard, clock: Clock) -> None:
+    def __init__(self, settings: ShardsSettings, directory: ProviderDirectory, shard: Shard, clock: Clock) -> None:
         self._settings = settings
         self._directory = directory
         self._shard = shard
@@ -41,7 +41,7 @@ class Providers:
         self._lookups += 1
         self.any_complete = False
         try:
-            found: Sequence[FoundProvider] = await self._directory.find_providers(self._shard.digest)
+            found: Sequence[ProviderInfo] = await self._directory.find_providers(self._shard.digest)
         except ShoalError as err:
             log.info("looking for providers of %s failed: %s", self._shard.entry.filename, err)
             return []
@@ -107,7 +107,7 @@ class Providers:
         }
 
 
-async def peer_addresses(provider: FoundProvider | FoundWant) -> list[PeerAddress]:
+async def peer_addresses(provider: ProviderInfo | WantInfo) -> list[PeerAddress]:
     """The addresses of a provider's BitTorrent port; its host may be a name. Empty if the name does not resolve."""
     try:
         ipaddress.ip_address(provider.host)

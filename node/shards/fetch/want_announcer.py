@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from node.clock import Clock
 from node.shards.fetch.block_assignment import BlockAssignment
-from node.shards.interfaces import Discovery, FoundWant
+from node.shards.interfaces import ProviderDirectory, WantInfo
 from node.swarm.torrent import PeerAddress
 from protocol.errors import ShoalError
 from protocol.ids import ContentId, NodeId
@@ -27,7 +27,7 @@ WITHDRAW_S = 1.0
 MAX_PEERS = 256
 RESOLVED_AT_ONCE = 8
 
-Resolve = Callable[[FoundWant], Awaitable[list[PeerAddress]]]
+Resolve = Callable[[WantInfo], Awaitable[list[PeerAddress]]]
 
 
 class WantAnnouncer:
@@ -35,7 +35,7 @@ class WantAnnouncer:
 
     def __init__(
         self,
-        directory: Discovery,
+        directory: ProviderDirectory,
         content_id: ContentId,
         assignment: BlockAssignment,
         bt_port: int,
@@ -97,7 +97,7 @@ class WantAnnouncer:
 
     async def _look_up(self, tasks: asyncio.TaskGroup) -> None:
         try:
-            found: Sequence[FoundWant] = await self._directory.find_wants(self._content_id)
+            found: Sequence[WantInfo] = await self._directory.find_wants(self._content_id)
         except ShoalError as err:
             log.info("looking for other nodes that want content %s failed: %s", self._content_id, err)
             found = ()
@@ -110,7 +110,7 @@ class WantAnnouncer:
                 self.peers[want.node_id] = []
                 tasks.create_task(self._resolve_peer(want))
 
-    async def _resolve_peer(self, want: FoundWant) -> None:
+    async def _resolve_peer(self, want: WantInfo) -> None:
         """Learn its addresses: names that do not resolve hold up neither the download nor each other."""
         async with self._resolving:
             self.peers[want.node_id] = await self._resolve(want)

@@ -13,11 +13,10 @@ from typing import BinaryIO
 
 from node.background import to_the_end
 from node.clock import Clock
-from node.files import replace_file
+from node.files import invalid_path, replace_file, whole_part_path
 from node.shards.fetch.job import FetchJob
 from node.shards.fetch.origin_selector import OriginSelector
-from node.shards.interfaces import OriginPlace
-from node.shards.store.disk_space import invalid_of, whole_part_of
+from node.shards.interfaces import OriginReader
 from node.swarm.torrent import DownloadProgress
 from protocol.content import ContentHash, ContentHasher
 from protocol.errors import OriginError
@@ -34,18 +33,18 @@ class WholeFileDownload:
         self, selector: OriginSelector, job: FetchJob, path: Path, clock: Clock, *, patience_s: float, lull_s: float
     ) -> None:
         """`patience_s`: how long no byte may come; `lull_s`: how long a working origin may be silent beside that."""
-        self.part = whole_part_of(path)
+        self.part = whole_part_path(path)
         self.origin_bytes = 0
         """That came, wrong ones with them."""
         self._selector = selector
         self._job = job
-        self._invalid = invalid_of(path)
+        self._invalid = invalid_path(path)
         self._entry = entry = job.shard.entry
         self._clock = clock
         self._patience_s = patience_s + lull_s
         self._silence_s = patience_s / 2 + lull_s
         self._hasher = ContentHasher(entry.size)
-        self._givers: list[OriginPlace] = []
+        self._givers: list[OriginReader] = []
         self._reported = (0.0, 0)
         self._is_resumed = False
         """Whether some of the bytes are of an earlier try."""
@@ -97,7 +96,7 @@ class WholeFileDownload:
         self._file.truncate(self.bytes_done)
         self._is_resumed = self.bytes_done > 0
 
-    async def _stream(self, origin: OriginPlace) -> None:
+    async def _stream(self, origin: OriginReader) -> None:
         if origin not in self._givers:
             self._givers.append(origin)
         stream = origin.stream(self._entry, self.bytes_done, self._entry.size)

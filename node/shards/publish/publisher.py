@@ -13,9 +13,9 @@ from node.shards.publish.placement import place_files, target_folder
 from node.shards.settings import ShardsSettings
 from node.shards.store.announcer import Announcer
 from node.shards.store.catalog import Catalog, ShardFile
-from node.shards.store.hash_cache import Index
+from node.shards.store.hash_cache import HashCache
 from node.shards.store.hasher import Hasher
-from node.shards.store.scanner import Survey
+from node.shards.store.scanner import Scanner
 from protocol.errors import InvalidShardError
 from protocol.ids import ContentId
 from protocol.manifest import ShardEntry, SignedManifest
@@ -27,12 +27,12 @@ class Publisher:
     """Places one publication at a time."""
 
     def __init__(
-        self, settings: ShardsSettings, catalog: Catalog, index: Index, survey: Survey, announcer: Announcer
+        self, settings: ShardsSettings, catalog: Catalog, cache: HashCache, scanner: Scanner, announcer: Announcer
     ) -> None:
         self._settings = settings
         self._catalog = catalog
-        self._index = index
-        self._survey = survey
+        self._cache = cache
+        self._scanner = scanner
         self._announcer = announcer
         self._placing = asyncio.Lock()
 
@@ -63,7 +63,7 @@ class Publisher:
                 follow_links=False,
             )
             await asyncio.to_thread(self._keep_hashes, publication, target)
-        self._survey.poke()
+        self._scanner.poke()
         for entry in manifest.shards:
             file = await self._catalog.wait_for(target / entry.filename, partial(_is_decided, entry=entry))
             if file is None or file.state != "seeding":
@@ -85,7 +85,7 @@ class Publisher:
         for entry in publication.manifest.shards:
             path, hashed = target / entry.filename, publication.hashed[entry.content_id]
             if Fingerprint.of(path) == hashed.fingerprint and path.samefile(publication.files[entry.filename]):
-                self._index.put(path, hashed.fingerprint, hashed.content, hashed.rows)
+                self._cache.put(path, hashed.fingerprint, hashed.content, hashed.rows)
 
 
 def _is_decided(file: ShardFile | None, entry: ShardEntry) -> bool:

@@ -134,7 +134,9 @@ class HashCache:
 
     def _set_aside(self, err: sqlite3.DatabaseError) -> None:
         damaged = self._path.with_name(self._path.name + ".damaged")
-        log.warning("the hash cache %s is damaged (%s): set aside as %s, files are hashed again", self._path, err, damaged)
+        log.warning(
+            "the hash cache %s is damaged (%s): set aside as %s, files are hashed again", self._path, err, damaged
+        )
         for suffix in ("-wal", "-shm"):
             self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
         if self._path.exists():

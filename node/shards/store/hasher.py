@@ -32,7 +32,7 @@ class Hashed(NamedTuple):
     fingerprint: Fingerprint
     content: ContentHash
     rows: int | None = None
-    """Of a parquet file, where its structure was looked at."""
+    """Of a parquet file whose structure was checked."""
 
 
 class FileChangedError(Exception):
@@ -158,3 +158,14 @@ class Hasher:
         except TimeoutError:
             process.kill()
             await process.wait()
+
+
+class Hashers(NamedTuple):
+    """The hashing processes of a node, so that what a client waits for is not behind a long file."""
+
+    background: Hasher
+    """Reads what the scanner found."""
+    urgent: Hasher
+    """Reads what a client waits for."""
+    headers: Hasher
+    """Reads headers alone."""

@@ -1,4 +1,4 @@
-"""The manifests of folders on this machine: read, signed, written, and the names of folders and shards that they give."""
+"""The manifests of folders on this machine: read, signed, written; the names of folders and shards that they give."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from protocol.manifest import (
     sign_manifest,
 )
 from protocol.signing import SigningKey
+
 
 @dataclass(frozen=True)
 class LocalManifest:
@@ -98,7 +99,7 @@ def write_manifest(folder: Path, signed: SignedManifest) -> None:
 
 
 def shard_path(folder: Path, entry: ShardEntry) -> Path:
-    """The path of a shard. Raises InvalidManifestError for a name that would lead out, hide it, or hit our own files."""
+    """The path of a shard. Raises InvalidManifestError for a name that leads out, hides it, or hits our own files."""
     name = safe_filename(entry.filename)
     if name.casefold() == MANIFEST_FILENAME or name.lower().endswith(UNFINISHED_SUFFIXES):
         raise InvalidManifestError(f"a shard cannot be called {name!r} on a node's disk: rename it and publish again")

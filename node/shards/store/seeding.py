@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from node.files import Fingerprint
-from node.shards.interfaces import Swarm
+from node.shards.interfaces import TorrentClient
 from node.shards.store.catalog import ShardFile
 from node.shards.store.hash_cache import HashCache
 from node.swarm.torrent import Torrent
@@ -29,7 +29,7 @@ class Seed(NamedTuple):
 class Seeding:
     """Adds and removes torrents so that each good file is seeded once, whatever its copies."""
 
-    def __init__(self, swarm: Swarm, cache: HashCache) -> None:
+    def __init__(self, swarm: TorrentClient, cache: HashCache) -> None:
         self._swarm = swarm
         self._cache = cache
         self._copies: dict[InfoHash, dict[Path, Seed]] = {}

@@ -16,7 +16,6 @@ from protocol.ids import ContentId
 from protocol.manifest import Manifest, Shard, ShardEntry, ShardRef, sign_manifest
 from protocol.signing import SigningKey
 
-
 ENTRIES = tuple(
     ShardEntry(shard_id=i, filename=f"{i}.bin", size=5, content_id=ContentId(f"{i:064x}"), kind="file")
     for i in range(8)

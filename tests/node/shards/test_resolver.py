@@ -114,18 +114,18 @@ async def test_a_shard_is_selected_by_place_content_or_file_name(tmp_path: Path,
         ShardSelector(content_id=entry.content_id),
         ShardSelector(filename="shard-1.gguf"),
     ):
-        signed, found = await select(selector)
-        assert (signed.digest, found) == (here.digest, entry)
+        found = await select(selector)
+        assert (found.digest, found.entry) == (here.digest, entry)
     far = elsewhere(tmp_path, room.discovery, "far", 90, kind="dataset")
-    signed, found = await select(ShardSelector(dataset="far", shard_id=0))
-    assert (signed.digest, found) == (far.digest, far.shards[0])
+    found = await select(ShardSelector(dataset="far", shard_id=0))
+    assert (found.digest, found.entry) == (far.digest, far.shards[0])
     # Only in the cluster: every manifest there is searched.
-    assert (await select(ShardSelector(content_id=far.shards[0].content_id)))[0].digest == far.digest
+    assert (await select(ShardSelector(content_id=far.shards[0].content_id))).digest == far.digest
     (tmp_path / "far").mkdir()
     write_shard(tmp_path / "far" / "rows.parquet", 91)
     loose = manifest_of(tmp_path / "far", "rows.parquet", name="rows.parquet", kind="file")
     room.discovery.publish(loose)
-    assert (await select(ShardSelector(filename="rows.parquet")))[0].digest == loose.digest
+    assert (await select(ShardSelector(filename="rows.parquet"))).digest == loose.digest
 
 
 async def test_what_selects_nothing_or_too_much_is_an_error(tmp_path: Path, room: Room, here: Manifest) -> None:
@@ -162,8 +162,8 @@ async def test_a_file_name_of_two_models_lists_the_candidates(tmp_path: Path, he
             f"{manifest.name}@{manifest.digest[:12]}" for manifest in (here, other)
         }
         for candidate in candidates:
-            _, entry = await room.shards.select(ShardSelector(model=candidate["model"], shard_id=0))
-            assert entry.content_id == candidate["content_id"]
+            shard = await room.shards.select(ShardSelector(model=candidate["model"], shard_id=0))
+            assert shard.entry.content_id == candidate["content_id"]
 
 
 @pytest.mark.parametrize(

@@ -261,14 +261,14 @@ async def test_a_seed_that_was_found_changed_is_downloaded_anew_at_once(
             await really(handle)
 
         monkeypatch.setattr(seed._session, "remove", remove)
-        seed.on_invalid = again
-        with source.path.open("r+b") as file:
-            file.write(bytes(MIB))
-        (await other.download(source.torrent, tmp_path / "got.bin")).add_peers(at(seed))
-        async with asyncio.timeout(20):
-            download = await (await found)
-            download.add_peers(at(good))
-            assert filecmp.cmp(copy, await download.verified(), shallow=False)
+        with seed.on_invalid(again):
+            with source.path.open("r+b") as file:
+                file.write(bytes(MIB))
+            (await other.download(source.torrent, tmp_path / "got.bin")).add_peers(at(seed))
+            async with asyncio.timeout(20):
+                download = await (await found)
+                download.add_peers(at(good))
+                assert filecmp.cmp(copy, await download.verified(), shallow=False)
 
 
 @pytest.mark.slow

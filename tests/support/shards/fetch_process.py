@@ -36,9 +36,7 @@ async def main(folder: Path, dht_port: int, manifest: Path, shard_id: int) -> No
             settings, swarm=swarm, discovery=discovery, fetch_manifest=no_manifest, key=key, rpc_port=1
         ) as shards,
     ):
-        await shards.fetch(
-            signed, signed.manifest.shard(shard_id), lambda progress: print(progress.bytes_done, flush=True)
-        )
+        await shards.fetch(signed.shard(shard_id), lambda progress: print(progress.bytes_done, flush=True))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from node.clock import Clock
 from node.discovery.values import FoundName, FoundProvider
 from node.shards.service import Shards
 from node.shards.settings import ShardsSettings
-from node.swarm.torrent import PeerAddress, Torrent
+from node.shards.store.hash_worker import Answer, Job, do
+from node.shards.store.hasher import Hasher
+from node.swarm.torrent import DownloadProgress, PeerAddress, Torrent
 from protocol.content import hash_file
 from protocol.errors import CancelledRequestError, UnreachableError
 from protocol.manifest import Manifest, ModelInfo, ShardEntry, ShardKind, SignedManifest, sign_manifest
@@ -39,12 +43,11 @@ QUICK: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Progress:
-    bytes_done: int
-    bytes_total: int
-    rate_bytes_s: float = 0.0
-    peers: int = 0
+class ThreadHasher(Hasher):
+    """Does the hashing process's jobs in a thread of this one: a process takes long to start."""
+
+    async def _ask(self, job: Job, progress: Callable[[int], None] | None) -> Answer:
+        return await asyncio.to_thread(do, job, io.BytesIO())
 
 
 class MemoryDownload:
@@ -63,8 +66,8 @@ class MemoryDownload:
     def part(self) -> Path:
         return self.path.with_name(self.path.name + ".part")
 
-    def progress(self) -> Progress:
-        return Progress(self.bytes_done, self.torrent.size, 0.0, len(self.peers))
+    def progress(self) -> DownloadProgress:
+        return DownloadProgress(self.bytes_done, self.torrent.size, 0.0, len(self.peers))
 
     def add_peers(self, peers: Any) -> None:
         self.peers |= set(peers)
@@ -93,9 +96,16 @@ class MemorySwarm:
     port = 7402
 
     def __init__(self) -> None:
-        self.on_invalid: Callable[[Torrent, str], None] | None = None
+        self.report_invalid: Callable[[Torrent, str], None] | None = None
+        """Tells who listens that a seed was found changed."""
         self.seeds: dict[str, tuple[Torrent, Path, bytes]] = {}
         self.downloads: list[MemoryDownload] = []
+
+    @contextmanager
+    def on_invalid(self, listener: Callable[[Torrent, str], None]) -> Iterator[None]:
+        self.report_invalid = listener
+        yield
+        self.report_invalid = None
 
     @property
     def seeded(self) -> set[str]:
@@ -194,7 +204,14 @@ class Room:
 
 
 @asynccontextmanager
-async def open_room(root: Path, discovery: MemoryDiscovery | None = None, **options: Any) -> AsyncIterator[Room]:
+async def open_room(
+    root: Path,
+    discovery: MemoryDiscovery | None = None,
+    *,
+    clock: Clock | None = None,
+    new_hasher: Callable[[], Hasher] = ThreadHasher,
+    **options: Any,
+) -> AsyncIterator[Room]:
     swarm, discovery = MemorySwarm(), discovery or MemoryDiscovery()
     settings = ShardsSettings(shards_dir=root / "shards", data_dir=root / "data", **{**QUICK, **options})
     async with Shards.open(
@@ -204,6 +221,8 @@ async def open_room(root: Path, discovery: MemoryDiscovery | None = None, **opti
         fetch_manifest=discovery.fetch_manifest,
         key=KEY,
         rpc_port=7400,
+        clock=clock,
+        new_hasher=new_hasher,
     ) as shards:
         yield Room(shards, swarm, discovery, settings.shards_dir)
 

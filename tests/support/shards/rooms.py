@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from node.discovery import Discovery, DiscoverySettings
-from node.shards.interfaces import Origin
+from node.shards.interfaces import OriginCatalog
 from node.shards.service import Shards
 from node.shards.settings import ShardsSettings
 from node.swarm import Swarm, SwarmSettings
@@ -60,7 +60,7 @@ async def open_node(
     bootstrap: tuple[Node, ...] = (),
     upload_limit: int = 0,
     download_limit: int = 0,
-    origin: Origin | None = None,
+    origin: OriginCatalog | None = None,
     **options: Any,
 ) -> AsyncIterator[Node]:
     """One node's rooms; opened again with the same folder it is the same node after a restart."""

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from node.shards.store import disk_space as space_module
-from node.shards.store.disk_space import Space
+from node.shards.store.disk_space import DiskSpace
 from node.shards.store.manifests import write_manifest
 from node.swarm.torrent import DownloadProgress
 from protocol.errors import (
@@ -23,7 +23,7 @@ from protocol.errors import (
     ShardInUseError,
     ShardNotFoundError,
 )
-from protocol.manifest import SignedManifest
+from protocol.manifest import Shard, SignedManifest
 from tests.support.shards.parts import MemoryDiscovery, Room, manifest_of, open_room, write_shard
 from tests.support.waiting import eventually
 
@@ -56,7 +56,7 @@ async def test_a_fetched_shard_lies_in_a_folder_of_its_own_and_is_known_after_a_
     entry = signed.manifest.shards[0]
     seen: list[DownloadProgress] = []
     async with open_room(tmp_path, cluster) as room:
-        task = asyncio.create_task(room.shards.fetch(signed, entry, seen.append))
+        task = asyncio.create_task(room.shards.fetch(Shard(signed, entry), seen.append))
         await downloading(room)
         assert [info.state for info in room.shards.files()] == ["downloading"]
         assert [status.filename for status in room.shards.downloads()] == ["a.parquet"]
@@ -70,7 +70,7 @@ async def test_a_fetched_shard_lies_in_a_folder_of_its_own_and_is_known_after_a_
         assert [progress.phase for progress in seen][:1] == ["finding"]
         assert {"downloading", "verifying"} <= {progress.phase for progress in seen}
         assert not room.shards.downloads()
-        again = await room.shards.fetch(signed, entry)
+        again = await room.shards.fetch(Shard(signed, entry))
         assert (again.path, again.source, again.bytes_by_source) == (fetched.path, "local", {})
     async with open_room(tmp_path) as room:
         await room.shards.settled()
@@ -85,13 +85,13 @@ async def test_two_callers_share_a_download_and_one_may_leave(
 ) -> None:
     entry = signed.manifest.shards[1]
     async with open_room(tmp_path, cluster) as room:
-        first = asyncio.create_task(room.shards.fetch(signed, entry))
-        second = asyncio.create_task(room.shards.fetch(signed, entry))
+        first = asyncio.create_task(room.shards.fetch(Shard(signed, entry)))
+        second = asyncio.create_task(room.shards.fetch(Shard(signed, entry)))
         await downloading(room)
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
         with pytest.raises(ShardInUseError):
-            await room.shards.evict(signed, entry)
+            await room.shards.evict(Shard(signed, entry))
         room.swarm.downloads[0].finish((made / "b.bin").read_bytes())
         assert (await second).source == "peers"
         assert len(room.swarm.downloads) == 1
@@ -102,13 +102,13 @@ async def test_the_last_caller_takes_the_download_along_and_the_next_begins_anew
 ) -> None:
     entry = signed.manifest.shards[1]
     async with open_room(tmp_path, cluster) as room:
-        task = asyncio.create_task(room.shards.fetch(signed, entry))
+        task = asyncio.create_task(room.shards.fetch(Shard(signed, entry)))
         await downloading(room)
         room.swarm.downloads[0].bytes_done = 10
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         # Asked for again while the old one is still being ended.
-        again = asyncio.create_task(room.shards.fetch(signed, entry))
+        again = asyncio.create_task(room.shards.fetch(Shard(signed, entry)))
         await downloading(room, 2)
         assert room.swarm.downloads[0].ended.done()
         assert room.swarm.downloads[0].part.exists()
@@ -122,7 +122,7 @@ async def test_what_a_crash_left_is_no_shard_and_counts_as_begun(
 ) -> None:
     entry = signed.manifest.shards[1]
     async with open_room(tmp_path, cluster) as room:
-        task = asyncio.create_task(room.shards.fetch(signed, entry))
+        task = asyncio.create_task(room.shards.fetch(Shard(signed, entry)))
         await downloading(room)
         room.swarm.downloads[0].bytes_done = 10
     with pytest.raises(CancelledRequestError):
@@ -131,13 +131,13 @@ async def test_what_a_crash_left_is_no_shard_and_counts_as_begun(
         await room.shards.settled()
         assert room.states() == {}
         # Begun again and left at once, before anybody knew how much is there: it is kept.
-        task = asyncio.create_task(room.shards.fetch(signed, entry))
+        task = asyncio.create_task(room.shards.fetch(Shard(signed, entry)))
         await eventually(lambda: len(room.swarm.downloads) == 1)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await eventually(room.swarm.downloads[0].ended.done)
         assert room.swarm.downloads[0].part.exists()
-        task = asyncio.create_task(room.shards.fetch(signed, entry))
+        task = asyncio.create_task(room.shards.fetch(Shard(signed, entry)))
         await eventually(lambda: len(room.swarm.downloads) == 2)
         room.swarm.downloads[1].bytes_done = 40
         await downloading(room, 2)
@@ -151,16 +151,16 @@ async def test_evicting_deletes_withdraws_and_leaves_no_folder_behind(
     entry = signed.manifest.shards[0]
     async with open_room(tmp_path, cluster) as room:
         with pytest.raises(ShardNotFoundError):
-            await room.shards.evict(signed, entry)
-        task = asyncio.create_task(room.shards.fetch(signed, entry))
+            await room.shards.evict(Shard(signed, entry))
+        task = asyncio.create_task(room.shards.fetch(Shard(signed, entry)))
         await downloading(room)
         room.swarm.downloads[0].finish((made / "a.parquet").read_bytes())
         path = (await task).path
         await room.shards.set_loaded(signed.digest, frozenset({0}))
         with pytest.raises(ShardInUseError, match="unload"):
-            await room.shards.evict(signed, entry)
+            await room.shards.evict(Shard(signed, entry))
         await room.shards.set_loaded(signed.digest, frozenset())
-        assert await room.shards.evict(signed, entry) == path
+        assert await room.shards.evict(Shard(signed, entry)) == path
         await room.shards.settled()
         assert (room.states(), cluster.announced, list(room.folder.iterdir())) == ({}, {}, [])
         assert room.shards.manifests() == []
@@ -171,15 +171,15 @@ async def test_a_fetch_that_follows_the_last_eviction_at_once_finds_its_folder_m
 ) -> None:
     first, second = signed.manifest.shards
     async with open_room(tmp_path, cluster) as room:
-        task = asyncio.create_task(room.shards.fetch(signed, first))
+        task = asyncio.create_task(room.shards.fetch(Shard(signed, first)))
         await downloading(room)
         room.swarm.downloads[0].finish((made / "a.parquet").read_bytes())
         folder = (await task).path.parent
         await room.shards.settled()
-        monkeypatch.setattr(room.shards._survey, "_look", asyncio.Event().wait)  # as one that is late
-        await room.shards.evict(signed, first)
+        monkeypatch.setattr(room.shards._scanner, "_scan", asyncio.Event().wait)  # as one that is late
+        await room.shards.evict(Shard(signed, first))
         assert not folder.exists()
-        task = asyncio.create_task(room.shards.fetch(signed, second))
+        task = asyncio.create_task(room.shards.fetch(Shard(signed, second)))
         await downloading(room, 2)
         assert (folder / "manifest.json").exists()
         room.swarm.downloads[1].finish((made / "b.bin").read_bytes())
@@ -197,10 +197,10 @@ async def test_a_file_found_wrong_is_out_of_the_swarm_before_it_is_fetched_anew(
     async with open_room(tmp_path, cluster) as room:
         await room.shards.settled()
         ((torrent, _, _),) = room.swarm.seeds.values()
-        monkeypatch.setattr(room.shards._index, "forget", lambda path: time.sleep(0.3))
-        assert room.swarm.on_invalid is not None
-        room.swarm.on_invalid(torrent, "piece 0 is not what was hashed")
-        task = asyncio.create_task(room.shards.fetch(signed, entry))
+        monkeypatch.setattr(room.shards._quarantine._cache, "forget", lambda path: time.sleep(0.3))
+        assert room.swarm.report_invalid is not None
+        room.swarm.report_invalid(torrent, "piece 0 is not what was hashed")
+        task = asyncio.create_task(room.shards.fetch(Shard(signed, entry)))
         await downloading(room)
         room.swarm.downloads[0].finish((made / "b.bin").read_bytes())
         assert (await task).source == "peers"
@@ -215,12 +215,12 @@ async def test_the_same_content_under_another_manifest_moves_no_bytes(
     write_shard(tmp_path / "shards" / "loose" / "a.parquet")
     async with open_room(tmp_path, cluster) as room:
         await room.shards.settled()
-        fetched = await room.shards.fetch(signed, signed.manifest.shards[0])
+        fetched = await room.shards.fetch(signed.shard(0))
         assert (fetched.source, fetched.bytes_by_source) == ("local", {})
         await room.shards.settled()
         assert len(room.swarm.seeds) == 1
         assert cluster.announced[signed.digest][0] == {0}
-        await room.shards.evict(signed, signed.manifest.shards[0])
+        await room.shards.evict(signed.shard(0))
         assert room.states() == {"loose/a.parquet": "seeding"}
         assert room.swarm.seeded == {"a.parquet"}
 
@@ -229,13 +229,13 @@ async def test_a_damaged_file_is_set_aside_and_fetched(
     tmp_path: Path, made: Path, cluster: MemoryDiscovery, signed: SignedManifest
 ) -> None:
     async with open_room(tmp_path, cluster) as room:
-        task = asyncio.create_task(room.shards.fetch(signed, signed.manifest.shards[1]))
+        task = asyncio.create_task(room.shards.fetch(signed.shard(1)))
         await downloading(room)
         room.swarm.downloads[0].finish((made / "b.bin").read_bytes())
         path = (await task).path
         path.write_bytes(b"?" * path.stat().st_size)
         await eventually(lambda: set(room.states().values()) == {"invalid"})
-        task = asyncio.create_task(room.shards.fetch(signed, signed.manifest.shards[1]))
+        task = asyncio.create_task(room.shards.fetch(signed.shard(1)))
         await downloading(room, 2)
         room.swarm.downloads[1].finish((made / "b.bin").read_bytes())
         assert (await task).source == "peers"
@@ -250,7 +250,7 @@ async def test_nobody_has_it_names_what_was_tried(
     cluster.providers[signed.digest] = frozenset({1})
     async with open_room(tmp_path, cluster) as room:
         with pytest.raises(NoSourceError, match=r"127\.0\.0\.1:7402 \(lacks it\)"):
-            await room.shards.fetch(signed, signed.manifest.shards[0])
+            await room.shards.fetch(signed.shard(0))
         assert (room.states(), list(room.folder.iterdir())) == ({}, [])
 
 
@@ -259,7 +259,7 @@ async def test_a_provider_that_comes_late_is_found_and_a_stall_ends(
 ) -> None:
     providers = cluster.providers.pop(signed.digest)
     async with open_room(tmp_path, cluster, find_timeout_s=5.0, restart_s=3.0, stall_timeout_s=3.0) as room:
-        task = asyncio.create_task(room.shards.fetch(signed, signed.manifest.shards[0]))
+        task = asyncio.create_task(room.shards.fetch(signed.shard(0)))
         await asyncio.sleep(0.3)
         cluster.providers[signed.digest] = providers
         cluster.host = "localhost"
@@ -277,7 +277,7 @@ async def test_a_download_that_got_stuck_is_begun_anew(
 ) -> None:
     entry = signed.manifest.shards[0]
     async with open_room(tmp_path, cluster, restart_s=1.5, stall_timeout_s=20.0) as room:
-        task = asyncio.create_task(room.shards.fetch(signed, entry))
+        task = asyncio.create_task(room.shards.fetch(Shard(signed, entry)))
         await downloading(room)
         room.swarm.downloads[0].bytes_done = 10
         await downloading(room, 2)
@@ -293,7 +293,7 @@ async def test_a_shard_that_is_no_parquet_though_its_manifest_vouches_for_it_is_
     (made / "a.parquet").write_bytes(b"PAR1 and nothing else PAR1")
     signed = cluster.publish(manifest_of(made, "a.parquet"))
     async with open_room(tmp_path, cluster) as room:
-        task = asyncio.create_task(room.shards.fetch(signed, signed.manifest.shards[0]))
+        task = asyncio.create_task(room.shards.fetch(signed.shard(0)))
         await downloading(room)
         room.swarm.downloads[0].finish((made / "a.parquet").read_bytes())
         with pytest.raises(InvalidShardError, match=r"a\.parquet"):
@@ -308,7 +308,7 @@ async def test_downloaders_of_one_shard_find_each_other(
 ) -> None:
     cluster.fetchers[signed.digest] = frozenset({0})
     async with open_room(tmp_path, cluster) as room:
-        task = asyncio.create_task(room.shards.fetch(signed, signed.manifest.shards[0]))
+        task = asyncio.create_task(room.shards.fetch(signed.shard(0)))
         await downloading(room)
         assert {peer.port for peer in room.swarm.downloads[0].peers} == {7402, 7502}
         await eventually(lambda: cluster.fetching.get(signed.digest) == frozenset({0}))
@@ -327,7 +327,7 @@ async def test_who_is_only_fetching_a_shard_is_no_source_of_it(
     del cluster.providers[signed.digest]
     async with open_room(tmp_path, cluster, find_timeout_s=0.5) as room:
         with pytest.raises(NoSourceError, match="lacks it"):
-            await room.shards.fetch(signed, signed.manifest.shards[0])
+            await room.shards.fetch(signed.shard(0))
         assert not room.swarm.downloads
 
 
@@ -342,7 +342,7 @@ async def test_a_name_that_a_peer_supplies_never_leads_out(
     cluster.providers[forged.digest] = frozenset({0})
     async with open_room(tmp_path, cluster) as room:
         with pytest.raises(InvalidManifestError):
-            await room.shards.fetch(forged, entry)
+            await room.shards.fetch(Shard(forged, entry))
         assert not room.swarm.downloads
         assert list(room.folder.iterdir()) == []
 
@@ -350,7 +350,7 @@ async def test_a_name_that_a_peer_supplies_never_leads_out(
 async def test_without_room_nothing_is_begun(tmp_path: Path, cluster: MemoryDiscovery, signed: SignedManifest) -> None:
     async with open_room(tmp_path, cluster, min_free_disk=1 << 60) as room:
         with pytest.raises(InsufficientDiskError) as caught:
-            await room.shards.fetch(signed, signed.manifest.shards[0])
+            await room.shards.fetch(signed.shard(0))
         details = caught.value.details
         assert details["needed"] == signed.manifest.shards[0].size
         assert details["kept"] == 1 << 60
@@ -359,7 +359,7 @@ async def test_without_room_nothing_is_begun(tmp_path: Path, cluster: MemoryDisc
 
 
 async def test_space_is_promised_once_and_given_back(tmp_path: Path) -> None:
-    space = Space(tmp_path, 100, free=lambda _: 1000)
+    space = DiskSpace(tmp_path, 100, free=lambda _: 1000)
     async with space.reserved(tmp_path / "a", 600):
         with pytest.raises(InsufficientDiskError, match="600 of them promised"):
             async with space.reserved(tmp_path / "b", 301):
@@ -377,7 +377,7 @@ async def test_what_is_on_the_disk_already_is_not_promised_again(
 ) -> None:
     written = {"a.part": 500, "b.part": 250}
     monkeypatch.setattr(space_module, "allocated_bytes", lambda path: written.get(path.name, 0))
-    space = Space(tmp_path, 0, free=lambda _: 400)
+    space = DiskSpace(tmp_path, 0, free=lambda _: 400)
     # 100 bytes of one and 300 of the other are still to come.
     async with space.reserved(tmp_path / "a", 600), space.reserved(tmp_path / "b", 550):
         with pytest.raises(InsufficientDiskError):
@@ -394,7 +394,7 @@ async def test_a_whole_part_beside_a_part_that_counts_has_room_of_its_own(
 ) -> None:
     written = {"a.part": 600, "a.whole.part": 200}
     monkeypatch.setattr(space_module, "allocated_bytes", lambda path: written.get(path.name, 0))
-    space = Space(tmp_path, 0, free=lambda _: 400)
+    space = DiskSpace(tmp_path, 0, free=lambda _: 400)
     async with space.reserved(tmp_path / "a", 600), space.reserved(tmp_path / "a.whole.part", 600):
         with pytest.raises(InsufficientDiskError, match="400 of them promised"):
             async with space.reserved(tmp_path / "b", 1):

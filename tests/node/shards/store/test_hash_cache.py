@@ -7,7 +7,7 @@ import sqlite3
 from pathlib import Path
 
 from node.files import Fingerprint
-from node.shards.store.hash_cache import Index
+from node.shards.store.hash_cache import HashCache
 from protocol.content import ContentHash, hash_file
 
 PRINT = Fingerprint(1_000_000, 17)
@@ -20,12 +20,12 @@ def content(tmp_path: Path, size: int = 1_000_000) -> ContentHash:
 
 
 def test_a_hash_is_found_for_the_same_path_size_and_time_alone(tmp_path: Path) -> None:
-    index = Index(tmp_path / "index.sqlite")
+    index = HashCache(tmp_path / "index.sqlite")
     path, hashed = tmp_path / os.fsdecode(b"not-utf8-\xff"), content(tmp_path)
     assert hashed.piece_layer
     index.put(path, PRINT, hashed)
     index.close()
-    index = Index(tmp_path / "index.sqlite")
+    index = HashCache(tmp_path / "index.sqlite")
     assert index.get(path, PRINT) == hashed
     assert index.get(path, Fingerprint(PRINT.size, 18)) is None
     assert index.get(path, Fingerprint(PRINT.size + 1, 17)) is None
@@ -36,7 +36,7 @@ def test_a_hash_is_found_for_the_same_path_size_and_time_alone(tmp_path: Path) -
 
 
 def test_only_what_is_gone_from_the_folder_is_pruned(tmp_path: Path) -> None:
-    index = Index(tmp_path / "index.sqlite")
+    index = HashCache(tmp_path / "index.sqlite")
     hashed = content(tmp_path)
     kept, gone, elsewhere = tmp_path / "in/a", tmp_path / "in/b", tmp_path / "in-between/c"
     for path in (kept, gone, elsewhere):
@@ -49,7 +49,7 @@ def test_only_what_is_gone_from_the_folder_is_pruned(tmp_path: Path) -> None:
 
 
 def test_a_row_that_contradicts_itself_is_not_believed(tmp_path: Path) -> None:
-    index = Index(tmp_path / "index.sqlite")
+    index = HashCache(tmp_path / "index.sqlite")
     hashed = content(tmp_path)
     layer = bytes([hashed.piece_layer[0] ^ 1]) + hashed.piece_layer[1:]
     for path, wrong in {
@@ -68,7 +68,7 @@ def test_a_damaged_index_is_set_aside_and_begun_anew(tmp_path: Path) -> None:
     hashed = content(tmp_path)
     for damage in (b"this is no database, whatever its name says" * 100, b"SQLite format 3\0" + os.urandom(8000)):
         file.write_bytes(damage)
-        index = Index(file)
+        index = HashCache(file)
         assert index.get(Path("a"), PRINT) is None
         index.put(Path("a"), PRINT, hashed)
         assert index.get(Path("a"), PRINT) == hashed
@@ -79,12 +79,12 @@ def test_a_damaged_index_is_set_aside_and_begun_anew(tmp_path: Path) -> None:
 def test_damage_that_comes_while_it_is_open_costs_a_rehash_and_no_more(tmp_path: Path) -> None:
     file = tmp_path / "index.sqlite"
     hashed = content(tmp_path)
-    index = Index(file)
+    index = HashCache(file)
     for number in range(200):
         index.put(Path(str(number)), PRINT, hashed)
     index.close()
     size = file.stat().st_size
-    index = Index(file)
+    index = HashCache(file)
     with file.open("r+b") as raw:
         raw.seek(4096)
         raw.write(os.urandom(size - 4096))
@@ -107,7 +107,7 @@ def test_an_index_without_rows_is_taken_over(tmp_path: Path) -> None:
         db.execute("PRAGMA user_version = 1")
     db.close()
     for _ in range(2):
-        index = Index(file)
+        index = HashCache(file)
         assert index.get(Path("a"), PRINT) == hashed
         index.put(Path("b"), PRINT, hashed, rows=7)
         assert [index.rows(Path(name), PRINT) for name in "abc"] == [None, 7, None]
@@ -121,7 +121,7 @@ def test_an_index_of_another_layout_is_not_misread(tmp_path: Path) -> None:
     with sqlite3.connect(file) as db:
         db.execute("PRAGMA user_version = 99")
     db.close()
-    index = Index(file)
+    index = HashCache(file)
     index.put(Path("a"), PRINT, hashed := content(tmp_path))
     assert index.get(Path("a"), PRINT) == hashed
     index.close()

@@ -16,12 +16,13 @@ import pytest
 from node.files import Fingerprint
 from node.handlers.leases import LeaseHandlers
 from node.handlers.shards import ShardHandlers
-from node.shards.store import scanner as survey_module
+from node.shards.store import scanner as scanner_module
+from node.shards.store.hasher import Hasher
 from node.shards.store.manifests import write_manifest
 from protocol.commands.leases import ReleaseParams
 from protocol.commands.shards import EvictShardParams
 from protocol.errors import BusyError, InvalidShardError
-from protocol.manifest import sign_manifest
+from protocol.manifest import Shard, sign_manifest
 from tests.support.shards.parts import (
     KEY,
     OTHER_KEY,
@@ -58,7 +59,7 @@ async def test_a_folder_is_seeded_and_announced(tmp_path: Path) -> None:
         signed = room.shards.manifest(manifest.digest)
         assert signed is not None
         assert signed.publisher == KEY.node_id
-        assert room.shards.path_of(signed, manifest.shards[1]) == room.folder / "tiny" / "shard-1.gguf"
+        assert room.shards.path_of(signed.shard(1).ref) == room.folder / "tiny" / "shard-1.gguf"
         before = room.discovery.announcements
         await room.shards.set_loaded(manifest.digest, frozenset({1}))
         await room.shards.settled()
@@ -219,7 +220,7 @@ async def test_a_listing_that_is_out_of_date_drops_nothing(tmp_path: Path, monke
             looks += 1
             return {}
 
-        monkeypatch.setattr(survey_module, "list_files", empty)
+        monkeypatch.setattr(scanner_module, "list_files", empty)
         (room.folder / "poke").touch()
         await eventually(lambda: looks > 0)
         await room.shards.settled()
@@ -235,13 +236,13 @@ async def test_before_the_first_look_nothing_is_said_to_be_gone(
     signed = sign_manifest(manifest_of(folder, "a.parquet"), OTHER_KEY)
     write_manifest(folder, signed)
     age(folder)
-    go_on, really = threading.Event(), survey_module.list_files
+    go_on, really = threading.Event(), scanner_module.list_files
 
     def late(root: Path) -> Any:
         go_on.wait(20)
         return really(root)
 
-    monkeypatch.setattr(survey_module, "list_files", late)
+    monkeypatch.setattr(scanner_module, "list_files", late)
     cluster = MemoryDiscovery()
     cluster.publish(signed.manifest)
     async with open_room(tmp_path, cluster, name_timeout_s=20.0) as room:
@@ -315,8 +316,8 @@ async def test_a_copy_that_cannot_take_over_as_a_seed_ends_nothing(
                 raise InvalidShardError("same.parquet has 0 bytes")
 
             patched.setattr(room.swarm, "seed", refuse)
-            assert room.swarm.on_invalid is not None
-            room.swarm.on_invalid(torrent, "a piece on disk is not what was hashed")
+            assert room.swarm.report_invalid is not None
+            room.swarm.report_invalid(torrent, "a piece on disk is not what was hashed")
             await room.shards.settled()
         assert room.swarm.seeds == {}
         assert room.states()[f"{seeded.parent.name}/same.parquet"] == "invalid"
@@ -329,8 +330,8 @@ async def test_a_seed_that_the_swarm_found_changed_is_invalid_and_withdrawn(tmp_
     async with open_room(tmp_path) as room:
         await room.shards.settled()
         ((torrent, _, _),) = room.swarm.seeds.values()
-        assert room.swarm.on_invalid is not None
-        room.swarm.on_invalid(torrent, "piece 0 is not what was hashed")
+        assert room.swarm.report_invalid is not None
+        room.swarm.report_invalid(torrent, "piece 0 is not what was hashed")
         await room.shards.settled()
         (info,) = room.shards.files()
         assert (info.state, room.swarm.seeds, room.discovery.announced) == ("invalid", {}, {})
@@ -347,28 +348,28 @@ async def test_verify_reads_the_disk_and_finds_what_a_time_stamp_hides(tmp_path:
         await room.shards.settled()
         (signed,) = room.shards.manifests()
         entry = signed.manifest.shards[0]
-        assert await room.shards.verify(signed, entry) == entry.content_id
+        assert await room.shards.verify(Shard(signed, entry)) == entry.content_id
         before = path.stat()
         with path.open("r+b") as file:
             file.seek(100)
             file.write(b"changed")
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-        assert await room.shards.verify(signed, entry) not in (None, entry.content_id)
+        assert await room.shards.verify(Shard(signed, entry)) not in (None, entry.content_id)
         await room.shards.settled()
         assert (room.states(), room.swarm.seeds, room.discovery.announced) == ({"a.parquet": "invalid"}, {}, {})
-        assert room.shards.path_of(signed, entry) is None
+        assert room.shards.path_of(Shard(signed, entry).ref) is None
 
 
 async def test_opening_does_not_wait_for_hashing(tmp_path: Path) -> None:
     large = tmp_path / "shards" / "set" / "large.bin"
     large.parent.mkdir(parents=True)
     with large.open("wb") as file:
-        file.truncate(300 << 20)
+        file.truncate(60 << 20)
     manifest = manifest_of(large.parent, "large.bin")
     write_unsigned(large.parent, manifest)
     os.utime(large.parent / "manifest.json", (1, 1))
     os.utime(large, (1, 1))
-    async with open_room(tmp_path) as room:
+    async with open_room(tmp_path, new_hasher=Hasher) as room:
         assert room.states() == {}
         await eventually(lambda: room.states() == {"set/large.bin": "hashing"})
         assert room.swarm.seeds == {}
