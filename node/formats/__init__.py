@@ -7,6 +7,7 @@ gguf           the header of a GGUF, read as hostile input
 gguf_writer    a GGUF written as a stream, the same bytes every time
 parquet        the footer of a parquet file, checked before pyarrow sees it
 kinds          the kind of a file, and the check for that kind
+hyperparameters  what a GGUF header says of a model's shape; headers that abort llama.cpp are refused
 architectures  the layers before which each architecture may be cut
 cuts           which layers go into which shard
 slices         what a slice of a model must hold for llama.cpp to load it

@@ -1,4 +1,4 @@
-"""A download: from reserved space to a file whose every piece was checked, from peers and from who gives pieces."""
+"""A download: from reserved space to a file whose every piece was checked, from peers and from callers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of the transport, checked where they are built."""
+"""The settings of the transport, checked at construction."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Counters:
-    """What happened so far, counted where it happens."""
+    """Totals since the endpoint was opened."""
 
     frames_sent: int = 0
     frames_received: int = 0
