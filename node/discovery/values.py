@@ -51,6 +51,9 @@ class DiscoverySettings:
             raise ValueError(f"record_ttl_s is {self.record_ttl_s}: it must be 1 to {MAX_TTL_S}")
         if not 0.05 <= self.rpc_timeout_s <= 10:
             raise ValueError(f"rpc_timeout_s is {self.rpc_timeout_s}: it must be 0.05 to 10")
+        for name in ("walk_deadline_s", "upkeep_s", "retry_s", "withdraw_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name):g}: it must be above 0")
         for host, port in ((self.listen_host, self.port or 1), *self.bootstrap):
             if not host or not 1 <= port <= 65535:
                 raise ValueError(f"{host!r}:{port} is not an address: it needs a host and a port of 1 to 65535")

@@ -42,9 +42,13 @@ class SwarmSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
-            raise ValueError(f"port {self.port} is not between 0 and 65535")
-        if self.upload_limit_bytes_s < 0 or self.download_limit_bytes_s < 0:
-            raise ValueError("a rate limit is 0 (none) or bytes per second")
+            raise ValueError(f"port is {self.port}: it must be 0 (any free one) to 65535")
+        for name in ("upload_limit_bytes_s", "download_limit_bytes_s", "stop_timeout_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0")
+        for name in ("stall_s", "refresh_s", "ask_every_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name):g}: it must be above 0")
 
 
 def session_params(settings: SwarmSettings) -> Any:

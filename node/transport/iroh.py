@@ -38,6 +38,7 @@ _QUEUED_WHILE_DIALING = 256
 _MAX_ROUTES = 4096
 _MAX_SOCKETS = 4
 _REST_S = 0.3
+_RETIRED_S = 1.0
 
 
 def _rest() -> None:
@@ -52,6 +53,7 @@ class _Socket:
         self._node = node
         self._on_message = on_message
         self._wait: asyncio.Future[Any] | None = None
+        self._retiring: asyncio.TimerHandle | None = None
         self._closed = False
         self.broken: set[bytes] = set()
         """Peers whose pooled connection is dead: this node cannot reach them any more."""
@@ -81,16 +83,23 @@ class _Socket:
             self._wait = self._node.wait_for_tensor()
             self._wait.add_done_callback(self._arrived)
 
-    def retire(self) -> None:
-        """Stop reading, and stop altogether a little later."""
+    def retire(self, then: Callable[[_Socket], None]) -> None:
+        """Stop reading; shut down `_RETIRED_S` later, and call `then`. `close` may come before."""
         self._closed = True
         if self._wait is not None:
             self._wait.cancel()
-        self._loop.call_later(1.0, self._shut_down)
+
+        def shut_down() -> None:
+            self._shut_down()
+            then(self)
+
+        self._retiring = self._loop.call_later(_RETIRED_S, shut_down)
 
     async def close(self) -> None:
         """Stop. What was not received is dropped."""
         self._closed = True
+        if self._retiring is not None:
+            self._retiring.cancel()
         if self._wait is not None:
             self._wait.cancel()
         try:
@@ -148,6 +157,8 @@ class IrohNode:
         self._node_class, self._data_class = PyTensorNode, PyTensorData
         self._on_message = on_message
         self._sockets: list[_Socket] = []
+        self._retired: set[_Socket] = set()
+        """Sockets that no route uses any more, until they are shut down."""
         self._routes: dict[bytes, _Route] = {}
         self._watched: set[asyncio.Future[Any]] = set()
         """Futures whose end is waited for: of dialing, and of routes that were dropped."""
@@ -194,7 +205,7 @@ class IrohNode:
             await asyncio.wait(self._watched, timeout=wait_s)
         for future in tuple(self._watched):
             future.cancel()
-        for socket in self._sockets:
+        for socket in (*self._sockets, *self._retired):
             await socket.close()
 
     def _begin(self, peer: bytes, route: _Route, ticket: str, name: str, tensor: object) -> None:
@@ -253,7 +264,8 @@ class IrohNode:
             for key, route in tuple(self._routes.items()):
                 if route.socket is oldest:
                     self._drop(key, route)
-            oldest.retire()
+            self._retired.add(oldest)
+            oldest.retire(self._retired.discard)
         socket = _Socket(self._node_class(), self._on_message)
         route = self._routes[peer] = _Route(socket)
         route.dialing = True

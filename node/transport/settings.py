@@ -67,17 +67,27 @@ class TransportSettings:
 
     def __post_init__(self) -> None:
         if not 0 < self.ack_delay_s < self.heartbeat_s < self.lost_after_s / 2:
-            raise ValueError("ack_delay_s < heartbeat_s < lost_after_s / 2 must hold, or the living count as lost")
+            raise ValueError(
+                f"ack_delay_s ({self.ack_delay_s:g}) < heartbeat_s ({self.heartbeat_s:g}) < lost_after_s / 2 "
+                f"({self.lost_after_s / 2:g}) must hold, or living peers count as lost"
+            )
         if not 4 <= self.chunk_bytes <= min(self.window_bytes // 2, FIRST_BYTES, MAX_CHUNK_BYTES):
-            raise ValueError(f"chunk_bytes must be 4 to {FIRST_BYTES} and at most half of window_bytes")
+            raise ValueError(
+                f"chunk_bytes is {self.chunk_bytes}: it must be 4 to {FIRST_BYTES}, and at most half of window_bytes"
+            )
         if self.chunk_bytes % 4:
-            raise ValueError("chunk_bytes must be a multiple of 4, the size of an element")
+            raise ValueError(f"chunk_bytes is {self.chunk_bytes}: it must be a multiple of 4, the size of an element")
         if self.window_bytes < FIRST_BYTES or self.window_messages < FIRST_MESSAGES:
-            raise ValueError(f"the window must be at least {FIRST_MESSAGES} messages and {FIRST_BYTES} bytes")
-        if min(self.max_channels, self.max_serving, self.max_frame_bytes) < 1 or self.max_registered < 0:
-            raise ValueError("bounds must be positive")
-        if (
-            min(self.open_timeout_s, self.first_answer_s, self.resend_after_s, self.pull_again_s) <= 0
-            or self.close_timeout_s < 0
-        ):
-            raise ValueError("times must be positive")
+            raise ValueError(
+                f"the window is {self.window_messages} messages and {self.window_bytes} bytes: it must be at least "
+                f"{FIRST_MESSAGES} messages and {FIRST_BYTES} bytes"
+            )
+        for name in ("max_channels", "max_serving", "max_frame_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("open_timeout_s", "first_answer_s", "resend_after_s", "pull_again_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name):g}: it must be above 0")
+        for name in ("max_registered", "close_timeout_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name):g}: it must be at least 0")

@@ -73,7 +73,7 @@ async def test_groups_of_different_bootstrap_nodes_become_one():
         await announce(left, signed, 0)
         async with opened(
             port=port, upkeep_s=0.2
-        ) as right:  # knows nobody; `between` has a contact, and still looks for it
+        ) as right:  # knows no node; `between` has a contact, and still looks for it
             await eventually(lambda: right.stats().nodes == 2)
             await eventually(lambda: between.stats().nodes == 2)
             assert len(await right.find_providers(signed.digest)) == 1
@@ -119,7 +119,7 @@ async def test_opening_cleans_up_where_it_is_cancelled_while_joining():
             ),
             SigningKey.generate(),
         ):
-            raise AssertionError("there is nobody to join")
+            raise AssertionError("there is no node to join")
 
     task = asyncio.create_task(open_it())
     await asyncio.sleep(0.1)

@@ -1,4 +1,4 @@
-"""When a download begins anew, with time as an argument."""
+"""When a download is restarted, with time as an argument."""
 
 from node.swarm.torrent import PeerAddress
 from node.swarm.watchdog import Verdict, Watchdog
