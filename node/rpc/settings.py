@@ -34,6 +34,6 @@ class RpcSettings:
     def __post_init__(self) -> None:
         if min(self.max_held_bytes, self.max_incoming_bytes) < self.limits.max_message_bytes:
             raise ValueError(
-                f"max_held_bytes ({self.max_held_bytes}) and max_incoming_bytes ({self.max_incoming_bytes}) must each hold "
-                f"a message of max_message_bytes ({self.limits.max_message_bytes})"
+                f"max_held_bytes ({self.max_held_bytes}) and max_incoming_bytes ({self.max_incoming_bytes}) must "
+                f"each hold a message of max_message_bytes ({self.limits.max_message_bytes})"
             )
