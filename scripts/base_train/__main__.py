@@ -100,9 +100,9 @@ class Run:
         return mine and replace(mine, bytes_by_source=dict(moved))
 
     def save(self, folder: Path) -> Path:
-        """Write all of it, with the place of every rank in the data; rank 0 writes.
+        """Write the state, with the position of every rank in the data; rank 0 writes.
 
-        Raises RuntimeError where the ranks' weights differ: gradients did not reach all of them.
+        Raises RuntimeError if the ranks' weights differ: gradients did not reach all of them.
         """
         mark = sum(float(weight.detach().double().sum()) for weight in self.model.parameters())
         told: list[Any] = [(self.place, mark)]
@@ -126,7 +126,7 @@ class Run:
         return path
 
     def load(self, path: Path) -> None:
-        """Go on from there. Raises ShoalError where the data is not at the same place, OSError, RuntimeError."""
+        """Continue from a saved state. Raises ShoalError if the data cannot be continued, OSError, RuntimeError."""
         state = torch.load(path, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -146,7 +146,7 @@ class Run:
 
 
 def train(run: Run, report: Report) -> None:
-    """From where it stands to --num_iterations."""
+    """Train to step --num_iterations."""
     settings, began = run.settings, time.monotonic()
     first = run.step_number
     looked_at, looked = began, first
@@ -177,11 +177,11 @@ def train(run: Run, report: Report) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """1 where the run failed, with one line that says why."""
+    """Returns the exit status: 1 if the run failed, with one line that says why."""
     settings = parsed(arguments, __doc__ or "", Path(platformdirs.user_cache_dir("shoal")) / "base_train")
     cuda = torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-    torch.set_num_threads(settings.threads)  # beside other work, one thread too many waits for all others, spinning
+    torch.set_num_threads(settings.threads)  # beside other work, a thread too many spins and waits for all others
     try:
         ranks = Ranks.found()
         accumulation(settings, ranks.world_size)
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _opened(settings: Settings, ranks: Ranks) -> Data:
-    """Rank 0 first: it makes and fetches what the others then find."""
+    """Rank 0 goes first: it makes and fetches what the others then find."""
     if ranks.world_size == 1:
         return opened(settings, ranks)
     if ranks.rank == 0:

@@ -43,7 +43,7 @@ def texts(folder: Path | None = None) -> Iterator[str]:
 
 
 def write_shards(folder: Path, *, shards: int, shard_bytes: int) -> list[Path]:
-    """Shards of about so many bytes of text, MAX_SHARD_BYTES at most; fewer where this machine's library is smaller."""
+    """Shards of about so many bytes of text, MAX_SHARD_BYTES at most; fewer if this machine's library is smaller."""
     folder.mkdir(parents=True, exist_ok=True)
     documents, paths = texts(), []
     for number in range(shards):

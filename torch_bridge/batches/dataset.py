@@ -52,7 +52,7 @@ class StreamingBatchDataset(IterableDataset[Any]):
     after which another was asked for. The epoch of a run that was cut off is `epoch`; an epoch that is finished gives
     nothing. With workers, samples lie in the loader's queues: `samples_ahead` says how many at most, for each worker
     ((prefetch_factor + 1) x batch_size; 3 x batch_size by default), and as many are given again after a crash rather
-    than lost. It is needed where paths leave a worker, so that none is deleted before it is used. StatefulDataLoader
+    than lost. It is needed if paths leave a worker, so that none is deleted before it is used. StatefulDataLoader
     resumes exactly with workers too, by `state_dict`.
     """
 

@@ -71,7 +71,7 @@ class FileFetcher:
             thread.start()
 
     def wait(self, file: RemoteFile) -> Path | None:
-        """Where a file is, once it is here; None where it has vanished and may be skipped.
+        """Where a file is, once it is here; None if it has vanished and may be skipped.
 
         Raises what made it fail; InsufficientDiskError for a full disk.
         """
@@ -114,7 +114,7 @@ class FileFetcher:
             self._bring(file)
 
     def _take(self) -> RemoteFile | None:
-        """The next file, once there is room for it; None where there is nothing more to do."""
+        """The next file, once there is room for it; None if there is nothing more to do."""
         with self._change:
             while not self._stop.is_set() and self._error is None and self._next < len(self._files):
                 number, file = self._files[self._next]

@@ -62,7 +62,7 @@ def write_json(path: Path, value: Any, durability: Durability = "contents") -> N
 
 
 def read_json(path: Path) -> Any:
-    """None where there is none, or what is there is no JSON."""
+    """None if there is none, or what is there is no JSON."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -112,8 +112,8 @@ class ConsumerFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Have this part alone. BusyError where another run has it, or one with another number of consumers has any;
-        InvalidParamsError where it belongs to another data set.
+        """Have this part alone. BusyError if another run has it, or one with another number of consumers has any;
+        InvalidParamsError if it belongs to another data set.
         """
         self.notes.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
@@ -128,7 +128,7 @@ class ConsumerFolder:
         return locked(self.root / "lock", wait_s=LISTING_WAIT_S)
 
     def _divide(self) -> None:
-        """Where the folder was divided for another number of consumers, begin with nothing on the disk: the parts have
+        """If the folder was divided for another number of consumers, begin with nothing on the disk: the parts have
         become smaller, and the sum of the old and the new may be more than the disk may hold. What was consumed is in
         the journals of the epochs.
         """

@@ -22,7 +22,7 @@ Metadata = str | Mapping[str, Any] | Callable[[str], Any] | None
 
 
 class MetadataOf:
-    """Give it a file, and it gives the file's metadata; None where there is none."""
+    """Give it a file, and it gives the file's metadata; None if there is none."""
 
     def __init__(self, metadata: Metadata, column: str | None = None) -> None:
         """`column`: the field of a record that names its file; else the first of NAME_COLUMNS."""

@@ -18,7 +18,7 @@ class RemoteFile:
     size: int
     """Bytes."""
     validator: str = ""
-    """Changes with the file: an ETag, a content id, a CRC. "" where the source has none."""
+    """Changes with the file: an ETag, a content id, a CRC. "" if the source has none."""
 
     @property
     def identity(self) -> str:
@@ -78,7 +78,7 @@ def part_of(total: int, consumer: Consumer) -> int:
 
 
 def plan_batches(files: Iterable[RemoteFile], cache_size: int, max_bytes: int) -> list[FileBatch]:
-    """Batches of at most `cache_size` files, in the order given. One ends early where it would pass half of
+    """Batches of at most `cache_size` files, in the order given. One ends early if it would pass half of
     `max_bytes`: two fit. A file above the half is a batch of its own, beside which no other is here but what fits.
 
     Raises InvalidParamsError for a file above `max_bytes`: it can never be here.

@@ -41,7 +41,7 @@ class BatchSettings:
     concurrency: int = 4
     """Files on their way at once, of one consumer."""
     on_missing: Literal["error", "skip"] = "error"
-    """What to do where a file has vanished since it was listed."""
+    """What to do if a file has vanished since it was listed."""
     keep_free_bytes: int = 100_000_000
     """Free space of the disk that no download may take."""
 

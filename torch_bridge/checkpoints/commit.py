@@ -3,7 +3,7 @@
     commits/<run id>/<10 digits>-<16 digits>-<13 digits>-<digest>.json      epoch, step, milliseconds since 1970
 
 In the order of names the last valid one is the latest. The digest is the SHA-256 of the signed text, and the text says
-again what the name says, so that a commit copied to another name or run is none.
+again what the name says, so that a commit that is copied to another name or run is not valid.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ _Digits64 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 class InvalidCommitError(ValueError):
-    """Raised when an object under a run's commits is no commit of it that is trusted; the message says why."""
+    """Raised when an object under a run's commits is not a trusted commit of that run; the message says why."""
 
 
 class CommitKey(NamedTuple):
-    """What the name of a commit object says; in the order of names, which is that of checkpoints."""
+    """The parts of a commit object's name; sorted as names are, which is the order of checkpoints."""
 
     epoch: int
     step: int
-    """0 where none was given."""
+    """0 if none was given."""
     written_ms: int
-    """Since 1970, by the clock of who saved, and above that of all commits of the run that it saw."""
+    """Since 1970, by the saver's clock, and above that of all commits of the run that it saw."""
     digest: str
     key: str
 
 
 class _Body(msgspec.Struct, frozen=True, kw_only=True):
-    """What is signed."""
+    """The signed text."""
 
     run_id: str
     epoch: int
@@ -57,7 +57,7 @@ class _Body(msgspec.Struct, frozen=True, kw_only=True):
     manifest_digest: _Digits64
     manifest: msgspec.Raw
     root_cids: dict[str, str]
-    """Akave's, by content id, where the origin knew it when the commit was written."""
+    """Akave's, by content id, if the origin knew it when the commit was written."""
     structure: msgspec.Raw
 
 
@@ -83,14 +83,14 @@ class Commit:
     manifest: SignedManifest
     """The parts: safetensors files, by content id."""
     root_cids: dict[ContentId, str]
-    """Akave's root CIDs of parts, where they were known."""
+    """Akave's root CIDs of parts, if they were known."""
     structure: Json
-    """The state without its tensors, as `tree.flatten` writes it."""
+    """The state without its tensors, as `state.flatten` writes it."""
     publisher: NodeId
     key: str = ""
     """The commit object's name at the origin."""
     digest: str = ""
-    """SHA-256 of what is signed."""
+    """SHA-256 of the signed text."""
 
     @property
     def total_bytes(self) -> int:
@@ -99,15 +99,15 @@ class Commit:
 
 
 def checked_run_id(run_id: str) -> str:
-    """Raises InvalidParamsError for one that could not stand in the name of an object."""
+    """Returns it. Raises InvalidParamsError for one that cannot be part of an object's name."""
     if not _RUN_ID.fullmatch(run_id):
         raise InvalidParamsError(
-            f"{run_id!r} is no run id: 1 to 100 letters, digits, '.', '_' and '-', the first a letter or digit"
+            f"{run_id!r} is not a run id: 1 to 100 letters, digits, '.', '_' and '-', the first a letter or digit"
         )
     return run_id
 
 
-def checked_place(epoch: int, step: int | None) -> None:
+def checked_position(epoch: int, step: int | None) -> None:
     """Raises InvalidParamsError for numbers that do not fit the name of a commit."""
     if not 0 <= epoch < 10**10 or not 0 <= (step or 0) < 10**16:
         raise InvalidParamsError(f"epoch {epoch} and step {step}: both count from 0, with at most 10 and 16 digits")
@@ -158,10 +158,10 @@ def decode_commit(raw: bytes, named: CommitKey, run_id: str, trusted: frozenset[
         signed = msgspec.json.decode(raw, type=_Signed)
         body = signed.body.encode()
     except (msgspec.DecodeError, RecursionError, UnicodeError) as err:
-        raise InvalidCommitError(f"it is no commit, or half of one: {err}") from None
+        raise InvalidCommitError(f"it is not a commit, or half of one: {err}") from None
     publisher = NodeId(signed.publisher)
     if publisher not in trusted:
-        raise InvalidCommitError(f"it is of {publisher}, whose commits are not trusted here")
+        raise InvalidCommitError(f"it is signed by {publisher}, whose commits are not trusted here")
     if not is_signed_by(publisher, _CONTEXT + body, bytes.fromhex(signed.signature)):
         raise InvalidCommitError(f"its signature is not that of {publisher}")
     if hashlib.sha256(body).hexdigest() != named.digest:

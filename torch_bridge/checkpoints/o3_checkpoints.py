@@ -1,4 +1,4 @@
-"""O3CheckpointManager: checkpoints that a run cannot lose, at an origin, and where there is a node, in the swarm."""
+"""O3CheckpointManager: checkpoints at an origin and, with a node, in the swarm."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from protocol.errors import InvalidParamsError, ShoalError
 from protocol.ids import ContentId, NodeId
 from protocol.signing import SigningKey
 from protocol.sync_client import SyncClient
-from torch_bridge.checkpoints.commit import Commit, checked_place, checked_run_id
+from torch_bridge.checkpoints.commit import Commit, checked_position, checked_run_id
 from torch_bridge.checkpoints.parts import Part
 from torch_bridge.checkpoints.restore import DAMAGE, CheckpointNotFoundError, commits, missing_part, read_state
 from torch_bridge.checkpoints.state import rng_state, set_rng_state
@@ -42,7 +42,7 @@ class Stateful(Protocol):
 
 
 StateOf: TypeAlias = "Stateful | MutableMapping[str, Any]"
-"""An object with a state, or the state itself: a dict, which a restore fills anew."""
+"""An object with a state, or the state itself: a dict, which a restore clears and fills."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +53,23 @@ class Checkpoint:
     epoch: int
     step: int | None
     extra: Any
-    """As it was given to `save_checkpoint`."""
+    """As given to `save_checkpoint`."""
     state: Mapping[str, Any]
     """The states by member ("model", "optimizer", "scheduler", "loader", "rng"), tensors on the CPU."""
     key: str
     """The commit object's name at the origin."""
     digest: str
     fell_back_from: tuple[tuple[str, str], ...] = ()
-    """Newer commits that were not whole: name, and why."""
+    """Newer commits that were not complete: name, and why."""
 
 
 class O3CheckpointManager:
     """Saves and restores checkpoints under one URL of an origin. Each call is made from one thread at a time.
 
-    A save copies the state and returns; threads send it meanwhile. The copy's memory is kept for the next one. A save
-    that fails says so in the next call, in `wait` or in `close`. At an origin nothing is ever written twice: parts lie
-    under their content ids, and the commit of a checkpoint comes last, so the newest valid commit is a whole
-    checkpoint.
+    A save copies the state and returns; a thread sends it meanwhile. The memory of the copy is used again by the next
+    one. A save that fails raises in the next call, in `wait` or in `close`. Nothing at an origin is written twice:
+    parts are stored under their content ids, and the commit of a checkpoint is written last, so the newest valid commit
+    is a complete checkpoint.
     """
 
     def __init__(
@@ -82,12 +82,21 @@ class O3CheckpointManager:
         node: str | None = None,
         cache_dir: Path | str | None = None,
     ) -> None:
-        """`key_file` holds the Ed25519 key that signs commits, and is made where it is not there; one for all runs of
-        this user unless given. A run that goes on on another machine takes it along, or is trusted there: `trusted`
-        are the node ids whose commits count; this key's alone unless given. `node` is the address of this machine's
-        node ("127.0.0.1:7400"): parts come from its peers first, and are seeded after a save. `cache_dir`, $TMPDIR
-        unless given, takes a checkpoint's parts while the node takes them; it takes nothing out of a hidden folder.
-        Raises ValueError for a damaged key.
+        """Open, or create, the key that signs commits. Nothing is asked of the origin yet.
+
+        Args:
+            url_or_store: An origin's URL, or a store.
+            client: Reaches the URL; a new O3Client by default.
+            key_file: The Ed25519 key, created if it does not exist; by default one for all runs of this user. A run
+                that continues on another machine needs the same key there, or that machine trusts this one's.
+            trusted: Node ids whose commits count; by default this key's alone.
+            node: Address of this machine's node ("127.0.0.1:7400"): parts come from its peers first, and are seeded
+                after a save.
+            cache_dir: Holds a checkpoint's parts while the node reads them; $TMPDIR by default. The node publishes
+                nothing from a hidden folder.
+
+        Raises:
+            ValueError: The key file is damaged.
         """
         self._store = url_or_store if isinstance(url_or_store, Store) else (client or O3Client()).at(url_or_store)
         path = Path(key_file).expanduser() if key_file else Path(user_data_dir("shoal", appauthor=False), KEY_FILENAME)
@@ -106,7 +115,7 @@ class O3CheckpointManager:
 
     @property
     def node_id(self) -> NodeId:
-        """Of the key that signs here: what others put into `trusted`."""
+        """Of the key that signs here: others put it into `trusted`."""
         return self._key.node_id
 
     def save_checkpoint(
@@ -123,14 +132,14 @@ class O3CheckpointManager:
         rng: bool = True,
         wait: bool = False,
     ) -> None:
-        """Save what is given; with `wait`, return when it is committed, else when it is copied.
+        """Save the given states; with `wait`, return when they are committed, else when they are copied.
 
-        Waits for a save before it. Raises UnsayableStateError where a state could be kept by pickle only, what the save
-        before failed with, and with `wait` OriginError.
+        Waits for the save before it. Raises UnsayableStateError if only pickle could keep a state, the error of the
+        save before, and with `wait` OriginError.
         """
         self._expect_usable()
         checked_run_id(run_id)
-        checked_place(epoch, step)
+        checked_position(epoch, step)
         self.wait()
         given = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader}
         state = {name: _state_of(one) for name, one in given.items() if one is not None}
@@ -154,11 +163,11 @@ class O3CheckpointManager:
         loader: StateOf | None = None,
         restore_rng: bool = True,
     ) -> Checkpoint:
-        """Load the newest checkpoint that is whole, or the newest of `epoch`, into what is given.
+        """Load the newest complete checkpoint, or the newest one of `epoch`, into the given objects.
 
-        Nothing is loaded into anything before all parts are here and checked. Raises CheckpointNotFoundError; for an
-        `epoch` one of `restoring.DAMAGE` where it is not whole; OriginError where the origin does not answer;
-        InvalidParamsError where a state is asked for that was not saved.
+        No object is changed before all parts are here and checked. Raises CheckpointNotFoundError; for an
+        `epoch` one of `restore.DAMAGE` if it is not complete; OriginError if the origin does not answer;
+        InvalidParamsError if a state is asked for that was not saved.
         """
         self._expect_usable()
         self.wait()
@@ -181,21 +190,21 @@ class O3CheckpointManager:
         return found
 
     def latest(self, run_id: str) -> Commit | None:
-        """The newest valid commit whose parts are all there, by name and size; None where there is none."""
+        """The newest valid commit whose parts all exist with their sizes; None if there is none."""
         self._expect_usable()
         for commit in commits(self._store, run_id, self._trusted):
             if not (why := missing_part(self._store, commit)):
                 return commit
-            log.warning("the checkpoint %s is not whole, an older one is looked for: %s", commit.key, why)
+            log.warning("the checkpoint %s is not complete, an older one is looked for: %s", commit.key, why)
         return None
 
     def checkpoints(self, run_id: str) -> tuple[Commit, ...]:
-        """All valid commits of a run, newest first; whether their parts are there is not looked at."""
+        """All valid commits of a run, newest first. Whether their parts exist is not checked."""
         self._expect_usable()
         return tuple(commits(self._store, run_id, self._trusted))
 
     def wait(self) -> None:
-        """Until the save in progress is committed. Raises what it failed with, once."""
+        """Return when the save in progress is committed. Raises its error, once."""
         self._expect_process()
         sending, self._sending = self._sending, None
         if sending is not None:
@@ -206,7 +215,7 @@ class O3CheckpointManager:
                 raise
 
     def close(self) -> None:
-        """Wait for the save in progress, and let go of the thread. Raises what the save failed with."""
+        """Wait for the save in progress, and end the thread. Raises the error of the save."""
         self._expect_process()
         self._is_closed = True
         try:
@@ -222,7 +231,7 @@ class O3CheckpointManager:
         self.close()
 
     def _send(self, snapshot: Snapshot) -> Commit:
-        """On the sender's thread."""
+        """Runs on the sender's thread."""
         damaged = frozenset(self._damaged)
         parts = parts_of(snapshot)
         commit = upload(self._store, snapshot, parts, self._key, damaged)
@@ -232,7 +241,7 @@ class O3CheckpointManager:
         return commit
 
     def _seed(self, address: str, commit: Commit, parts: Mapping[str, Part]) -> None:
-        """Give the parts to the node. The checkpoint is committed by then: what fails here is a line in the log."""
+        """Give the parts to the node. The checkpoint is committed by then: an error here is a line in the log."""
         manifest = commit.manifest.manifest
         host, _, port = address.rpartition(":")
         try:
@@ -265,12 +274,14 @@ class O3CheckpointManager:
 
     def _expect_process(self) -> None:
         if self._process != os.getpid():
-            raise RuntimeError("this O3CheckpointManager is of another process, from which this one was forked")
+            raise RuntimeError(
+                "this O3CheckpointManager belongs to the process that this one was forked from; make one here"
+            )
 
     def _expect_usable(self) -> None:
         self._expect_process()
         if self._is_closed:
-            raise RuntimeError("this O3CheckpointManager is closed")
+            raise RuntimeError("this O3CheckpointManager is closed; make another one")
 
 
 def _state_of(one: StateOf) -> Any:

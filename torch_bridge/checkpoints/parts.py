@@ -25,7 +25,7 @@ from protocol.ids import ContentId
 PART_BYTES = 64 * 1024 * 1024
 """A part ends before it would exceed this; a tensor that is larger has a part of its own."""
 _HASHED_AT_ONCE = 1 << 20
-"""Small enough for a processor's cache: the hasher copies what does not begin at a leaf."""
+"""Small enough for a processor's cache: the hasher copies data that does not begin at a leaf."""
 DTYPES: dict[torch.dtype, str] = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -43,7 +43,7 @@ DTYPES: dict[torch.dtype, str] = {
     torch.float8_e5m2: "F8_E5M2",
     torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }
-"""What can be kept, and safetensors' name for it: what its reader for torch knows."""
+"""The dtypes that can be kept, those that safetensors' reader for torch knows, with its names."""
 
 
 class DamagedPartError(ValueError):
@@ -94,7 +94,7 @@ def group(sizes: Mapping[str, int], bound_bytes: int = PART_BYTES) -> Iterator[t
 
 
 def pack(tensors: Mapping[str, torch.Tensor], bound_bytes: int = PART_BYTES) -> Iterator[Part]:
-    """The parts of `tensors`, which are on the CPU, and nobody writes to them while a part of them is used.
+    """The parts of `tensors`, which are on the CPU and do not change while a part of them is used.
 
     Those that are not contiguous are copied. Raises ValueError for a dtype that is not in DTYPES.
     """
@@ -121,16 +121,16 @@ def laid_out(tensors: Mapping[str, torch.Tensor]) -> Part:
         }
         pieces.append(memory)
         at += len(memory)
-    said = msgspec.json.encode(header)
-    said = said.ljust(-(-len(said) // 8) * 8)
-    return Part(names, (len(said).to_bytes(8, "little") + said, *pieces))
+    encoded = msgspec.json.encode(header)
+    encoded = encoded.ljust(-(-len(encoded) // 8) * 8)
+    return Part(names, (len(encoded).to_bytes(8, "little") + encoded, *pieces))
 
 
 def unpack(body: bytes, content_id: ContentId) -> dict[str, torch.Tensor]:
-    """The tensors of a part, checked against its content id before anything in it is looked at.
+    """The tensors of a part, checked against its content id before they are parsed.
 
     Raises:
-        DamagedPartError: these are other bytes.
+        DamagedPartError: the bytes are others.
     """
     found = content_id_of(body) if body else "nothing"
     if found != content_id:
@@ -149,7 +149,7 @@ def content_id_of(body: bytes) -> ContentId:
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Its memory, one-dimensional; a lazily negated or conjugated one is made as it reads."""
+    """Its memory, one-dimensional; a lazy negation or conjugation is carried out."""
     return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -160,7 +160,7 @@ IN_FLIGHT = 4
 
 
 def in_order(pool: ThreadPoolExecutor, work: Callable[[K], T], items: Iterable[K], ahead: int) -> Iterator[tuple[K, T]]:
-    """Each item with what `work` gives for it, in order, at most `ahead` of them begun and not taken."""
+    """Each item with its result of `work`, in order; at most `ahead` of them are begun and not taken."""
     waiting: deque[tuple[K, Future[T]]] = deque()
     try:
         for item in items:

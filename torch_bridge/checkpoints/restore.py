@@ -1,4 +1,4 @@
-"""A checkpoint on its way back: which commit counts, and its parts, from peers first, each checked by content id."""
+"""Reading a checkpoint back: which commit counts, and its parts, from peers first, each checked by its content id."""
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ from torch_bridge.core.store import Store
 log = logging.getLogger(__name__)
 
 DAMAGE = (OriginNotFoundError, OriginCorruptError, DamagedPartError, InvalidStructureError, SafetensorError)
-"""What says that a checkpoint is not whole any more; an origin that does not answer says nothing of the kind."""
+"""Errors that say that a checkpoint is damaged; an origin that does not answer says nothing about that."""
 
 READ_AT_ONCE = 3
-"""Parts that are read, checked and taken apart at a time: so many are in memory twice."""
+"""Parts that are read, checked and unpacked at a time: so many are in memory twice."""
 _PART_S = 300.0
 """How long a node may take for one part."""
 _NODE_FAILURES = 3
-"""Parts that a node does not have, until it is not asked for more of a checkpoint."""
+"""After so many parts that the node does not have, it is not asked for more of a checkpoint."""
 
 
 class CheckpointNotFoundError(LookupError):
-    """Raised when a run has no valid checkpoint, or none of the epoch that was asked for, or none that is whole."""
+    """Raised when a run has no valid checkpoint, or none of the epoch that was asked for, or none that is complete."""
 
 
 def commits(store: Store, run_id: str, trusted: frozenset[NodeId], epoch: int | None = None) -> Iterator[Commit]:
-    """The valid commits of a run, newest first; what is none is left out, with a line in the log."""
+    """The valid commits of a run, newest first; an invalid one is left out, with a line in the log."""
     listed = store.list(commit_folder(run_id))
     named: list[CommitKey] = []
     for info in listed:
         key = parse_commit_key(info.key)
         if key is None or info.size > MAX_COMMIT_BYTES:
-            log.warning("%s at %s is no commit by its name and size; it is ignored", info.key, store.url)
+            log.warning("%s at %s is not a commit by its name and size; it is ignored", info.key, store.url)
         elif epoch in (None, key.epoch):
             named.append(key)
     for key in sorted(named, reverse=True):
@@ -66,9 +66,9 @@ def commits(store: Store, run_id: str, trusted: frozenset[NodeId], epoch: int | 
 
 
 def missing_part(store: Store, commit: Commit) -> str:
-    """Why a commit's parts are not all at the origin; empty where they are. Their bytes are not read.
+    """Why a commit's parts are not all at the origin; empty if they are. Their bytes are not read.
 
-    Raises OriginError where the origin does not say.
+    Raises OriginError if the origin does not say.
     """
     try:
         store.begin(lambda backing: check_parts_there(backing, commit.manifest.manifest)).result()
@@ -80,7 +80,7 @@ def missing_part(store: Store, commit: Commit) -> str:
 def read_state(store: Store, commit: Commit, node: str | None, damaged: set[ContentId]) -> Any:
     """The state of a checkpoint. Parts that the origin has wrong are added to `damaged`.
 
-    Raises one of DAMAGE, or OriginError where the origin does not answer.
+    Raises one of DAMAGE, or OriginError if the origin does not answer.
     """
     peers = _NodeParts(node, commit) if node else None
 
@@ -118,7 +118,7 @@ class _NodeParts:
         self._failed = 0
 
     def read(self, entry: ShardEntry) -> dict[str, torch.Tensor] | None:
-        """None where the node does not have it, or has it wrong: then the origin is asked."""
+        """None if the node does not have it, or has it wrong: then the origin is asked."""
         if self._failed >= _NODE_FAILURES:
             return None
         try:

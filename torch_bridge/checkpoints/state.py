@@ -1,8 +1,8 @@
-"""Nested state <-> named tensors and a JSON-able structure, so that no pickle is written and none is read.
+"""A training state without pickle: nested state as named tensors and JSON, and the state of random generators.
 
 A state dict holds dicts (keys: strings and integers), lists, tuples, numbers, strings, bytes, None and tensors. All but
-the tensors goes into the structure: a JSON value in which whatever JSON cannot say stands as `{"$": kind, ...}`. A
-tensor stands there as its name, which is its path: `model/conv1.weight`, `optimizer/state/0/exp_avg`.
+the tensors goes into the structure: a JSON value in which a value that JSON does not have is `{"$": kind, ...}`. A
+tensor is its name there, which is its path: `model/conv1.weight`, `optimizer/state/0/exp_avg`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MAX_DEPTH = 64
 
 
 class UnsayableStateError(TypeError):
-    """Raised when a state holds something that can be kept by pickle only; the message names its path."""
+    """Raised when a state holds a value that only pickle could keep; the message names its path."""
 
 
 class InvalidStructureError(ValueError):
@@ -48,10 +48,10 @@ def flatten(state: object, name: str = "") -> FlatState:
     """Take `state` apart. `name` begins each path.
 
     Raises:
-        UnsayableStateError: something in it is no tensor, container, number, string, bytes or None.
+        UnsayableStateError: a value in it is not a tensor, container, number, string, bytes or None.
     """
     tensors: dict[str, torch.Tensor] = {}
-    return FlatState(tensors=tensors, structure=_said(state, name, tensors, 0))
+    return FlatState(tensors=tensors, structure=_encoded(state, name, tensors, 0))
 
 
 def rebuild(structure: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -60,17 +60,17 @@ def rebuild(structure: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
     Raises:
         InvalidStructureError: the structure is damaged, or names a tensor that `tensors` does not have.
     """
-    return _meant(structure, tensors, 0)
+    return _decoded(structure, tensors, 0)
 
 
-def _said(value: object, path: str, tensors: dict[str, torch.Tensor], depth: int) -> Json:
+def _encoded(value: object, path: str, tensors: dict[str, torch.Tensor], depth: int) -> Json:
     if depth > _MAX_DEPTH:
         raise UnsayableStateError(
             f"{path!r} is nested deeper than {_MAX_DEPTH} levels (does it contain itself?); flatten it"
         )
     if isinstance(value, torch.Tensor):
-        return _tensor_said(value, path, tensors)
-    # Exact types: a subclass (an enum, numpy's float64) would come back as something else than it was.
+        return _encoded_tensor(value, path, tensors)
+    # Exact types: a subclass (an enum, numpy's float64) would come back as another type.
     kind = type(value)
     if value is None or kind in (bool, int, str):
         return value  # type: ignore[return-value]
@@ -80,17 +80,17 @@ def _said(value: object, path: str, tensors: dict[str, torch.Tensor], depth: int
     if kind is bytes:
         return {_TAG: "bytes", "v": base64.b64encode(value).decode("ascii")}  # type: ignore[arg-type]
     if isinstance(value, list | tuple) and kind in (list, tuple):
-        items = [_said(item, _join(path, index), tensors, depth + 1) for index, item in enumerate(value)]
+        items = [_encoded(item, _join(path, index), tensors, depth + 1) for index, item in enumerate(value)]
         return items if kind is list else {_TAG: "tuple", "v": list(items)}
     if isinstance(value, Mapping):
-        return _mapping_said(value, path, tensors, depth)
+        return _encoded_mapping(value, path, tensors, depth)
     raise UnsayableStateError(
         f"{path!r} is a {kind.__module__}.{kind.__qualname__}, which only pickle could keep; a checkpoint holds"
         " tensors, dicts, lists, tuples, numbers, strings, bytes and None: turn it into those"
     )
 
 
-def _tensor_said(value: torch.Tensor, path: str, tensors: dict[str, torch.Tensor]) -> Json:
+def _encoded_tensor(value: torch.Tensor, path: str, tensors: dict[str, torch.Tensor]) -> Json:
     if value.layout != torch.strided or value.is_quantized:
         raise UnsayableStateError(
             f"{path!r} is a sparse or quantised tensor, which safetensors cannot hold; make it dense"
@@ -105,26 +105,26 @@ def _tensor_said(value: torch.Tensor, path: str, tensors: dict[str, torch.Tensor
     return {_TAG: "tensor", "v": path}
 
 
-def _mapping_said(value: Mapping[Any, Any], path: str, tensors: dict[str, torch.Tensor], depth: int) -> Json:
+def _encoded_mapping(value: Mapping[Any, Any], path: str, tensors: dict[str, torch.Tensor], depth: int) -> Json:
     for key in value:
         if type(key) not in (str, int):
             raise UnsayableStateError(f"{path!r} has the key {key!r}; a checkpoint's keys are strings and integers")
-    said = [(key, _said(item, _join(path, key), tensors, depth + 1)) for key, item in value.items()]
+    encoded = [(key, _encoded(item, _join(path, key), tensors, depth + 1)) for key, item in value.items()]
     if all(type(key) is str for key in value) and _TAG not in value:
-        return dict(said)
-    return {_TAG: "dict", "v": [[key, item] for key, item in said]}
+        return dict(encoded)
+    return {_TAG: "dict", "v": [[key, item] for key, item in encoded]}
 
 
 def _join(path: str, key: str | int) -> str:
     return f"{path}/{key}" if path else str(key)
 
 
-def _meant(said: Json, tensors: Mapping[str, torch.Tensor], depth: int) -> Any:
+def _decoded(encoded: Json, tensors: Mapping[str, torch.Tensor], depth: int) -> Any:
     if depth > 2 * _MAX_DEPTH:
         raise InvalidStructureError(
             f"the checkpoint's structure is nested deeper than {2 * _MAX_DEPTH} levels; it is damaged"
         )
-    match said:
+    match encoded:
         case {"$": "tensor", "v": str(name)}:
             if name not in tensors:
                 raise InvalidStructureError(
@@ -139,29 +139,33 @@ def _meant(said: Json, tensors: Mapping[str, torch.Tensor], depth: int) -> Any:
             except ValueError as error:
                 raise InvalidStructureError(f"bytes in the checkpoint's structure are not base64: {error}") from error
         case {"$": "tuple", "v": list(items)}:
-            return tuple(_meant(item, tensors, depth + 1) for item in items)
+            return tuple(_decoded(item, tensors, depth + 1) for item in items)
         case {"$": "dict", "v": list(pairs)}:
-            return dict(_pair_meant(pair, tensors, depth) for pair in pairs)
+            return dict(_decoded_pair(pair, tensors, depth) for pair in pairs)
         case {"$": kind}:
             raise InvalidStructureError(f"the checkpoint's structure has a value of the unknown kind {kind!r}")
         case dict():
-            return {key: _meant(item, tensors, depth + 1) for key, item in said.items()}
+            return {key: _decoded(item, tensors, depth + 1) for key, item in encoded.items()}
         case list():
-            return [_meant(item, tensors, depth + 1) for item in said]
-    return said
+            return [_decoded(item, tensors, depth + 1) for item in encoded]
+    return encoded
 
 
-def _pair_meant(pair: Json, tensors: Mapping[str, torch.Tensor], depth: int) -> tuple[str | int, Any]:
+def _decoded_pair(pair: Json, tensors: Mapping[str, torch.Tensor], depth: int) -> tuple[str | int, Any]:
     match pair:
         case [str() | int() as key, item] if not isinstance(key, bool):
-            return key, _meant(item, tensors, depth + 1)
+            return key, _decoded(item, tensors, depth + 1)
     raise InvalidStructureError(
-        f"the checkpoint's structure has a dict with the entry {pair!r:.80}, which is no key and value"
+        f"the checkpoint's structure has a dict with the entry {pair!r:.80}, which is not a key and a value"
     )
 
 
 def rng_state() -> dict[str, Any]:
-    """As `tree.flatten` takes it; all of it is numbers and bytes, no tensor."""
+    """The state of the random generators, as `flatten` takes it: numbers and bytes, no tensor.
+
+    Python's `random`, numpy's global generator if numpy is loaded, torch's on the CPU and on every CUDA device. The
+    state of another `torch.Generator` or `numpy.random.Generator` belongs into `extra`.
+    """
     state: dict[str, Any] = {"python": random.getstate(), "torch": _bytes_of(torch.get_rng_state())}
     if "numpy" in sys.modules:
         import numpy as np
@@ -175,9 +179,9 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put the generators back. What is in `state` and not on this machine (CUDA devices) is left out.
+    """Restore the random generators. CUDA devices that this machine does not have are left out.
 
-    Raises ValueError, TypeError or RuntimeError where a state is not one of its generator.
+    Raises ValueError, TypeError or RuntimeError if a state is not one of its generator.
     """
     if "python" in state:
         random.setstate(state["python"])

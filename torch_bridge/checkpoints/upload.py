@@ -1,4 +1,4 @@
-"""A state on its way to the origin: a snapshot, its parts straight out of memory, their manifest, the commit last."""
+"""Writing a checkpoint: a snapshot of the state, its parts straight out of memory, their manifest, the commit last."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SENT_AT_ONCE = 3
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A state as it was at one moment: nothing that the training goes on with is in it."""
+    """A copy of a state at one moment; it shares no memory with the training."""
 
     run_id: str
     epoch: int
@@ -56,8 +56,8 @@ def take_snapshot(
     state: Mapping[str, Any],
     spare: Mapping[str, torch.Tensor] | None = None,
 ) -> Snapshot:
-    """Copy all tensors of `state` to the CPU. `spare`: those of a snapshot that nobody needs any more, whose memory is
-    written over: memory that is new to the process costs several times the copy. Raises UnsayableStateError.
+    """Copy all tensors of `state` to the CPU. `spare`: those of a snapshot that is no longer needed, whose memory is
+    overwritten: memory that is new to the process costs several times the copy. Raises UnsayableStateError.
     """
     flat = flatten(state)
     copies = {name: _copied(tensor, (spare or {}).get(name)) for name, tensor in flat.tensors.items()}
@@ -106,16 +106,16 @@ def upload(
     key: SigningKey,
     damaged: AbstractSet[ContentId] = frozenset(),
 ) -> Commit:
-    """Put the parts that are not there, then their manifest, then, once all of it is there, the commit.
+    """Upload the missing parts, then their manifest, and last the commit.
 
-    `damaged`: parts of which the origin is known to have something else; they are written again. Each object is
-    retried by itself: an origin that is away costs what was under way, however long the save took before.
+    `damaged`: parts that the origin is known to have with other bytes; they are written again. Each object is retried
+    by itself: an outage costs the objects under way, however long the save took before.
 
     Raises OriginError.
     """
     entries = _send_parts(store, parts, damaged)
     signed = sign_manifest(Manifest(name=manifest_name(snapshot), kind="dataset", shards=entries), key)
-    # Torrent files take libtorrent to make; nodes take shards without one whole.
+    # Making torrent files needs libtorrent; nodes download shards without one as a whole.
     store.begin(lambda backing: publish(backing, signed, [], {}, {})).result()
     root_cids = store.begin(lambda backing: check_parts_there(backing, signed.manifest)).result()
     others = [parse_commit_key(info.key) for info in store.list(commit_folder(snapshot.run_id))]
@@ -136,7 +136,7 @@ def upload(
 
 
 class _Limits(NamedTuple):
-    """What a store wants of an object."""
+    """What a store requires of an object."""
 
     min_object_bytes: int
     writes_once: bool
@@ -150,7 +150,7 @@ class _Limits(NamedTuple):
 
 
 def _send_parts(store: Store, parts: Mapping[str, Part], damaged: AbstractSet[ContentId]) -> tuple[ShardEntry, ...]:
-    """Each part is hashed once, and copied only where the origin does not have it."""
+    """Each part is hashed once, and copied only if the origin does not have it."""
     limits = _Limits.of(store)
     begun: dict[ContentId, str] = {}
 
@@ -179,13 +179,13 @@ def _send(store: Store, part: Part, limits: _Limits, *, is_damaged: bool) -> Non
         return
     try:
         store.put(key, part.body.ljust(limits.min_object_bytes, b"\0"), if_absent=limits.writes_once)
-    except OriginExistsError:  # by another saver of the same content, a moment ago
+    except OriginExistsError:  # another saver wrote the same content a moment ago
         if not _is_there(store, key, part, limits):
             raise
 
 
 def _is_there(store: Store, key: str, part: Part, limits: _Limits) -> bool:
-    """Whether the origin has the part; what has its name and another length is taken away."""
+    """Whether the origin has the part; an object of its name with another length is deleted."""
     try:
         size = store.head(key).size
     except OriginNotFoundError:
@@ -198,9 +198,9 @@ def _is_there(store: Store, key: str, part: Part, limits: _Limits) -> bool:
 
 
 async def check_parts_there(store: ObjectStore, manifest: Manifest) -> dict[ContentId, str]:
-    """Look for all parts, and give Akave's root CIDs, where it has them by now.
+    """Check that all parts exist. Returns Akave's root CIDs, if it has them by now.
 
-    Raises OriginNotFoundError, OriginCorruptError where an object has another size, and other OriginErrors.
+    Raises OriginNotFoundError, OriginCorruptError if an object has another size, and other OriginErrors.
     """
     slots = asyncio.Semaphore(AT_ONCE)
 
@@ -243,7 +243,7 @@ def own_folder(parent: Path) -> Iterator[Path]:
 
 
 def _clear_left_behind(parent: Path) -> None:
-    """Those that nobody holds. One without a lock is being made at this moment, or is no loss."""
+    """Delete the folders that no process holds. One without a lock is being made at this moment, or is empty."""
     for folder in parent.glob(f"{_PREFIX}*"):
         lock = FileLock(folder / _LOCK)
         try:

@@ -24,9 +24,9 @@ T = TypeVar("T")
 
 
 class O3Client:
-    """Session, credentials and retries. Nothing is opened before the first call, and each process opens its own, so a
-    client may be given to DataLoader workers, forked or spawned. Secrets do not travel in pickles: a spawned worker
-    reads its own from the environment that it inherits, and says which variables are missing.
+    """Session, credentials and retries. Nothing is opened before the first call, and each process opens its own, so
+    DataLoader workers, forked or spawned, can use a client. Pickles hold no secrets: a spawned worker reads them from
+    the environment that it inherits, and says which variables are missing.
 
     client = O3Client()                                   # keys from AKAVE_O3_ACCESS_KEY and AKAVE_O3_SECRET_KEY
     bucket = client.bucket("my-bucket", "train")          # blocking calls; bucket.aio for async code
@@ -34,8 +34,8 @@ class O3Client:
     anything = client.at("hf://datasets/owner/name")      # every URL that an origin may have
 
     `endpoint` is the gateway's; a credential may belong to another one than the default. `access_key` and `secret_key`
-    stand above the environment, in this process and in those forked from it. With backend "native" the bucket is
-    reached by akavesdk, and `private_key` (or AKAVE_PRIVATE_KEY) signs. `scheme` "s3" means any S3 server, with AWS_*
+    have precedence over the environment, in this process and in those forked from it. With backend "native" akavesdk
+    reaches the bucket, and `private_key` (or AKAVE_PRIVATE_KEY) signs. `scheme` "s3" means any S3 server, with AWS_*
     credentials.
     """
 
@@ -52,7 +52,7 @@ class O3Client:
         encryption_key_file: Path | None = None,
         settings: OriginSettings | None = None,
     ) -> None:
-        """`settings`, where given, stands in for everything read from the environment."""
+        """`settings` replaces everything that is read from the environment."""
         if bool(access_key) != bool(secret_key):
             raise InvalidParamsError("access_key and secret_key go together: give both, or set both in the environment")
         given = settings or OriginSettings.from_environment()
@@ -85,9 +85,9 @@ class O3Client:
         return self._stores[known]
 
     def create_bucket(self, name: str) -> bool:
-        """Make a bucket; False where this account has it already. Natively it costs a transaction.
+        """Create a bucket. Returns False if this account has it already. Natively it costs a transaction.
 
-        Raises OriginExistsError where another account has it.
+        Raises OriginExistsError if another account has it.
         """
         return self._run(lambda settings: buckets.create_bucket(self.scheme, name, settings))
 
@@ -96,20 +96,20 @@ class O3Client:
         return self._run(lambda settings: buckets.list_buckets(self.scheme, settings))
 
     def delete_bucket(self, name: str) -> None:
-        """Take an empty bucket away; nothing happens where there is none. OriginError natively."""
+        """Delete an empty bucket; does nothing if there is none. Raises OriginError natively."""
         self._run(lambda settings: buckets.delete_bucket(self.scheme, name, settings))
 
     def ipc(self) -> Any:
         """The akavesdk's own IPC object, connected with AKAVE_PRIVATE_KEY, whatever the backend; its calls block.
 
-        It is the SDK's, with the SDK's faults: its ranges are of chunks, nothing that it downloads is checked, and two
-        writers of one account at a time lose against each other (docs/akave.md). Good in this process until `close`.
-        Raises OriginError where the SDK is not installed, OriginDeniedError where there is no key.
+        It has the SDK's faults: its ranges are of chunks, nothing that it downloads is checked, and two writers of one
+        account at a time fail (docs/akave.md). Valid in this process until `close`.
+        Raises OriginError if the SDK is not installed, OriginDeniedError if there is no key.
         """
         return loop_thread().run(self.retry.run(lambda _: self._account().ipc()))
 
     def close(self) -> None:
-        """Let go of this process's connections; the next call opens them again."""
+        """Close this process's connections; the next call opens them again."""
         for store in list(self._stores.values()):
             store.close()
         account, self._native = self._native, None
@@ -132,7 +132,7 @@ class O3Client:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"scheme": self.scheme, "settings": self.settings, "retry": self.retry}  # its secrets stay behind
+        return {"scheme": self.scheme, "settings": self.settings, "retry": self.retry}  # without its secrets
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _stores={}, _native=None)

@@ -1,4 +1,4 @@
-"""What an iteration holds, and how it is let go of wherever the iteration ends."""
+"""What an iteration holds, and its release on whatever thread the iteration ends."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _LOOK_S = 0.02
 
 
 class ClosingStack(ExitStack):
-    """Lets go of what was entered, last first, at the end of its block: there, or where that thread must not wait
-    (`may_wait`), on a thread of its own soon after. Not in a forked child, whose it is not, nor at the interpreter's
-    end, which takes locks along.
+    """Closes what was entered, last first, at the end of its block: there, or if that thread must not wait
+    (`may_wait`), on a thread of its own soon after. It closes nothing in a forked child, which does not own it, nor at
+    the interpreter's end, when locks may be gone.
 
     For generators: `with ClosingStack() as held: held.enter_context(lock); held.callback(threads.close); yield ...`
     """
@@ -27,7 +27,7 @@ class ClosingStack(ExitStack):
     def __init__(self, *closings: Callable[[], object]) -> None:
         super().__init__()
         self._process = os.getpid()
-        self._loop = loop_thread()  # now: nothing can be begun where it is needed
+        self._loop = loop_thread()  # now: nothing can be started when it is needed
         for close in closings:
             self.callback(close)
         _held.add(self)
@@ -47,21 +47,21 @@ class ClosingStack(ExitStack):
     def _close_later(self) -> None:
         try:
             self.close()
-        except Exception as error:  # nobody is there to be told
-            _log.warning("an iteration that was left did not end as it should: %s", error)
+        except Exception as error:  # there is no caller to raise it to
+            _log.warning("an abandoned iteration did not close cleanly: %s", error)
         finally:
             _leaving.discard(self)
 
 
 def wait_for_others(limit_s: float) -> None:
-    """Until what lets go on threads of its own right now, of this process, has."""
+    """Wait for the stacks of this process that are being closed on threads of their own now."""
     others, until = set(_leaving), time.monotonic() + limit_s
     while others & _leaving and time.monotonic() < until:
         time.sleep(_LOOK_S)
 
 
 _held: set[ClosingStack] = set()
-"""What has not ended. The collector, which ends the parts of a thing in any order, finds none of it here."""
+"""Stacks that are open. The garbage collector, which ends parts of a thing in any order, does not reach them here."""
 _leaving: set[ClosingStack] = set()
-"""Of these, what is letting go on a thread of its own."""
+"""Of these, the ones that are being closed on a thread of their own."""
 os.register_at_fork(after_in_child=_leaving.clear)

@@ -1,4 +1,4 @@
-"""A URL with how it is reached: opened in each process at its first call there, and retried."""
+"""StoreLocation: a URL with its settings, opened in each process at its first call there, and retried."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from torch_bridge.core.retry import RetryPolicy, may_pass
 T = TypeVar("T")
 
 COMPARED_BYTES = 16 << 20
-"""Up to here, what an earlier try wrote is read back and compared; larger objects go in parts, which look by
-themselves."""
+"""Up to this size, what an earlier try wrote is read back and compared; larger objects are uploaded in parts, which
+check by themselves."""
 _NEEDED = {
     ("o3", "gateway"): "AKAVE_O3_",
     ("o3", "native"): "AKAVE_PRIVATE_",
@@ -36,15 +36,15 @@ _NEEDED = {
     "hf": "HF_",
 }
 SOON_BYTES = 1 << 20
-"""A stream that broke after fewer than these waits a little before it goes on."""
+"""A stream that broke after fewer bytes waits a little before it continues."""
 EXIT_S = 2.0
-"""The interpreter's end waits no longer for connections to be closed."""
+"""For so long the interpreter's end waits for connections to be closed."""
 
 
 def with_secrets(settings: OriginSettings, scheme: str) -> OriginSettings:
-    """Settings with what a pickle did not carry, from this process's environment.
+    """Settings with the credentials that a pickle does not hold, from this process's environment.
 
-    Raises OriginDeniedError, naming the variables, where it is not there and the scheme may need it.
+    Raises OriginDeniedError, naming the variables, if they are missing and the scheme may need them.
     """
     if not settings.credentials.withheld():
         return settings
@@ -54,18 +54,18 @@ def with_secrets(settings: OriginSettings, scheme: str) -> OriginSettings:
     if missing:
         names = " and ".join(missing)
         raise OriginDeniedError(
-            f"{scheme}://: credentials do not travel in pickles, and this process (a spawned worker?) has none of its "
+            f"{scheme}://: credentials are not pickled, and this process (a spawned worker?) has none of its "
             f"own; set {names}, or the same with _FILE, in the environment before the workers are started"
         )
     return found
 
 
 class StoreLocation:
-    """One for all threads of a process. It travels to other processes by fork and by pickle, without its secrets."""
+    """One for all threads of a process. It may be forked and pickled; pickles hold no secrets."""
 
     def __init__(self, url: str, settings: OriginSettings, retry: RetryPolicy) -> None:
         self.url = url
-        self.settings = replace(settings, retry_total_s=0.0)  # one layer of retries: ours
+        self.settings = replace(settings, retry_total_s=0.0)  # this layer retries
         self.retry = retry
         self._opened: ObjectStore | None = None
         self._collected: weakref.finalize[..., StoreLocation] | None = None
@@ -77,7 +77,7 @@ class StoreLocation:
                 if self._opened is None:
                     settings = with_secrets(self.settings, self.url.partition("://")[0])
                     self._opened = store = open_store(self.url, settings)
-                    _places.add(self)
+                    _locations.add(self)
                     _open.append(store)
                     self._collected = weakref.finalize(self, _close_later, store)
                     self._collected.atexit = False
@@ -91,7 +91,7 @@ class StoreLocation:
         return opened
 
     async def call(self, work: Callable[[ObjectStore], Awaitable[T]]) -> T:
-        """Run `work` on the store, again where it fails with what may pass. On the loop thread."""
+        """Run `work` on the store, and again after an error that may pass. On the loop thread."""
         return await self.retry.run(lambda _: work(self.store()))
 
     async def ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -101,8 +101,8 @@ class StoreLocation:
         return await read_joined(ranges, lambda start, end: self.call(lambda store: store.get_range(key, start, end)))
 
     async def stream(self, key: str, start: int, end: int | None) -> AsyncGenerator[bytes, None]:
-        """Bytes as they come; one that breaks goes on at the byte where it broke. Time and tries are counted anew from
-        there: each time a byte comes.
+        """Bytes as they come. A stream that breaks continues at the byte where it broke; each byte that comes restarts
+        the count of time and tries.
         """
         at = start
         while True:
@@ -143,23 +143,23 @@ class StoreLocation:
         metadata: Mapping[str, str] | None,
         on_bytes: OnBytes | None,
     ) -> ObjectInfo:
-        """Write an object. Time and tries are counted anew when bytes have gone that had not gone before. An object of
-        that name with these very bytes, found after a try whose answer was lost, is that try's.
+        """Write an object. Bytes that are sent for the first time restart the count of time and tries. If the answer to a
+        try is lost and an object with exactly these bytes is found, that try succeeded.
         """
-        told = _Told(on_bytes)
+        sent = _SentBytes(on_bytes)
 
         async def once(tries: int) -> ObjectInfo:
             store = self.store()
             try:
                 return await store.put(
-                    key, body, if_absent=if_absent, metadata=metadata, on_bytes=told.of_another_try()
+                    key, body, if_absent=if_absent, metadata=metadata, on_bytes=sent.of_another_try()
                 )
             except OriginExistsError:
                 if tries > 1 and await _holds(store, key, body):
                     return await store.head(key)
                 raise
 
-        return await self.retry.run(once, lambda: told.most)
+        return await self.retry.run(once, lambda: sent.most)
 
     async def listed(self, prefix: str) -> list[ObjectInfo]:
         """Every object whose key begins with `prefix`."""
@@ -170,7 +170,7 @@ class StoreLocation:
         return await self.call(ask)
 
     async def close(self) -> None:
-        """Let go of this process's connections; the next call opens them again."""
+        """Close this process's connections; the next call opens them again."""
         if (store := self.leave()) is not None:
             await _close(store)
 
@@ -181,9 +181,9 @@ class StoreLocation:
         self.__dict__.update(state, _opened=None, _collected=None)
 
 
-_places: weakref.WeakSet[StoreLocation] = weakref.WeakSet()
+_locations: weakref.WeakSet[StoreLocation] = weakref.WeakSet()
 _open: list[ObjectStore] = []
-"""This process's, until they are closed."""
+"""Open stores of this process."""
 
 
 async def _close(store: ObjectStore) -> None:
@@ -193,21 +193,21 @@ async def _close(store: ObjectStore) -> None:
 
 
 def _close_later(store: ObjectStore) -> None:
-    """When its place is collected, on whatever thread that is; one of another process is in no list here."""
+    """Called when a location is garbage, on any thread. A store of another process is not in the list here."""
     if store in _open and not sys.is_finalizing():
         loop_thread().submit(_close(store))
 
 
 def _after_fork() -> None:
-    # Nothing of the parent's may be collected here: that would close its connections, in its name.
+    # The parent's stores must not be collected here: that would close the parent's connections.
     never_collect(_open[:])
     _open.clear()
-    for place in list(_places):
-        place.leave()
+    for location in list(_locations):
+        location.leave()
 
 
 def _at_exit() -> None:
-    # What is not closed would be warned of, by aiohttp at least, in the last lines of every run.
+    # Or aiohttp would warn of open connections in the last lines of every run.
     async def close() -> None:
         await asyncio.gather(*map(_close, list(_open)), return_exceptions=True)
 
@@ -220,8 +220,8 @@ os.register_at_fork(after_in_child=_after_fork)
 atexit.register(_at_exit)
 
 
-class _Told:
-    """How many bytes of one object have gone: each is told once, however often it is sent."""
+class _SentBytes:
+    """Counts the bytes of one object that were sent: each once, however often it is sent."""
 
     def __init__(self, on_bytes: OnBytes | None) -> None:
         self.most = 0
@@ -242,7 +242,7 @@ class _Told:
 
 
 async def _holds(store: ObjectStore, key: str, body: bytes | Path) -> bool:
-    """Whether an object has these very bytes."""
+    """Whether an object has exactly these bytes."""
     size = len(body) if isinstance(body, bytes) else body.stat().st_size
     if size > COMPARED_BYTES or (await store.head(key)).size != size:
         return False

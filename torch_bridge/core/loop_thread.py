@@ -1,7 +1,7 @@
-"""An event loop in a thread of its own, one a process: how blocking code, as training scripts are, uses async stores.
+"""An event loop in a thread of its own, one for each process: blocking code uses async stores through it.
 
-A forked child gets one of its own. What it inherited is never touched there: an asyncio transport that is collected in
-the child would close, and over TLS say so, on the connection of its parent.
+A forked child gets one of its own, and never touches the one that it inherited: an asyncio transport that is collected
+in the child would close the connection of its parent, over TLS with a message.
 
 `may_wait` says whether a thread may wait for another one. What the garbage collector ends is ended on whatever thread
 it runs, in the middle of whatever that thread does: it may hold locks that others need, and it may be the very thread
@@ -37,19 +37,22 @@ class LoopThread:
         self.selector = selectors.DefaultSelector()
         self._loop = asyncio.SelectorEventLoop(self.selector)
         self._thread = ServingThread(self._loop.run_forever, "torch_bridge")
-        self._ahead: set[_Ahead] = set()
-        """Iterators that were not ended. Of one that nobody goes through, nothing else may know."""
+        self._ahead: set[_Prefetch] = set()
+        """Iterators that were not ended. There may be no other reference to one that is abandoned."""
         self._thread.start()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Begin a coroutine there. Cancelling the future cancels it. RuntimeError in another process."""
+        """Start a coroutine there. Cancelling the future cancels it. Raises RuntimeError in another process."""
         if self.process != os.getpid():
             work.close()
-            raise RuntimeError("this was begun in another process, from which this one was forked: begin it anew here")
+            raise RuntimeError("this belongs to the process that this one was forked from: open it again here")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for a coroutine there; what interrupts the wait (Ctrl-C) cancels it. RuntimeError on the loop itself."""
+        """Run a coroutine there and wait for it; an interrupt of the wait (Ctrl-C) cancels it.
+
+        Raises RuntimeError on the loop's own thread.
+        """
         if threading.current_thread() is self._thread:
             work.close()
             raise RuntimeError("a blocking call on the loop's own thread would wait for itself: use the async calls")
@@ -61,20 +64,20 @@ class LoopThread:
             raise
 
     def end(self, work: Coroutine[Any, Any, object]) -> None:
-        """As `run`; on the loop itself, and for what the collector ends, it is only begun."""
+        """As `run`; on the loop itself, and while the garbage collector runs, the coroutine is only started."""
         if is_collecting() or threading.current_thread() is self._thread:
             self.submit(work)
         else:
             self.run(work)
 
     def call_apart(self, call: Callable[[], object]) -> None:
-        """Begin a call on a thread of its own, without waiting for anything: good for what the collector ends, too."""
+        """Start a call on a thread of its own. Waits for nothing: safe while the garbage collector runs."""
         thread = functools.partial(threading.Thread, target=call, name="torch_bridge-apart", daemon=True)
         self._loop.call_soon_threadsafe(lambda: thread().start())
 
     def iterate(self, items: AsyncIterator[T]) -> Iterator[T]:
-        """Go through an async iterator from this thread, a few items ahead; leaving early closes it first (`end`)."""
-        ahead = _Ahead(items)
+        """Iterate an async iterator from this thread, a few items ahead. Leaving early closes it (`end`)."""
+        ahead = _Prefetch(items)
         self._ahead.add(ahead)
         try:
             self.run(ahead.begin())
@@ -84,13 +87,13 @@ class LoopThread:
             if self._is_here():
                 self.end(self._ended(ahead))
 
-    async def _ended(self, ahead: _Ahead) -> None:
+    async def _ended(self, ahead: _Prefetch) -> None:
         await ahead.end()
         self._ahead.discard(ahead)
 
     async def iterate_async(self, items: AsyncIterator[T]) -> AsyncIterator[T]:
-        """The same for async code, on whatever event loop."""
-        ahead = _Ahead(items)
+        """The same for async code, on any event loop."""
+        ahead = _Prefetch(items)
         await asyncio.wrap_future(self.submit(ahead.begin()))
         try:
             while items_here := await asyncio.wrap_future(self.submit(ahead.next())):
@@ -101,12 +104,12 @@ class LoopThread:
                 await asyncio.wrap_future(self.submit(ahead.end()))
 
     def _is_here(self) -> bool:
-        """Whether there is a thread that could do something: none in a forked child, nor at the interpreter's end."""
+        """Whether the thread can run anything: not in a forked child, nor at the interpreter's end."""
         return self.process == os.getpid() and not sys.is_finalizing()
 
 
-class _Ahead:
-    """An async iterator that runs a few items ahead of who takes them. All on one loop."""
+class _Prefetch:
+    """An async iterator that runs a few items ahead of its consumer. All on one loop."""
 
     def __init__(self, items: AsyncIterator[Any]) -> None:
         self._items = items
@@ -119,7 +122,7 @@ class _Ahead:
         self._filling = asyncio.create_task(self._fill())  # noqa: TID251 - `end` cancels it and waits
 
     async def next(self) -> list[Any]:
-        """All items that are there, one at least; none at the end. Raises what the iterator raised, behind them."""
+        """All items that are there, at least one; none at the end. After them it raises what the iterator raised."""
         found: list[Any] = []
         while not found or not self._queue.empty():
             if self._over:
@@ -157,15 +160,15 @@ _current: LoopThread | None = None
 
 
 def never_collect(thing: object) -> None:
-    """Keep something for good: past the interpreter's end, too, where modules let go of what they hold."""
+    """Keep an object for good, past the interpreter's end too, when modules drop their globals."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def loop_thread() -> LoopThread:
-    """This process's."""
+    """The one of this process, started at the first call."""
     global _current
     if _current is None:
-        with no_fork():  # two threads do not make two, and no child inherits half of one
+        with no_fork():  # two threads do not make two, and no child inherits a half-made one
             if _current is None:
                 _current = LoopThread()
     return _current
@@ -176,8 +179,8 @@ def _after_fork() -> None:
     if _current is None:
         return
     never_collect(_current)
-    # The child's epoll is its parent's: what is unregistered here would be unregistered there. Its number now means
-    # another file, and every such call fails.
+    # The child shares its parent's epoll: an unregister here would act there. The descriptor now means another file,
+    # so that every such call fails.
     nowhere = os.open(os.devnull, os.O_RDONLY)
     if isinstance(_current.selector, selectors.EpollSelector):
         os.dup2(nowhere, _current.selector.fileno(), inheritable=False)
@@ -189,29 +192,29 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class ServingThread(threading.Thread):
-    """A daemon that others wait for: what ends on it waits for nobody."""
+    """A daemon thread that others wait for: what ends on it must not wait."""
 
     def __init__(self, target: Callable[[], object], name: str) -> None:
         super().__init__(target=target, name=name, daemon=True)
 
 
 _collecting: set[int] = set()
-"""Threads in whose midst the garbage collector runs."""
+"""Threads on which the garbage collector runs now."""
 
 
 def is_collecting() -> bool:
-    """Whether this is called by what the collector ends."""
+    """Whether the garbage collector runs on this thread now."""
     return threading.get_ident() in _collecting
 
 
 def may_wait() -> bool:
-    """Whether it may be waited here for any other thread."""
+    """Whether this thread may wait for any other one."""
     return not is_collecting() and not isinstance(threading.current_thread(), ServingThread)
 
 
 def _note(
     phase: str, _: object, here: Callable[[], int] = threading.get_ident, threads: set[int] = _collecting
-) -> None:  # all of it at hand: the interpreter's end takes a module's names away, and collects on
+) -> None:  # arguments, not globals: the interpreter's end removes a module's names, and still collects
     if phase == "start":
         threads.add(here())
     else:

@@ -10,7 +10,10 @@ from protocol.errors import InvalidParamsError
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This training process among all, and among those of this machine. Raises InvalidParamsError where it is not."""
+    """This training process among all, and among those of this machine.
+
+    Raises InvalidParamsError for a rank out of range.
+    """
 
     rank: int
     world_size: int
@@ -21,12 +24,15 @@ class Ranks:
 
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size <= self.world_size):
-            raise InvalidParamsError(f"{self} makes no sense: ranks are 0 to world size - 1, local ones within it")
+            raise InvalidParamsError(
+                f"{self}: rank must be in [0, world_size), local_rank in [0, local_world_size), local_world_size at most "
+                "world_size"
+            )
 
     @classmethod
     def found(cls) -> Ranks:
-        """From torch.distributed or the environment that torchrun sets. Where nothing says which ranks are on this
-        machine, all are taken to be: that keeps the disk's bound.
+        """From torch.distributed or the environment that torchrun sets. If neither says which ranks are on this
+        machine, all are taken to be here: that keeps within the disk's limit.
         """
         import torch.distributed as dist
 

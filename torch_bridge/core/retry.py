@@ -1,4 +1,4 @@
-"""The one layer of retries above the stores: what is tried again, how long is waited, and when it is enough."""
+"""RetryPolicy: the one layer of retries above the stores: what is tried again, after how long, how often."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from protocol.errors import InvalidParamsError, OriginError
 T = TypeVar("T")
 
 BROKEN_TRIES = 4
-"""A body that broke off may be whole the next time; one that always does is not asked for again and again."""
+"""A body that broke off may be complete the next time; after so many tries it is given up."""
 TOLD_S = 1.0
-"""Waits from this on are worth a warning."""
+"""Waits of this length or more are logged as warnings."""
 _log = logging.getLogger(__name__)
 
 
 def _not_ours(record: logging.LogRecord) -> bool:
-    """stamina warns of each retry, without a word of what failed; ours are logged here, with it."""
+    """stamina warns of each retry without the error; ours are logged here, with it."""
     return not str(getattr(record, "stamina.caused_by", "")).startswith("Origin")
 
 
@@ -34,16 +34,16 @@ logging.getLogger("stamina").addFilter(_not_ours)
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Exponential backoff with jitter, of what may pass: no answer, broken bodies, 408, 429 and 5xx.
+    """Exponential backoff with jitter after errors that may pass: no answer, broken bodies, 408, 429 and 5xx.
 
-    A server that asks for a wait (Retry-After) is waited for that long, and given up at once where that is past the
-    end. InvalidParamsError for times that make no sense.
+    If a server asks for a wait (Retry-After), it is that long; a wait that would end after `total_s` is not begun.
+    Raises InvalidParamsError for a value out of its range.
     """
 
     total_s: float = 60.0
-    """No try begins later than this after the first; one that has begun is not cut off by it."""
+    """No try begins later than this after the first; a try that has begun is not cut off."""
     attempts: int | None = None
-    """None: as many as fit into the time."""
+    """None: as many as fit into `total_s`."""
     first_wait_s: float = 0.1
     longest_wait_s: float = 10.0
 
@@ -54,14 +54,14 @@ class RetryPolicy:
             and (self.attempts is None or self.attempts >= 1)
         ):
             raise InvalidParamsError(
-                f"{self} makes no sense: total_s is 0 or more, first_wait_s above 0 and at most longest_wait_s, "
-                "attempts 1 or more, or None"
+                f"{self}: total_s must be 0 or more, first_wait_s above 0 and at most longest_wait_s, attempts None or "
+                "1 or more"
             )
 
     def wait_s(self, error: Exception, tries: int, elapsed_s: float) -> float | None:
-        """How long to wait after the try of this number failed, so many seconds after the first began; None: give up.
+        """Seconds to wait after try number `tries` failed, `elapsed_s` after the first began; None: give up.
 
-        Between half of the step and all of it, at random: workers that failed together do not come back together.
+        At random between half of the step and all of it, so that workers that failed together do not retry together.
         """
         if not may_pass(error) or tries == self.attempts:
             return None
@@ -75,10 +75,10 @@ class RetryPolicy:
         return wait if elapsed_s + wait <= self.total_s else None
 
     async def run(self, call: Callable[[int], Awaitable[T]], moved: Callable[[], int] | None = None) -> T:
-        """What `call` gives; it is called with the number of the try, 1 for the first.
+        """The result of `call`, which gets the number of the try, 1 for the first.
 
-        Time and tries are counted anew where `moved()`, a count of bytes, grew in a try. The last error says how often
-        and how long it was tried, in its message and in `details["tried"]`.
+        If `moved()`, a count of bytes, grew in a try, the count of time and tries restarts. The last error says how
+        often and how long it was tried, in its message and in `details["tried"]`.
         """
         started, tries, before = time.monotonic(), 0, moved() if moved else 0
 
@@ -110,5 +110,5 @@ def may_pass(error: Exception) -> bool:
 
 
 def details(error: Exception) -> dict[str, object]:
-    """Those of an error of ours; none of another's."""
+    """The details of an OriginError; empty for another error."""
     return error.details if isinstance(error, OriginError) else {}

@@ -39,7 +39,7 @@ class ChunkClaim:
 
 
 class ChunkCache:
-    """It travels to other processes. Two runs with different limits keep to the smaller one as long as both run."""
+    """It may be forked and pickled. Two runs with different limits keep to the smaller one as long as both run."""
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder = folder
@@ -58,7 +58,7 @@ class ChunkCache:
             self._make_room(lock, 0)
 
     def opened(self, name: str, length: int) -> OpenChunk | None:
-        """A chunk to read from, or None where it is not here. Its bytes are checked when a process first opens it."""
+        """A chunk to read from; None if it is not here. Its bytes are checked when a process first opens it."""
         files, key, now = self.held(), _parts(name), time.monotonic()
         if (chunk := files.get(key)) is None:
             try:
@@ -79,12 +79,12 @@ class ChunkCache:
         if now - chunk.touched_s > TOUCH_S or not chunk.touched_s:
             with suppress(OSError):
                 chunk.touch(now)
-            if chunk.evicted:  # it holds disk space as long as it is open
+            if chunk.evicted:  # it takes disk space as long as it is open
                 files.pop(key, None)
         return chunk
 
     def held(self) -> OrderedDict[tuple[str | None, int], OpenChunk]:
-        """The chunks that this thread has open, by the two parts of their names. Not to be changed."""
+        """The chunks that this thread has open, by the two parts of their names. Callers do not change it."""
         try:
             return self._mine.files  # type: ignore[no-any-return]
         except AttributeError:
@@ -92,15 +92,15 @@ class ChunkCache:
             self._mine.files = files
             return files
 
-    def forget(self) -> None:
-        """Close what was evicted meanwhile: it takes disk space until then."""
+    def drop_evicted(self) -> None:
+        """Close chunks that were evicted meanwhile: they take disk space until then."""
         files = self.held()
         for key in [key for key, chunk in files.items() if chunk.evicted]:
             files.pop(key)
 
     def claim(self, wanted: Mapping[str, int]) -> list[ChunkClaim]:
-        """Of chunks by name and length, those that this caller is to fetch now: neither here nor being fetched. Each
-        is given back by `publish` or `abandon`.
+        """Of chunks by name and length, those that this caller has to fetch now: neither here nor being fetched. The
+        caller ends each claim by `publish` or `abandon`.
         """
         claims: list[ChunkClaim] = []
         with self._guarded(), self._locked() as lock:
@@ -120,7 +120,7 @@ class ChunkCache:
                 claims.append(ChunkClaim(name, length, part))
                 os.ftruncate(part.fd, HEADER_BYTES + length)
             return claims
-        # No folder to write to: everything that has no claim yet is read without one.
+        # There is no folder to write to: all chunks without a claim are read without the cache.
         known = {claim.name for claim in claims}
         return claims + [ChunkClaim(name, length, None) for name, length in wanted.items() if name not in known]
 
@@ -148,7 +148,7 @@ class ChunkCache:
         with suppress(OSError), FileLock(self._part(name), shared=True, create=False).held():
             pass
 
-    # Under the lock.
+    # Under the folder's lock
 
     def _reserve(self, lock: int, cost: int) -> bool:
         total = int.from_bytes(os.pread(lock, 8, 0), "little")
@@ -179,7 +179,7 @@ class ChunkCache:
             os.unlink(self.folder / one.name)
         total = pinned + sum(one.cost for one in kept) - sum(one.cost for one in going or [])
         os.pwrite(lock, total.to_bytes(8, "little"), 0)
-        self.forget()
+        self.drop_evicted()
         return going is not None
 
     def _remove(self, lock: int, name: str, cost: int) -> None:
@@ -188,7 +188,7 @@ class ChunkCache:
         os.pwrite(lock, max(0, total - cost).to_bytes(8, "little"), 0)
 
     def _smallest_limit(self) -> int:
-        """Of all runs that have the folder open: each holds a lock on a file that is named after its limit."""
+        """Of all runs that have the folder open: each holds a lock on a file with its limit in the name."""
         limits = [self.limit_bytes]
         for entry in os.scandir(self.folder):
             if not entry.name.startswith("limit-"):
@@ -232,7 +232,7 @@ class ChunkCache:
         return self.folder / f"{name}.part"
 
     def close(self) -> None:
-        """Close this thread's files and take the limit back; the next use opens them again."""
+        """Close this thread's files and withdraw the limit; the next use opens them again."""
         self._mine = threading.local()
         if self._limit is not None:
             self._limit.release()
@@ -270,16 +270,16 @@ def _release(claim: ChunkClaim) -> None:
 
 
 BLOCK_BYTES = 4096
-"""File systems give whole blocks."""
+"""File systems allocate whole blocks."""
 SLACK = 20
-"""Room for one part in so many is made beyond what is needed: the next few chunks then need no look at the folder."""
+"""1/20 of the limit is freed beyond what is needed, so that the next few chunks need no scan of the folder."""
 
 
 class CachedChunk(NamedTuple):
     """A chunk's file."""
 
     used_ns: int
-    """When it was last read, within the time between two touches."""
+    """When it was last read, to TOUCH_S."""
     cost: int
     name: str
 
@@ -292,8 +292,8 @@ def cost_of(file_bytes: int) -> int:
 def evicted(
     kept: Iterable[CachedChunk], pinned_bytes: int, need_bytes: int, limit_bytes: int
 ) -> list[CachedChunk] | None:
-    """The chunks to delete, those longest unread first, so that `need_bytes` fit beside the others and what is pinned
-    (being written); None where even all of them would not do, and none should go. None go where there is room.
+    """The chunks to delete, least recently read first, so that `need_bytes` fit beside the others and `pinned_bytes`
+    (being written). Empty if there is room; None if deleting all of them would not make enough.
     """
     files = sorted(kept)
     total = pinned_bytes + sum(one.cost for one in files)

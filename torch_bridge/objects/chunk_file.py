@@ -14,7 +14,7 @@ HEADER_BYTES = _HEADER.size
 
 
 class OpenChunk:
-    """A chunk that is open for reading; what is evicted stays readable until it is collected."""
+    """A chunk that is open for reading; one that is evicted stays readable until it is collected."""
 
     __slots__ = ("fd", "touched_s")
 
@@ -27,7 +27,7 @@ class OpenChunk:
         return os.pread(self.fd, end - start, HEADER_BYTES + start)
 
     def touch(self, now_s: float) -> None:
-        """Count as used now."""
+        """Note that it was used now."""
         self.touched_s = now_s
         os.utime(self.fd)
 
@@ -40,7 +40,7 @@ class OpenChunk:
 
 
 def write_chunk(fd: int, data: bytes) -> None:
-    """Header and payload, whole. OSError where the disk does not take them."""
+    """Write header and payload completely. Raises OSError if the disk does not take them."""
     rest = memoryview(_HEADER.pack(_MAGIC, len(data), zlib.crc32(data)) + data)
     at = 0
     while at < len(rest):
@@ -48,9 +48,9 @@ def write_chunk(fd: int, data: bytes) -> None:
 
 
 def open_chunk(path: Path, length: int, *, check: bool) -> OpenChunk | None:
-    """None where the file is not what was written: another length, a foreign header or, with `check`, other bytes.
+    """Open a chunk; None if the file is damaged: another length or header or, with `check`, other bytes.
 
-    Raises FileNotFoundError where there is none.
+    Raises FileNotFoundError if there is none.
     """
     chunk = OpenChunk(os.open(path, os.O_RDONLY | os.O_CLOEXEC), 0.0)
     header = os.pread(chunk.fd, HEADER_BYTES, 0)

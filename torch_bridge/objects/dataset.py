@@ -25,15 +25,15 @@ __all__ = ["O3Dataset", "ParquetFormat", "RecordFormat", "Stats", "WholeObjects"
 
 
 class O3Dataset(Dataset[Any]):
-    """Objects under a prefix, as samples. Exactly the bytes that are asked for are fetched, in whole chunks, and kept
-    in a cache on disk that all workers, ranks and runs of the machine share.
+    """Objects under a prefix, as samples. Only the chunks that are needed are fetched, and kept in a cache on disk that
+    all workers, ranks and runs of the machine share.
 
     data = O3Dataset("my-bucket", "train", O3Client(), "/data/cache", format=RecordFormat(65536), cache_limit="10gb")
     for batch in DataLoader(data, batch_size=32, num_workers=4, shuffle=True): ...
 
     A sample is an object's bytes (WholeObjects), a record's (RecordFormat) or a row as a dict (ParquetFormat);
-    `decode`, a function of a module, makes of it what the model takes. Forked and spawned workers read
-    through connections of their own. Raises OriginNotFoundError where nothing is under the prefix.
+    `decode`, a function of a module, turns it into what the model takes. Forked and spawned workers
+    read through connections of their own. Raises OriginNotFoundError if nothing is under the prefix.
     """
 
     def __init__(
@@ -54,16 +54,16 @@ class O3Dataset(Dataset[Any]):
         read_ahead: str | int = "16MiB",
     ) -> None:
         """`bucket_name` may be the URL of any origin (file:///data). Each read has up to `concurrency` requests under
-        way, of adjacent chunks up to `request_bytes`. `match` (fnmatch) chooses keys. The listing is taken from
-        metadata.json while it is younger than `listing_ttl_s`; past that, each object is looked at when bytes of it
-        come. Where samples are read one after the other, up to `read_ahead` of an object is fetched in the background;
-        0, and a cache of less than four times that: nothing.
+        way, of adjacent chunks up to `request_bytes`. `match` (fnmatch) chooses keys. The listing is read from
+        metadata.json while it is younger than `listing_ttl_s`; after that, the etag of each object is compared when
+        bytes of it come. If samples are read one after the other, up to `read_ahead` of an object is fetched in the
+        background; nothing with 0, or a cache of less than four times `read_ahead`.
         """
         limit_bytes, ahead_bytes = byte_count(cache_limit), byte_count(read_ahead)
         if concurrency < 1 or chunk_bytes < 4096 or min(limit_bytes, ahead_bytes) < 0:
             raise InvalidParamsError(
                 f"concurrency={concurrency}, chunk_bytes={chunk_bytes}, cache_limit={cache_limit}, "
-                f"read_ahead={read_ahead}: concurrency is 1 or more, chunk_bytes 4096 or more, the others 0 or more"
+                f"read_ahead={read_ahead}: concurrency must be 1 or more, chunk_bytes 4096 or more, the rest 0 or more"
             )
         url = f"{bucket_name.rstrip('/')}/{quote(prefix.strip('/'))}" if "://" in bucket_name else ""
         store = client.at(url) if url else client.bucket(bucket_name, prefix)
@@ -96,14 +96,14 @@ class O3Dataset(Dataset[Any]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """Samples in the order asked for; what is missing of all of them is fetched at once. A DataLoader calls it."""
-        return self._samples.read(self._reader, [self._place(index) for index in indices], self._decode)
+        """Samples in the order asked for; missing chunks of all of them are fetched together. A DataLoader calls it."""
+        return self._samples.read(self._reader, [self._sample_index(index) for index in indices], self._decode)
 
     def stats(self) -> Stats:
         """What this process read; workers count for themselves."""
         return self._reader.stats()
 
-    def _place(self, index: int) -> SampleIndex:
+    def _sample_index(self, index: int) -> SampleIndex:
         at = index + len(self) if index < 0 else index
         if not 0 <= at < len(self):
             raise IndexError(f"sample {index} was asked for, and the data set has {len(self)}")

@@ -11,25 +11,25 @@ from torch_bridge.objects.listing import ListedObject
 from torch_bridge.objects.range_reader import ObjectRange, RangeReader
 
 Decode = Callable[[Any], Any]
-"""What the user makes of a sample."""
+"""Turns a sample into what the user wants."""
 
 
 class SampleIndex(NamedTuple):
-    """A sample: the object, by its number in the listing, and the sample's number in it."""
+    """Which sample: the number of the object in the listing, and the number of the sample in it."""
 
     item: int
     sample: int
 
 
 class Samples(Protocol):
-    """The samples of a list of objects; travels to other processes."""
+    """The samples of a list of objects. It can be pickled."""
 
     @property
     def counts(self) -> Sequence[int]:
-        """Of each object."""
+        """Samples of each object."""
 
-    def read(self, reader: RangeReader, places: Sequence[SampleIndex], decode: Decode | None) -> list[Any]:
-        """The samples, or what `decode` makes of each, in the order asked for."""
+    def read(self, reader: RangeReader, indices: Sequence[SampleIndex], decode: Decode | None) -> list[Any]:
+        """The samples, each through `decode` if there is one, in the order asked for."""
 
 
 class SampleFormat(Protocol):
@@ -39,7 +39,7 @@ class SampleFormat(Protocol):
     """Keys (fnmatch) of the objects that have this format."""
 
     def open(self, objects: Sequence[ListedObject], reader: RangeReader) -> Samples:
-        """Read what must be known of the objects. Raises InvalidShardError for one that is not of this format."""
+        """Read what is needed to find samples. Raises InvalidShardError for an object that has not this format."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class RecordFormat:
 
     def __post_init__(self) -> None:
         if self.record_bytes < 1 or self.header_bytes < 0:
-            raise InvalidParamsError(f"{self} makes no sense: a record has 1 byte or more, a header 0 or more")
+            raise InvalidParamsError(f"{self}: record_bytes must be 1 or more, header_bytes 0 or more")
 
     def open(self, objects: Sequence[ListedObject], reader: RangeReader) -> Samples:
         counts = []
@@ -70,7 +70,7 @@ class RecordFormat:
             count, rest = divmod(item.size - self.header_bytes, self.record_bytes)
             if rest or count < 0:
                 raise InvalidShardError(
-                    f"{item.key} has {item.size} bytes, which is no header of {self.header_bytes} and whole records of "
+                    f"{item.key} has {item.size} bytes, not a header of {self.header_bytes} and whole records of "
                     f"{self.record_bytes}: check record_bytes and header_bytes, or leave the object out by `match`"
                 )
             counts.append(count)
@@ -85,9 +85,9 @@ class _Records:
     record_bytes: int
     """0: all of the object."""
 
-    def read(self, reader: RangeReader, places: Sequence[SampleIndex], decode: Decode | None) -> list[Any]:
+    def read(self, reader: RangeReader, indices: Sequence[SampleIndex], decode: Decode | None) -> list[Any]:
         wanted = []
-        for item, sample in places:
+        for item, sample in indices:
             start = self.header_bytes + sample * self.record_bytes
             end = start + self.record_bytes if self.record_bytes else self.objects[item].size
             wanted.append(ObjectRange(self.objects[item], start, end))

@@ -1,4 +1,4 @@
-"""What lies under a prefix, kept in metadata.json so that a start does not list the origin."""
+"""The objects under a prefix, kept in metadata.json so that a start does not list the origin."""
 
 from __future__ import annotations
 
@@ -33,26 +33,27 @@ class Listing(msgspec.Struct, frozen=True):
     listed_at_s: float
     """Seconds since 1970."""
     validator: str
-    """SHA-256 over keys, sizes and etags: two listings with the same one are the same."""
+    """SHA-256 over keys, sizes and etags: equal listings have equal ones."""
     objects: tuple[ListedObject, ...]
 
     def matching(self, pattern: str) -> tuple[ListedObject, ...]:
-        """Those whose key fits (fnmatch), without markers of folders. Raises OriginNotFoundError where none does."""
+        """The objects whose key matches (fnmatch), without folder markers. Raises OriginNotFoundError if none does."""
         found = tuple(
             one for one in self.objects if not one.key.endswith("/") and fnmatchcase(one.key, pattern) and one.size
         )
         if not found:
             raise OriginNotFoundError(
-                f"no object fits {pattern!r} under {self.url}: {len(self.objects)} objects are there; check bucket, "
+                f"no object matches {pattern!r} under {self.url}: {len(self.objects)} objects are there; check bucket, "
                 "prefix and `match`, and that something was uploaded"
             )
         return found
 
 
 def read_listing(store: Store, folder: Path, ttl_s: float) -> Listing:
-    """The listing: from metadata.json where that is younger than `ttl_s`, else from the origin. One process lists, the
-    others wait. Where the origin does not answer, an older one is taken, with a warning; OriginUnavailableError where
-    there is none.
+    """The listing: from metadata.json if that is younger than `ttl_s`, else from the origin. One process lists, the
+    others wait. If the origin does not answer, an older one is used, with a warning.
+
+    Raises OriginUnavailableError if there is no older one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metadata.json"

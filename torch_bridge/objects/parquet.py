@@ -20,9 +20,9 @@ from torch_bridge.objects.listing import ListedObject
 from torch_bridge.objects.range_reader import ObjectRange, RangeReader
 
 TAIL_BYTES = 64 << 10
-"""Read of every file first: most footers are shorter."""
+"""Read first of every file: most footers are shorter."""
 FILES_AT_ONCE = 64
-"""Whose footers are asked for together."""
+"""Files whose footers are fetched together."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ParquetFormat:
 
     columns: tuple[str, ...] | None = None
     row_groups_in_memory: int = 4
-    """Decoded ones that each process keeps: for a batch of rows that are far apart it decodes as many as there are."""
+    """Decoded row groups that each process keeps; a batch of rows far apart decodes all of its row groups."""
     pattern: str = "*.parquet"
 
     def open(self, objects: Sequence[ListedObject], reader: RangeReader) -> Samples:
@@ -63,17 +63,17 @@ class ParquetRows:
             self._ends.append(list(accumulate(meta.row_group(group).num_rows for group in range(meta.num_row_groups))))
             self.counts.append(meta.num_rows)
 
-    def read(self, reader: RangeReader, places: Sequence[SampleIndex], decode: Decode | None) -> list[Any]:
+    def read(self, reader: RangeReader, indices: Sequence[SampleIndex], decode: Decode | None) -> list[Any]:
         """Rows in the order asked for, each row group decoded once."""
         groups: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-        for at, (item, row) in enumerate(places):
+        for at, (item, row) in enumerate(indices):
             number = bisect_right(self._ends[item], row)
             first = self._ends[item][number - 1] if number else 0
             groups[item, number].append((at, row - first))
-        found: list[Any] = [None] * len(places)
+        found: list[Any] = [None] * len(indices)
         order = sorted(
             groups, key=lambda group: group not in self._tables
-        )  # those in memory first: they may be pushed out
+        )  # groups in memory first: others may push them out
         step = max(1, self._form.row_groups_in_memory)
         for begin in range(0, len(order), step):
             here = order[begin : begin + step]
@@ -101,7 +101,7 @@ class ParquetRows:
         return [known[group] for group in groups]
 
     def _ranges(self, reader: RangeReader, item: int, group: int) -> list[ObjectRange]:
-        """Of the column chunks that are asked for (parquet.thrift, ColumnMetaData)."""
+        """Byte ranges of the column chunks that are asked for (parquet.thrift, ColumnMetaData)."""
         described = self._footer(reader, item).row_group(group)
         found = []
         for at in range(described.num_columns):
@@ -121,7 +121,7 @@ class ParquetRows:
             meta = pq.read_metadata(ObjectFile(reader, self._objects[item], held))
         except (pa.ArrowException, OSError, ValueError, struct.error) as error:
             raise InvalidShardError(
-                f"{key} is no parquet file ({error}): leave it out by `match`, or upload it again"
+                f"{key} is not a parquet file ({error}): leave it out by `match`, or upload it again"
             ) from error
         names = meta.schema.to_arrow_schema().names
         if lacking := [name for name in self._form.columns or () if name not in names]:
@@ -161,7 +161,7 @@ class ObjectFile(io.RawIOBase):
         return self._at
 
     def read(self, size: int | None = -1) -> Any:
-        """Without the copies that RawIOBase makes; what is held in memory is not copied at all."""
+        """Without the copies that RawIOBase makes; ranges in memory are not copied at all."""
         end = self._item.size if size is None or size < 0 else min(self._item.size, self._at + size)
         if end <= self._at:
             return b""

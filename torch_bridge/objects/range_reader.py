@@ -23,12 +23,12 @@ from torch_bridge.objects.ranges import ReadAhead, chunk_slices, runs
 
 log = logging.getLogger(__name__)
 WAITS = 20
-"""So often others may fail with a chunk, or the cache lose it, before it is read without the cache."""
+"""After so many failures of other fetchers, or losses by the cache, a chunk is read without the cache."""
 
 
 @dataclass
 class Stats:
-    """Of one process."""
+    """What one process read."""
 
     hits: int = 0
     """Pieces of chunks that the cache had."""
@@ -53,7 +53,7 @@ class _Chunk(NamedTuple):
 
 
 class RangeReader:
-    """Thread-safe; it travels to other processes by fork and by pickle."""
+    """Thread-safe; it may be forked and pickled."""
 
     def __init__(
         self,
@@ -66,10 +66,10 @@ class RangeReader:
         trusted_until_s: float,
         read_ahead_bytes: int = 0,
     ) -> None:
-        """After `trusted_until_s`, seconds since 1970, each object is looked at once more when bytes of it come.
+        """After `trusted_until_s`, seconds since 1970, the etag of each object is compared when bytes of it come.
 
         `read_ahead_bytes`: so much of an object that is read from front to back is fetched in the background; nothing
-        where the cache holds less than four times that.
+        if the cache holds less than four times that.
         """
         self.store = store
         self.cache = cache
@@ -86,7 +86,7 @@ class RangeReader:
         self._seen: set[str] = set()
 
     def read(self, wanted: Sequence[ObjectRange], decode: Callable[[bytes], Any] | None = None) -> list[Any]:
-        """The bytes of each, or what `decode` makes of them.
+        """The bytes of each range, through `decode` if there is one.
 
         Raises OriginNotFoundError for an object that vanished since it was listed, OriginCorruptError for one that
         changed, else what the origin raises.
@@ -97,14 +97,14 @@ class RangeReader:
         gaps: dict[str, list[tuple[list[bytes], int, int, int]]] = defaultdict(list)
         now, held, names, size = time.monotonic(), self.cache.held(), self._names, self.chunk_bytes
         for item, start, end in wanted:
-            # Most ranges lie in one chunk that is open already: this path is what a warm epoch costs.
+            # Most ranges are in one chunk that is open already: a warm epoch takes this path.
             at, offset = divmod(start, size)
             ready = held.get((names.get(item.key), at))
             if ready is not None and start < end <= start - offset + size and now - ready.touched_s < TOUCH_S:
                 data = os.pread(ready.fd, end - start, HEADER_BYTES + offset)
                 if len(data) == end - start:
                     self.counted.hits += 1
-                    # Made of each before the next is read: its bytes are still in the processor's cache.
+                    # Decoded before the next is read: its bytes are still in the processor's cache.
                     found.append(data if decode is None else decode(data))
                     continue
             parts: list[bytes] = []
@@ -158,7 +158,7 @@ class RangeReader:
             self._ahead_thread.start()
 
     def _keep(self, chunks: Mapping[str, _Chunk]) -> None:
-        """Fetch into the cache what nobody else does. Who needs a chunk that does not come is told when reading it."""
+        """Fetch into the cache what no other process fetches. An error is raised later, to the reader of the chunk."""
         try:
             claims = self.cache.claim({name: chunk.length for name, chunk in chunks.items()})
             kept = [claim for claim in claims if claim.part is not None]
@@ -167,14 +167,14 @@ class RangeReader:
             log.debug("reading ahead ended: %s", error)
 
     def _name(self, item: ListedObject, index: int) -> str:
-        """Of the chunk's file: another origin, object, version or size of chunks has others."""
+        """The name of a chunk's file, of the origin, the object, its version and the size of chunks."""
         if (known := self._names.get(item.key)) is None:
             told = repr((self.store.url, item.key, item.etag, item.size, self.chunk_bytes)).encode()
             known = self._names[item.key] = hashlib.blake2b(told, digest_size=16).hexdigest()
         return f"{known}-{index}"
 
     def _fill(self, missing: dict[str, _Chunk], fill: Callable[[str, bytes], None]) -> None:
-        # What can be claimed is fetched first, and only then is waited for others: nobody waits holding a claim.
+        # Claimed chunks are fetched first; only then it waits for others: no process waits while it holds a claim.
         for turn in range(WAITS + 1):
             claims = self.cache.claim({name: chunk.length for name, chunk in missing.items()})
             if turn == WAITS:
@@ -231,12 +231,12 @@ class RangeReader:
 
         async def ask(store: ObjectStore) -> bytes:
             data = await store.get_range(item.key, start, end)
-            if look:  # after the bytes came: they are of the object that is there now, or of one before it
+            if look:  # after the bytes: they are of the object that is there now, or of an earlier one
                 info = await store.head(item.key)
                 if (info.size, info.etag) != (item.size, item.etag):
                     raise OriginCorruptError(
                         f"{item.key} at {self.store.url} has changed since it was listed ({item.size} bytes, "
-                        f"etag {item.etag}; now {info.size} bytes, etag {info.etag}): make the data set anew"
+                        f"etag {item.etag}; now {info.size} bytes, etag {info.etag}): make the data set again"
                     )
                 self._seen.add(item.key)
             return data
@@ -248,7 +248,7 @@ class RangeReader:
             data = future.result()
         except OriginNotFoundError as error:
             raise OriginNotFoundError(
-                f"{error.message}; it was there when {self.store.url} was listed: make the data set anew, with "
+                f"{error.message}; it was there when {self.store.url} was listed: make the data set again, with "
                 "listing_ttl_s=0 so that the origin is listed again",
                 error.details,
             ) from None

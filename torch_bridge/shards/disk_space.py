@@ -30,7 +30,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def require_space(folder: Path, needed: int, kept: int, what: str) -> None:
-    """Raises InsufficientDiskError where less than `kept` bytes would stay free after `needed` more."""
+    """Raises InsufficientDiskError if less than `kept` bytes would stay free after `needed` more."""
     free = free_bytes(folder)
     if free - needed < kept:
         raise InsufficientDiskError(
@@ -62,7 +62,7 @@ class FreeSpace:
 
     @property
     def full_s(self) -> float:
-        """For how long there has been too little; 0 where there is enough."""
+        """For how long there has been too little; 0 if there is enough."""
         return time.monotonic() - self._full_since if self._full_since else 0.0
 
     def free_bytes(self) -> int:
@@ -109,7 +109,7 @@ def reserve(part: Path, size: int, kept: int, what: str) -> None:
 
 
 def release(part: Path) -> None:
-    """Give back what was reserved and not written; the file goes where nothing was."""
+    """Give back what was reserved and not written; the file goes if nothing was."""
     with contextlib.suppress(FileNotFoundError):
         if size := part.stat().st_size:
             os.truncate(part, size)
@@ -118,7 +118,7 @@ def release(part: Path) -> None:
 
 
 def _allocate(fd: int, size: int) -> int:
-    """The errno; 0 also where this system cannot."""
+    """The errno; 0 also if this system cannot."""
     try:
         call = ctypes.CDLL(None, use_errno=True).fallocate
     except (AttributeError, OSError):

@@ -77,7 +77,7 @@ class StreamingDownloader:
         self._deleted = 0
 
     def start(self) -> None:
-        """Begin to fetch. Raises ShardInUseError where a process reads under this name, InsufficientDiskError."""
+        """Begin to fetch. Raises ShardInUseError if a process reads under this name, InsufficientDiskError."""
         if self._threads:
             return
         self._stopping.clear()
@@ -90,7 +90,7 @@ class StreamingDownloader:
             thread.start()
 
     def stop(self, timeout_s: float = _CLEAN_STOP_S) -> None:
-        """End downloads (what came is kept) and threads. Raises TimedOutError where one does not end."""
+        """End downloads (what came is kept) and threads. Raises TimedOutError if one does not end."""
         self._stopping.set()
         with self._changed:
             self._changed.notify_all()
@@ -121,7 +121,7 @@ class StreamingDownloader:
     def wait_for_shard(self, shard: Shard, timeout_s: float | None = None) -> Path:
         """The shard's file, fetched now if it is not here. It stays until `consumed`.
 
-        Raises TimedOutError that says what goes on, or what the source said where it fails for good.
+        Raises TimedOutError that says what goes on, or what the source said if it fails for good.
         """
         name = self._entry(shard).filename
         began = time.monotonic()
@@ -151,9 +151,9 @@ class StreamingDownloader:
             self._changed.notify_all()
 
     def distrust(self, shard: Shard, why: str) -> None:
-        """A reader could not decode the file: the next `wait_for_shard` brings it anew where its bytes are wrong.
+        """A reader could not decode the file: the next `wait_for_shard` brings it anew if its bytes are wrong.
 
-        Where they are those that were published, it is handed out once more (another process may have mended it), and
+        If they are those that were published, it is handed out once more (another process may have mended it), and
         from the second time on `wait_for_shard` raises InvalidShardError.
         """
         name = (entry := self._entry(shard)).filename
@@ -270,7 +270,7 @@ class StreamingDownloader:
         self._changed.notify_all()
 
     def _say(self) -> None:
-        """Write what holds nothing more than before: where the disk is full, the old words hold too much, no harm."""
+        """Write what holds nothing more than before: if the disk is full, the old words hold too much, no harm."""
         try:
             self._write()
         except OSError as err:

@@ -38,7 +38,7 @@ class ReaderState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def needed(runs: Mapping[str, Sequence[ReaderState]], registered: Mapping[str, int]) -> frozenset[str] | None:
-    """The shards that may not be deleted, from the live readers of each run; None where nothing may be.
+    """The shards that may not be deleted, from the live readers of each run; None if nothing may be.
 
     Nothing may be while a run waits for readers that have not registered. What is left of an epoch is needed by the
     readers that are furthest behind; those already in a later epoch need what they hold.
@@ -68,7 +68,7 @@ class ReaderLedger:
     ) -> None:
         """Registers, with what it needs. `give_up_after_s`: so long readers that have not registered are waited for.
 
-        Raises ShardInUseError where a living process is this reader already, OSError of the disk.
+        Raises ShardInUseError if a living process is this reader already, OSError of the disk.
         """
         self._root = folder / ".readers"
         self._mine = self._root / quote(run, safe="") / quote(reader, safe="")
@@ -121,7 +121,7 @@ class ReaderLedger:
                     self._inside -= 1
 
     def write(self, state: ReaderState) -> None:
-        """Say what this reader needs, where that is not what it said last."""
+        """Say what this reader needs, if that is not what it said last."""
         if state == self._said:
             return
         with self.alone():

@@ -48,7 +48,7 @@ _NUMBER = re.compile(r"\d+")
 def extract_shard_id(filename: str) -> int:
     """The number in a shard's file name: 42 of shard_00042.parquet, 3 of train-00003-of-00010.parquet.
 
-    The last number before the suffix counts. Raises ValueError where there is none.
+    The last number before the suffix counts. Raises ValueError if there is none.
     """
     stem = filename.rpartition("/")[2].split(".", 1)[0]
     if found := _OF.search(stem):

@@ -89,7 +89,7 @@ class StreamingShardDataset(IterableDataset[Any]):
             self._place, self._loaded = None, False
 
     def status(self) -> StreamingStatus | None:
-        """Of the downloader of this process's iteration; None where none goes on."""
+        """Of the downloader of this process's iteration; None if none goes on."""
         return self._reading.status() if self._reading else None
 
     def order(self, epoch: int | None = None) -> EpochOrder:
@@ -117,7 +117,7 @@ class StreamingShardDataset(IterableDataset[Any]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The next iteration continues there; one after it starts its epoch anew.
 
-        A state of an epoch that is over does not undo a `set_epoch` to a later one. Raises InvalidParamsError where the
+        A state of an epoch that is over does not undo a `set_epoch` to a later one. Raises InvalidParamsError if the
         state cannot be continued exactly, and says why.
         """
         turn, epoch = self._turn(), int(state["epoch"])

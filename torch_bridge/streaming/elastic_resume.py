@@ -95,7 +95,7 @@ def left_by(states: Sequence[Mapping[str, Any]], batches: Callable[[int], int]) 
     places = [following(state["dataset"], rank) for rank, state in enumerate(states)]
     passed = []
     for epoch in range(min(epochs), max(epochs) + 1):
-        # Where each was continued by itself their bases differ, by multiples of their number.
+        # If each was continued by itself their bases differ, by multiples of their number.
         base = min(
             (int(state["dataset"]["base"]) for state, at in zip(states, epochs, strict=True) if at == epoch), default=0
         )

@@ -135,7 +135,7 @@ class EpochOrder:
         return sorted(listed, key=lambda span: (span.first, span.last, span.shard))
 
     def _among(self, numbers: range, lane: int, first: int, last: int) -> list[int]:
-        """The first and the last of `numbers` among the batches [first, last] of a lane; none where none is."""
+        """The first and the last of `numbers` among the batches [first, last] of a lane; none if none is."""
         if first > last:
             return []
         found: list[int] = []
@@ -170,7 +170,7 @@ class EpochOrder:
 
 
 def _common(some: range, others: range) -> list[int]:
-    """The first and the last number that both ranges have, which ascend; none where there is none."""
+    """The first and the last number that both ranges have, which ascend; none if there is none."""
     apart = gcd(some.step, others.step)
     if not some or not others or (some.start - others.start) % apart:
         return []

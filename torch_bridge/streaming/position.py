@@ -59,7 +59,7 @@ def saved(
 def continued(
     state: Mapping[str, Any], turn: ReaderId, settings: OrderSettings, shards: Mapping[str, str]
 ) -> ReaderPosition:
-    """Where to go on. Raises InvalidParamsError that names what differs where no exact continuation exists."""
+    """Where to go on. Raises InvalidParamsError that names what differs if no exact continuation exists."""
     if state.get("version") != VERSION:
         raise InvalidParamsError(f"the state has version {state.get('version')}, this release reads {VERSION}")
     for name in _SAME:

@@ -19,7 +19,7 @@ from torch_bridge.streaming.order import Indices
 class DecodedGroups:
     """Row groups that stay decoded in memory, of all files together: the longest unused go first.
 
-    The one that was decoded last stays even where it alone is above `limit_bytes`.
+    The one that was decoded last stays even if it alone is above `limit_bytes`.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -52,7 +52,7 @@ class RowReader:
     def __init__(
         self, path: Path, columns: Sequence[str] | None = None, *, groups: DecodedGroups, rows: int | None = None
     ) -> None:
-        """Raises InvalidShardError where the file is damaged or has other rows, InvalidParamsError for a column."""
+        """Raises InvalidShardError if the file is damaged or has other rows, InvalidParamsError for a column."""
         self._path, self._groups = path, groups
         self._columns = None if columns is None else list(columns)
         try:
@@ -75,7 +75,7 @@ class RowReader:
             )
 
     def take(self, rows: Indices) -> pa.Table:
-        """The rows in the order asked for. Raises InvalidShardError where the file is damaged."""
+        """The rows in the order asked for. Raises InvalidShardError if the file is damaged."""
         groups = np.searchsorted(self._starts, rows, side="right") - 1
         parts, places = [], []
         for group in sorted(set(groups.tolist())):
@@ -107,7 +107,7 @@ def assembled(parts: Sequence[pa.Table], places: Sequence[Indices]) -> pa.Table:
 
 
 def _chosen(table: pa.Table, rows: Indices) -> pa.Table:
-    """Rows that follow each other, as all do where nothing is shuffled, are not copied."""
+    """Rows that follow each other, as all do if nothing is shuffled, are not copied."""
     first, count = int(rows[0]), len(rows)
     if np.array_equal(rows, np.arange(first, first + count)):
         return table.slice(first, count)

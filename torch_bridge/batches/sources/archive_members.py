@@ -77,7 +77,7 @@ def is_file(member: tarfile.TarInfo, what: str, *, skip_others: bool) -> bool:
 
 
 def is_zipped_file(member: zipfile.ZipInfo, what: str, *, skip_others: bool) -> bool:
-    """The same of a zip's member: its mode on Unix is in the upper half of its attributes, where it has one."""
+    """The same of a zip's member: its mode on Unix is in the upper half of its attributes, if it has one."""
     kind = stat.S_IFMT(member.external_attr >> 16)
     if member.is_dir():
         return False
@@ -164,7 +164,7 @@ def _unpacked(raw: StreamedFile, kind: Kind) -> IO[bytes]:
 
 
 def copy(member: IO[bytes], out: IO[bytes], file: RemoteFile, stop: threading.Event, on_bytes: OnBytes) -> None:
-    """All bytes of a member, never more than were declared. Raises InvalidShardError where it has more or fewer."""
+    """All bytes of a member, never more than were declared. Raises InvalidShardError if it has more or fewer."""
     done = 0
     while data := member.read(min(COPY_BYTES, file.size + 1 - done)):
         if stop.is_set():

@@ -183,7 +183,7 @@ class ArchiveFiles:
     def _next_to(
         self, key: str, number: int, file: RemoteFile, out: IO[bytes], stop: threading.Event, on_bytes: OnBytes
     ) -> None:
-        """Go on to member `number` from where the last fetch has stopped, or from the begin where it lies behind."""
+        """Go on to member `number` from where the last fetch has stopped, or from the begin if it lies behind."""
         reading = self._reading
         if reading is None or reading.key != key or reading.at > number or reading.process != os.getpid():
             self._close()

@@ -77,13 +77,13 @@ class HubFiles:
         return loop_thread().run(self._called(ask))
 
     async def _called(self, ask: Callable[[HubFileSystem], T]) -> T:
-        return await self._store.place.retry.run(lambda _: asyncio.to_thread(lambda: ask(self._hub())))
+        return await self._store.location.retry.run(lambda _: asyncio.to_thread(lambda: ask(self._hub())))
 
     def _hub(self) -> HubFileSystem:
         """This process's."""
         with no_fork():
             if self._opened is None or self._opened[0] != os.getpid():
-                settings = with_secrets(self._store.place.settings, "hf")
+                settings = with_secrets(self._store.location.settings, "hf")
                 self._opened = os.getpid(), HubFileSystem(OriginUrl.parse(self._store.url), settings)
             return self._opened[1]
 

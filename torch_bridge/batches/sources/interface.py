@@ -21,29 +21,29 @@ class FileSource(Protocol):
 
     @property
     def in_order(self) -> bool:
-        """Whether files come well only one by one in the order of `list`, as out of a compressed tar."""
+        """Whether files are cheap only one by one in the order of `list`, as out of a compressed tar."""
 
     def list(self, notes: Path) -> Sequence[RemoteFile]:
-        """All files. `notes` is a folder of this machine where a source may keep what was dear to find out.
+        """All files. `notes` is a folder of this machine where a source may keep what took long to find out.
 
-        Raises OriginError and the like.
+        Raises OriginError, UnreachableError.
         """
 
     def fetch(self, file: RemoteFile, target: Path, *, stop: threading.Event, on_bytes: OnBytes) -> Path:
-        """Bring a file here and say where it is: at `target`, or where the source itself keeps it. It is there whole or
-        not at all; `target` with `.part` behind its name is what a fetch that was broken off may go on with.
+        """Bring a file here. Returns where it is: at `target`, or where the source itself keeps it. It is complete or
+        absent; `target` with `.part` behind its name is what a fetch that was broken off may go on with.
 
-        Raises OriginNotFoundError where it has vanished, OriginCorruptError where it is another than it was listed,
-        CancelledRequestError where `stop` was set, OSError of the disk, OriginError and the like else.
+        Raises OriginNotFoundError if it has vanished, OriginCorruptError if it is another one than was listed,
+        CancelledRequestError if `stop` was set, OSError of the disk, or another OriginError.
         """
 
     def release(self, file: RemoteFile) -> None:
-        """A file that the source keeps itself is not needed any more; one at `target` is deleted by who gave that."""
+        """A file that the source keeps itself is not needed any more. The caller deletes one at `target`."""
 
     def read(self, key: str) -> bytes:
         """A small file, in memory: metadata."""
 
 
 def vanished(error: Exception) -> bool:
-    """Whether a file is not there any more."""
+    """Whether an error says that a file is gone."""
     return isinstance(error, OriginNotFoundError | ShardNotFoundError)

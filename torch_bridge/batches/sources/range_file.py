@@ -106,7 +106,7 @@ def fetch_pieces(what: str, size: int, target: Path, read: Read, stop: threading
     """Bring an object's bytes into `target` with .part behind its name, several ranges at once, behind those that are
     there. Gives that file, whole; whether it is of one object is the caller's to know.
 
-    Raises what `read` raises, CancelledRequestError where `stop` was set, OSError of the disk.
+    Raises what `read` raises, CancelledRequestError if `stop` was set, OSError of the disk.
     """
     part = target.with_name(target.name + ".part")
     at = part.stat().st_size if part.exists() else 0

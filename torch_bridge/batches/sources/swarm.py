@@ -45,7 +45,7 @@ class SwarmFiles:
         return self._shards.fetch(self._entry(file.key), stop=stop, on_progress=progress).path
 
     def release(self, file: RemoteFile) -> None:
-        """See FileSource. It stays where another consumer of this machine holds it; while the node is away, until the
+        """See FileSource. It stays if another consumer of this machine holds it; while the node is away, until the
         next file is given up.
         """
         later, self._later = self._later, []

@@ -34,7 +34,7 @@ MIN_OBJECT_BYTES = 127
 """Akave refuses smaller objects."""
 MAX_INDEX_BYTES = 256 * 1024 * 1024
 INLINE_BYTES = 512
-"""What is no longer stands in the index itself: optimisers have a number or two for each tensor."""
+"""Up to this length, bytes are in the index itself: optimisers have a number or two for each tensor."""
 _STAMPED = re.compile(r"(\d{13})-([0-9a-f]{64})\.json")
 _COMPONENT = re.compile(r"[A-Za-z0-9._-]{1,180}")
 
@@ -43,7 +43,7 @@ _Lengths = Annotated[tuple[_Length, ...], msgspec.Meta(max_length=64)]
 
 
 class IndexKey(NamedTuple):
-    """What the name of an index says; in the order of time."""
+    """The parts of an index's name; sorted by time."""
 
     written_ms: int
     """Since 1970, by the coordinator's clock, and later than the index before."""
@@ -56,13 +56,13 @@ class IndexKey(NamedTuple):
 
 
 class InlineBytes(msgspec.Struct, frozen=True, tag="inline"):
-    """Bytes that stand in the index."""
+    """Bytes in the index itself."""
 
     body: Annotated[bytes, msgspec.Meta(max_length=INLINE_BYTES)]
 
 
 class StoredObject(msgspec.Struct, frozen=True, tag="object"):
-    """Bytes that lie under `shards/<content id>`."""
+    """Bytes at `shards/<content id>`."""
 
     content_id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
     size: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
@@ -82,7 +82,7 @@ class TensorChunk(msgspec.Struct, frozen=True):
 
 class TensorEntry(msgspec.Struct, frozen=True, tag="tensor"):
     dtype: str
-    """As torch says it, without `torch.`."""
+    """torch's name, without `torch.`."""
     size: _Lengths
     requires_grad: bool
     chunks: tuple[TensorChunk, ...]
@@ -90,13 +90,13 @@ class TensorEntry(msgspec.Struct, frozen=True, tag="tensor"):
 
 class PlainEntry(msgspec.Struct, frozen=True, tag="value"):
     at: Stored
-    """JSON, as tree.py says it."""
+    """JSON, as state.py writes it."""
 
 
 class CheckpointIndex(msgspec.Struct, frozen=True):
     format: Literal["shoal-dcp-1"]
     planner_data: Any
-    """As tree.py says it."""
+    """As state.py writes it."""
     entries: dict[str, TensorEntry | PlainEntry]
     """By fully qualified name."""
 
@@ -142,9 +142,9 @@ def encode_index(metadata: Metadata, stored: Mapping[MetadataIndex, Stored]) -> 
     entries: dict[str, TensorEntry | PlainEntry] = {}
     for fqn, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
-            entries[fqn] = _tensor_said(fqn, entry, stored)
+            entries[fqn] = _encoded(fqn, entry, stored)
         else:
-            entries[fqn] = PlainEntry(_where(stored, MetadataIndex(fqn)))
+            entries[fqn] = PlainEntry(_stored_at(stored, MetadataIndex(fqn)))
     flat = flatten(metadata.planner_data, "planner_data")
     if flat.tensors:
         raise UnsayableStateError(
@@ -158,15 +158,15 @@ def decode_index(body: bytes, content_id: ContentId) -> Metadata:
     """The metadata again; `storage_data` is {MetadataIndex: Stored}.
 
     Raises:
-        DamagedPartError: these are other bytes than those that the name of the index names.
-        InvalidStructureError: they are no index.
+        DamagedPartError: the bytes are not those that the name of the index names.
+        InvalidStructureError: they are not an index.
     """
     if (found := content_id_of(body) if body else "nothing") != content_id:
         raise DamagedPartError(f"an index should be {content_id} and is {found} ({len(body)} bytes)")
     try:
         index = msgspec.json.decode(body, type=CheckpointIndex)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise InvalidStructureError(f"it is no index of a distributed checkpoint: {error}") from None
+        raise InvalidStructureError(f"it is not an index of a distributed checkpoint: {error}") from None
     stored: dict[MetadataIndex, Stored] = {}
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for fqn, entry in index.entries.items():
@@ -175,28 +175,28 @@ def decode_index(body: bytes, content_id: ContentId) -> Metadata:
                 stored[MetadataIndex(fqn)] = at
                 entries[fqn] = BytesStorageMetadata()
             case TensorEntry():
-                entries[fqn] = _tensor_meant(fqn, entry, stored)
+                entries[fqn] = _decoded(fqn, entry, stored)
     return Metadata(entries, planner_data=rebuild(index.planner_data, {}), storage_data=stored)
 
 
-def _tensor_said(fqn: str, entry: TensorStorageMetadata, stored: Mapping[MetadataIndex, Stored]) -> TensorEntry:
+def _encoded(fqn: str, entry: TensorStorageMetadata, stored: Mapping[MetadataIndex, Stored]) -> TensorEntry:
     if entry.properties.layout != torch.strided:
         raise UnsayableStateError(f"{fqn!r} has the layout {entry.properties.layout}; make it dense")
-    said = TensorEntry(
+    encoded = TensorEntry(
         dtype=dtype_name(entry.properties.dtype),
         size=tuple(entry.size),
         requires_grad=entry.properties.requires_grad,
         chunks=tuple(
-            TensorChunk(tuple(chunk.offsets), tuple(chunk.sizes), _where(stored, MetadataIndex(fqn, chunk.offsets)))
+            TensorChunk(tuple(chunk.offsets), tuple(chunk.sizes), _stored_at(stored, MetadataIndex(fqn, chunk.offsets)))
             for chunk in entry.chunks
         ),
     )
-    _filled(fqn, said)
-    return said
+    _filled(fqn, encoded)
+    return encoded
 
 
 def _filled(fqn: str, entry: TensorEntry) -> None:
-    """Raises InvalidStructureError where a part of the tensor is in no chunk: it would come back undefined."""
+    """Raises InvalidStructureError if the chunks do not cover the tensor: a part of it would come back undefined."""
     found = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
     if found != math.prod(entry.size):
         raise InvalidStructureError(
@@ -205,13 +205,13 @@ def _filled(fqn: str, entry: TensorEntry) -> None:
         )
 
 
-def _where(stored: Mapping[MetadataIndex, Stored], index: MetadataIndex) -> Stored:
+def _stored_at(stored: Mapping[MetadataIndex, Stored], index: MetadataIndex) -> Stored:
     if index not in stored:
         raise InvalidStructureError(f"the plan names {index} and no rank wrote it; the checkpoint was not committed")
     return stored[index]
 
 
-def _tensor_meant(fqn: str, entry: TensorEntry, stored: dict[MetadataIndex, Stored]) -> TensorStorageMetadata:
+def _decoded(fqn: str, entry: TensorEntry, stored: dict[MetadataIndex, Stored]) -> TensorStorageMetadata:
     dtype = getattr(torch, entry.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise InvalidStructureError(f"{fqn!r} has the dtype {entry.dtype!r}, which this torch does not know")

@@ -21,18 +21,18 @@ _NAME = "tensor"
 
 
 def body_of(item: WriteItem, planner: SavePlanner) -> bytes:
-    """What is kept of an item. Raises UnsayableStateError, which names it."""
+    """The bytes that are kept of an item. Raises UnsayableStateError, which names it."""
     found = planner.resolve_data(item)
     if item.type == WriteItemType.BYTE_IO:
-        return _value_said(item.index.fqn, found)
+        return _encoded_value(item.index.fqn, found)
     if not isinstance(found, torch.Tensor):
         raise UnsayableStateError(f"{item.index.fqn!r}: the planner gave a {type(found).__qualname__} for a tensor")
-    return _tensor_said(item.index.fqn, found)
+    return _encoded_tensor(item.index.fqn, found)
 
 
-def _value_said(fqn: str, found: object) -> bytes:
-    """torch's planners hand values out as torch.save makes them. These bytes come from this process's memory and are
-    read under weights_only; what comes out is written down as JSON.
+def _encoded_value(fqn: str, found: object) -> bytes:
+    """torch's planners give values as torch.save writes them. These bytes come from this process's memory and are read
+    with weights_only; the value is written as JSON.
     """
     try:
         assert isinstance(found, io.BytesIO)
@@ -54,18 +54,18 @@ def _value_said(fqn: str, found: object) -> bytes:
 
 
 def plain_value(fqn: str, body: bytes) -> io.BytesIO:
-    """The value of `body`, as torch's planners want it: pickled, here and now, of what JSON gave."""
+    """The value of `body` in the form that torch's planners want: JSON is read, and pickled here in memory."""
     try:
         value: Any = rebuild(msgspec.json.decode(body), {})
     except (msgspec.DecodeError, RecursionError, InvalidStructureError) as error:
-        raise InvalidStructureError(f"{fqn!r} is no value that a checkpoint holds: {error}") from None
+        raise InvalidStructureError(f"{fqn!r} is not a value that a checkpoint holds: {error}") from None
     made = io.BytesIO()
     torch.save(value, made)
     made.seek(0)
     return made
 
 
-def _tensor_said(fqn: str, tensor: torch.Tensor) -> bytes:
+def _encoded_tensor(fqn: str, tensor: torch.Tensor) -> bytes:
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise UnsayableStateError(
             f"{fqn!r} is a sparse or quantised tensor, which safetensors cannot hold; make it dense"
@@ -84,14 +84,14 @@ def tensor_of(fqn: str, body: bytes, dtype: torch.dtype, sizes: torch.Size, *, i
     """The tensor of a chunk, whose bytes were compared with what the index names.
 
     Raises:
-        InvalidStructureError: they are no tensor of this dtype and these sizes.
+        InvalidStructureError: they are not a tensor of this dtype and these sizes.
     """
     try:
         if inline:
             return torch.tensor(list(body), dtype=torch.uint8).view(dtype).reshape(sizes)
         tensor = load(body)[_NAME]
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise InvalidStructureError(f"{fqn!r} is no tensor: {error}") from None
+        raise InvalidStructureError(f"{fqn!r} is not a tensor: {error}") from None
     if tensor.dtype != dtype or tensor.shape != sizes:
         raise InvalidStructureError(
             f"{fqn!r} should be {dtype_name(dtype)} {tuple(sizes)}, and the object that the index names is "

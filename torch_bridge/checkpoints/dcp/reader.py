@@ -37,8 +37,8 @@ class NoCheckpointError(LookupError):
 
 
 class O3StorageReader(StorageReader):
-    """Reads the newest valid version of a checkpoint, or the one that `version` names. Every byte is compared with its
-    content id before anything in it is looked at.
+    """Reads the newest valid version of a checkpoint, or the one that `version` names. Bytes are compared with their
+    content id before they are parsed.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class O3StorageReader(StorageReader):
             self.checkpoint_id = os.fspath(checkpoint_id)
         self.version = None
 
-    # torch asks a second time, for an index of this rank alone, where it finds a parameter called `kwargs`.
+    # torch asks a second time, for an index of this rank alone, if it finds a parameter called `kwargs`.
     def read_metadata(self, *args: Any, **_: Any) -> Metadata:
         """The index of the version that was asked for, or of the newest valid one.
 
@@ -99,7 +99,7 @@ class O3StorageReader(StorageReader):
         return replace(plan, storage_data=self.version)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Raises InvalidParamsError where a checkpoint came while the ranks looked, so that they chose differently."""
+        """Raises InvalidParamsError if a commit between their looks made the ranks choose differently."""
         chosen = {plan.storage_data for plan in plans}
         if len(chosen) > 1:
             raise InvalidParamsError(

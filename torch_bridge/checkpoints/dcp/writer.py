@@ -34,7 +34,7 @@ from torch_bridge.core.store import Store
 
 class O3StorageWriter(StorageWriter):
     """Writes one checkpoint a `dcp.save`. `checkpoint_id` names a run, or one checkpoint: each save adds a new version
-    below it. `checkpoint_id=` of `dcp.save` stands above it.
+    below it. `checkpoint_id=` of `dcp.save` has precedence.
     """
 
     def __init__(self, store: Store, checkpoint_id: str, *, concurrency: int = IN_FLIGHT) -> None:

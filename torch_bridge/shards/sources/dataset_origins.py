@@ -45,7 +45,7 @@ class DatasetOrigins:
         self._guests: dict[str, Store] = {}
 
     def signed(self) -> SignedManifest:
-        """The newest valid manifest, its signature and digest checked; read once. Where the origin does not answer, the
+        """The newest valid manifest, its signature and digest checked; read once. If the origin does not answer, the
         one that was read last on this machine, with a warning.
 
         Raises UnknownNameError, InvalidManifestError, InvalidParamsError, OriginError.

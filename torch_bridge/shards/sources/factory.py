@@ -22,7 +22,7 @@ def open_source(
     """A node ("127.0.0.1:7400", with `dataset`), an origin ("o3://bucket/prefix" with `dataset`, or a manifest's URL;
     with the `folder` that shards go to), or a folder that holds the shards already.
 
-    Raises InvalidParamsError where something is missing.
+    Raises InvalidParamsError if something is missing.
     """
     text = str(where)
     if is_address(text):

@@ -42,7 +42,7 @@ class ShardSource(Protocol):
         """Have a shard here, whole and checked; processes that ask for one shard share one download.
 
         It stays until `discard`, or until this process is gone. Raises ShoalError with its code (`retryable` says
-        whether it may pass), CancelledRequestError where `stop` was set.
+        whether it may pass), CancelledRequestError if `stop` was set.
         """
 
     def distrust(self, entry: ShardEntry, why: str) -> bool:

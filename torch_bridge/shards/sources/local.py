@@ -30,7 +30,7 @@ class LocalSource:
         return self._folder
 
     def manifest(self) -> Manifest:
-        """Raises UnknownNameError where there is no such file, InvalidShardError for one that cannot be read."""
+        """Raises UnknownNameError if there is no such file, InvalidShardError for one that cannot be read."""
         if self._manifest is None:
             paths = sorted(self._folder.glob(self._pattern))
             if not paths:

@@ -283,7 +283,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 @contextlib.contextmanager
 def _interrupted_by(stop: threading.Event | None, client: SyncClient) -> Iterator[None]:
-    """While this is open, `stop` ends the call that the client makes, also where the node says nothing."""
+    """While this is open, `stop` ends the call that the client makes, also if the node says nothing."""
     if stop is None:
         yield
         return

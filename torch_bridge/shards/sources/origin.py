@@ -70,7 +70,7 @@ class OriginSource:
         return self._folder
 
     def manifest(self) -> Manifest:
-        """The newest valid manifest; where the origin does not answer, the one that was read last into this folder.
+        """The newest valid manifest; if the origin does not answer, the one that was read last into this folder.
 
         Raises UnknownNameError, InvalidManifestError, InvalidParamsError, OriginError.
         """

@@ -30,7 +30,7 @@ def download(
 ) -> tuple[str, int]:
     """Have the first `entry.size` bytes of an object in `part`; the content id of what is there then, and bytes moved.
 
-    What `part` holds already is kept and hashed. Raises OriginError, InsufficientDiskError where the disk is full (then
+    What `part` holds already is kept and hashed. Raises OriginError, InsufficientDiskError if the disk is full (then
     `part` is removed, to give the space back), CancelledRequestError.
     """
     hasher = ContentHasher(entry.size)

@@ -14,7 +14,7 @@ from torch_bridge.shards.sources.interface import FetchedFile, OnProgress, Shard
 
 
 class ShardSubset:
-    """Those of these file names. `folder`: for the state of readers, where the source's own is not to be written to.
+    """Those of these file names. `folder`: for the state of readers, if the source's own is not to be written to.
 
     Raises InvalidParamsError for a name that the data set has not.
     """
