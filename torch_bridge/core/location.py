@@ -143,8 +143,8 @@ class StoreLocation:
         metadata: Mapping[str, str] | None,
         on_bytes: OnBytes | None,
     ) -> ObjectInfo:
-        """Write an object. Bytes that are sent for the first time restart the count of time and tries. If the answer to a
-        try is lost and an object with exactly these bytes is found, that try succeeded.
+        """Write an object. Bytes that are sent for the first time restart the count of time and tries. If the answer to
+        a try is lost and an object with exactly these bytes is found, that try succeeded.
         """
         sent = _SentBytes(on_bytes)
 

@@ -25,8 +25,8 @@ class Ranks:
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size <= self.world_size):
             raise InvalidParamsError(
-                f"{self}: rank must be in [0, world_size), local_rank in [0, local_world_size), local_world_size at most "
-                "world_size"
+                f"{self}: rank must be in [0, world_size), local_rank in [0, local_world_size), local_world_size at "
+                "most world_size"
             )
 
     @classmethod

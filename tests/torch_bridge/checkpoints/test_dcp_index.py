@@ -119,10 +119,10 @@ def test_the_newest_first_and_nothing_but_indices() -> None:
 
 def test_an_object_that_is_another_tensor_or_none_is_refused() -> None:
     for body, inline in ((b"\0" * 700, False), (b"12345", True), (b"", True)):
-        with pytest.raises(InvalidStructureError, match=r"'model\.w' is no tensor"):
+        with pytest.raises(InvalidStructureError, match=r"'model\.w' is not a tensor"):
             tensor_of("model.w", body, torch.float32, torch.Size([4, 3]), inline=inline)
     for body in (b"\x80\x04N.", b'{"$": "call"}', b"[" * 100_000):
-        with pytest.raises(InvalidStructureError, match="'step' is no value"):
+        with pytest.raises(InvalidStructureError, match="'step' is not a value"):
             plain_value("step", body)
 
 

@@ -178,7 +178,7 @@ def test_commits_that_are_forged_copied_or_half_written_are_ignored(
             latest = checkpoints.latest(RUN)
         assert latest is not None
         assert latest.epoch == 0
-        for why in ("not trusted", "is of run", "signature is not", "half of one", "no commit by its name"):
+        for why in ("not trusted", "is of run", "signature is not", "half of one", "not a commit by its name"):
             assert why in caplog.text
         assert checkpoints.latest("run-2") is None
         with in_folder(tmp_path, trusted=[checkpoints.node_id, forger.node_id]) as both:

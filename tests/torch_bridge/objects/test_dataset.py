@@ -193,7 +193,7 @@ def test_what_makes_no_data_set_says_so(tmp_path: Path) -> None:
         O3Dataset(url, "", O3Client(), tmp_path / "cache", format=ParquetFormat())
     with pytest.raises(InvalidShardError, match="a has 10001 bytes"):
         O3Dataset(url, "", O3Client(), tmp_path / "cache", **SMALL)
-    with pytest.raises(InvalidShardError, match="a is no parquet file"):
+    with pytest.raises(InvalidShardError, match="a is not a parquet file"):
         O3Dataset(url, "", O3Client(), tmp_path / "cache", format=ParquetFormat(pattern="*"))
     with pytest.raises(InvalidParamsError, match="concurrency"):
         O3Dataset(url, "", O3Client(), tmp_path / "cache", 0)
