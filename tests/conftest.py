@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
+import datetime
 import importlib.util
 import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from node.files import FileLock
 from node.formats.split import split_gguf
@@ -29,13 +35,28 @@ LONGEST_FIRST = (
 """Files that take long start first: a long one at the end would keep one worker busy while the others are idle."""
 
 
+ONE_AUTHORITY = "shoal-tests.pem"
+
+
+def _one_authority() -> str:
+    """A file with the certificate of an authority that signs nothing: some clients do not start without any."""
+    key, now = ed25519.Ed25519PrivateKey.generate(), datetime.datetime.now(datetime.UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "of no server")])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(days=1))
+    with tempfile.NamedTemporaryFile(suffix=ONE_AUTHORITY, delete=False) as file:
+        file.write(builder.sign(key, None).public_bytes(serialization.Encoding.PEM))
+    atexit.register(os.unlink, file.name)
+    return file.name
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False  # xdist would begin with the files of many tests, which are the quick ones
     # A machine that stalls is not a defect of the tested code: each test has a time-out of its own.
     hypothesis.settings.register_profile("shoal", deadline=None)
     hypothesis.settings.load_profile("shoal")
     # No test speaks to another machine, and loading this one's certificates takes each process 0.1 s.
-    os.environ["SSL_CERT_FILE"] = os.devnull
+    if not os.environ.get("SSL_CERT_FILE", "").endswith(ONE_AUTHORITY):  # a worker of xdist has it already
+        os.environ["SSL_CERT_FILE"] = _one_authority()
     # A shell that runs the suite in the background makes it ignore Ctrl-C, and child processes would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
