@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,10 +36,23 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         yield node
 
 
-@pytest.fixture
-def trainer(seed: Daemon, tmp_path: Path) -> Iterator[Daemon]:
-    with daemon(tmp_path / "trainer", bootstrap=seed) as node:
+@pytest.fixture(scope="module")
+def shared_trainer(seed: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    with daemon(tmp_path_factory.mktemp("trainer"), bootstrap=seed) as node:
         yield node
+
+
+@pytest.fixture
+def trainer(shared_trainer: Daemon) -> Iterator[Daemon]:
+    """A node without shards and leases."""
+    node = shared_trainer
+    assert (node.files(), node.call("STATUS")["leases"]) == ({}, [])
+    yield node
+    for one in node.call("STATUS")["leases"]:
+        node.call("RELEASE", {"lease": one["lease"]})
+    for path in (node.home / "shards").iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    wait_until(lambda: node.files() == {})
 
 
 def which(shard_id: int, name: str = "org/set") -> dict[str, object]:
