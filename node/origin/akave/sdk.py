@@ -161,12 +161,12 @@ class AkaveConnection:
         with _writing, _lost_transactions():
             ipc.file_delete(None, bucket, name)
 
-    def close(self) -> None:
+    def close(self, patience_s: float = _CLOSE_S) -> None:
         """Close the connection, which ends the calls that wait for the node. The next call opens a new one.
 
-        A connection that is being opened, and may hang, is not waited for.
+        A connection that is being opened, and may hang, is not waited for longer than `patience_s`.
         """
-        if not self._opening.acquire(timeout=_CLOSE_S):
+        if not self._opening.acquire(timeout=patience_s):
             return
         try:
             sdk, self._sdk, self._ipc = self._sdk, None, None

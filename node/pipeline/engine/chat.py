@@ -52,7 +52,12 @@ class _RefusedError(Exception):
 
 
 def render_chat(
-    template: str | None, messages: Sequence[ChatMessage], *, bos_token: str = "", eos_token: str = ""
+    template: str | None,
+    messages: Sequence[ChatMessage],
+    *,
+    bos_token: str = "",
+    eos_token: str = "",
+    timeout_s: float = MAX_SECONDS,
 ) -> str:
     """The prompt for these messages, up to where the model's answer begins.
 
@@ -66,7 +71,7 @@ def render_chat(
             f"the model's chat template has {len(template)} characters, at most {MAX_SOURCE_CHARS}"
         )
     try:
-        with _deadline(MAX_SECONDS):
+        with _deadline(timeout_s):
             parts = _compiled(template).generate(
                 messages=[{"role": message.role, "content": message.content} for message in messages],
                 bos_token=bos_token,

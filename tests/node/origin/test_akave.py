@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from node.origin.akave import sdk as akave_sdk
 from node.origin.akave.cid import CHUNK_BYTES, root_cid_of
 from node.origin.akave.sdk import FIXED_NODE
 from node.origin.akave.store import open_akave_store
@@ -426,7 +425,6 @@ async def test_a_node_that_hangs(network: Any, node: Any, monkeypatch: pytest.Mo
 
 
 def test_closing_does_not_wait_for_a_connection_that_hangs(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(akave_sdk, "_CLOSE_S", 0.05)
     sdk, begun, go_on = akave_store()._sdk, threading.Event(), threading.Event()
 
     def hang() -> Any:
@@ -444,7 +442,7 @@ def test_closing_does_not_wait_for_a_connection_that_hangs(network: Any, monkeyp
     opening.start()
     assert begun.wait(10)
     started = time.monotonic()
-    sdk.close()
+    sdk.close(patience_s=0.05)
     assert time.monotonic() - started < 5
     go_on.set()
     opening.join(10)
