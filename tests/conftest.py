@@ -19,8 +19,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
+from node.cli.demo.s3_server import S3Server
 from node.files import FileLock
 from node.formats.split import split_gguf
+from tests.support.origins.s3_server import s3_server
 
 LONGEST_FIRST = (
     "tests/integration/test_pipeline_process.py",
@@ -68,6 +70,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next(places, len(LONGEST_FIRST))
 
     items.sort(key=rank)
+
+
+@pytest.fixture(scope="session")
+def shared_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One S3 server for all tests of this process that only need to have one; each module writes under its own keys."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

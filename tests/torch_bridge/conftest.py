@@ -1,20 +1,12 @@
-"""One S3 server for all tests of torch_bridge that only need to have one."""
+"""The S3 server that tests share, with a prefix for each module."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
 from node.cli.demo.s3_server import S3Server
-from tests.support.origins.s3_server import s3_server
-
-
-@pytest.fixture(scope="session")
-def shared_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with s3_server(tmp_path_factory.mktemp("s3")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from node.background import FirstErrorGroup
 
 JOIN_BYTES = 1 << 20
-"""Ranges that are no further apart than this share a request."""
+"""Ranges at most this far apart share a request."""
 MAX_JOINED_BYTES = 32 << 20
 REQUESTS_AT_ONCE = 8
 

@@ -7,13 +7,11 @@ import contextlib
 import json
 import random
 import sys
-from collections.abc import AsyncIterator
 
 import aiohttp
 import pytest
-import pytest_asyncio
 
-from node.cli.demo.s3_server import S3Server, running_s3
+from node.cli.demo.s3_server import S3Server
 from tests.support.origins.faults import Fault, Ledger, Range, Rules, Sent
 from tests.support.origins.presigned import presigned_url
 from tests.support.origins.proxy import OriginProxy
@@ -24,10 +22,9 @@ BYTES = random.Random(3).randbytes(SIZE)
 KEY = "shards/some/object"
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def s3(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[S3Server]:
-    async with running_s3(tmp_path_factory.mktemp("s3")) as server:
-        yield server
+@pytest.fixture(scope="module")
+def s3(shared_s3: S3Server) -> S3Server:
+    return shared_s3
 
 
 def signed(endpoint: str, s3: S3Server, method: str = "GET", key: str = KEY) -> str:
@@ -80,7 +77,7 @@ async def test_what_passes_is_what_the_server_says_and_every_byte_of_payload_is_
         assert (await get(session, wrong))[0] == 403
         assert (await get(session, signed(s3.endpoint, s3).replace(s3.endpoint, proxy.endpoint)))[0] == 403
         assert (await get(session, signed(proxy.endpoint, s3, key="shards/none")))[0] == 404
-        listing = presigned_url(proxy.endpoint, "shards/", *keys(s3), query={"list-type": "2"})
+        listing = presigned_url(proxy.endpoint, "shards/", *keys(s3), query={"list-type": "2", "prefix": "some/"})
         assert KEY.partition("/")[2].encode() in (await get(session, listing))[1]
         assert proxy.ledger.payload_bytes() == SIZE + proxy.ledger.repeated()
 

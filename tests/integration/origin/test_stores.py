@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from node.cli.demo.s3_server import S3Server, running_s3
+from node.cli.demo.s3_server import S3Server
 from node.origin import local as files
 from node.origin.factory import open_store
 from node.origin.interface import ObjectStore
@@ -37,10 +37,9 @@ BODY = bytes(range(251)) * 8001
 LARGE = in_parts(3)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def weed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[S3Server]:
-    async with running_s3(tmp_path_factory.mktemp("weed"), secret_key="the-secret-of-weed") as server:
-        yield server
+@pytest.fixture(scope="module")
+def weed(shared_s3: S3Server) -> S3Server:
+    return shared_s3
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from node.cli.demo.s3_server import S3Server, running_s3
+from node.cli.demo.s3_server import S3Server
 from node.origin.factory import open_store
 from node.origin.s3.botocore_client import S3ApiClient
 from node.origin.settings import OriginSettings
@@ -21,10 +21,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 LARGE, SIX_PARTS = in_parts(3), in_parts(6)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def weed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[S3Server]:
-    async with running_s3(tmp_path_factory.mktemp("weed")) as server:
-        yield server
+@pytest.fixture(scope="module")
+def weed(shared_s3: S3Server) -> S3Server:
+    return shared_s3
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
