@@ -86,7 +86,7 @@ def test_what_is_pushed_in_the_middle_of_an_epoch_is_for_the_next(hub: HubStandI
 
 
 def test_what_the_hub_does_wrong(hub: HubStandIn, tmp_path: Path) -> None:
-    with client_of(hub, total_s=1.0) as client:
+    with client_of(hub) as client:
         hub.statuses = [429, 503]
         assert len(list(dataset(f"{REPO}/clips", tmp_path / "cache", client=client))) == len(FILES)
         with pytest.raises(OriginNotFoundError):
