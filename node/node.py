@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from node.background import Background
 from node.clock import Clock
 from node.config import KEY_FILENAME, Assignment, Settings
-from node.discovery import Discovery, DiscoverySettings, FoundProvider
+from node.discovery import Discovery, DiscoverySettings, ProviderInfo
 from node.handlers.info import InfoHandlers, NodeParts, current_info
 from node.handlers.leases import LeaseHandlers
 from node.handlers.publishing import PublishHandlers
@@ -152,7 +152,7 @@ async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callabl
         await stop.wait()
 
 
-async def fetch_manifest(provider: FoundProvider, digest: ManifestDigest) -> SignedManifest:
+async def fetch_manifest(provider: ProviderInfo, digest: ManifestDigest) -> SignedManifest:
     """Ask a provider for a manifest and check it. Raises InvalidManifestError, UnreachableError, TimedOutError."""
     result = await call_address(
         provider.host,

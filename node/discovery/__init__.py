@@ -14,6 +14,6 @@ wire              datagrams to requests and answers, and back
 """
 
 from node.discovery.discovery import Discovery
-from node.discovery.values import DhtStats, DiscoverySettings, FoundName, FoundNode, FoundProvider, FoundWant
+from node.discovery.values import DhtStats, DiscoverySettings, FoundNode, NameInfo, ProviderInfo, WantInfo
 
-__all__ = ["DhtStats", "Discovery", "DiscoverySettings", "FoundName", "FoundNode", "FoundProvider", "FoundWant"]
+__all__ = ["DhtStats", "Discovery", "DiscoverySettings", "FoundNode", "NameInfo", "ProviderInfo", "WantInfo"]

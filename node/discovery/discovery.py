@@ -17,7 +17,7 @@ from node.discovery.membership import Membership
 from node.discovery.overlay import Overlay
 from node.discovery.record_publisher import RecordPublisher, Subject
 from node.discovery.storage import RecordStorage
-from node.discovery.values import DhtStats, DiscoverySettings, FoundName, FoundNode, FoundProvider, FoundWant
+from node.discovery.values import DhtStats, DiscoverySettings, FoundNode, NameInfo, ProviderInfo, WantInfo
 from protocol.ids import ContentId, ManifestDigest, NodeId
 from protocol.manifest import SignedManifest
 from protocol.records import (
@@ -169,10 +169,10 @@ class Discovery:
         self._cut.discard(digest)
         await self._publisher.withdraw(self._shards.pop(digest, set()))
 
-    async def find_providers(self, digest: ManifestDigest) -> list[FoundProvider]:
+    async def find_providers(self, digest: ManifestDigest) -> list[ProviderInfo]:
         """The other nodes that have shards of a manifest, in random order; of very many a fair sample."""
         found = [
-            FoundProvider(
+            ProviderInfo(
                 node_id=record.publisher,
                 host=record.payload.host,
                 rpc_port=record.payload.rpc_port,
@@ -209,20 +209,20 @@ class Discovery:
         if subject := self._wants.pop(content_id, None):
             await self._publisher.withdraw([subject])
 
-    async def find_wants(self, content_id: ContentId) -> list[FoundWant]:
+    async def find_wants(self, content_id: ContentId) -> list[WantInfo]:
         """The other nodes that fetch parts of a content from the origin now; by node id."""
         found = [
-            FoundWant(record.publisher, record.payload.host, record.payload.bt_port, record.payload.block_pieces)
+            WantInfo(record.publisher, record.payload.host, record.payload.bt_port, record.payload.block_pieces)
             for record in await self._records(wanted_key(self._settings.cluster, content_id))
             if isinstance(record.payload, Want) and record.publisher != self.node_id
         ]
         return sorted(found, key=lambda want: want.node_id)
 
-    async def find_name(self, name: str) -> list[FoundName]:
+    async def find_name(self, name: str) -> list[NameInfo]:
         """What a model, data set or file name stands for; several if publishers differ."""
         return [found for found in await self._names(name_key(self._settings.cluster, name)) if found.name == name]
 
-    async def list_names(self) -> list[FoundName]:
+    async def list_names(self) -> list[NameInfo]:
         """The models and data sets of the cluster."""
         return [found for found in await self._names(directory_key(self._settings.cluster)) if found.kind != "file"]
 
@@ -232,13 +232,13 @@ class Discovery:
         found = [FoundNode(r.publisher, r.payload) for r in records if isinstance(r.payload, NodeInfo)]
         return sorted(found, key=lambda node: node.node_id)
 
-    async def _names(self, key: RecordKey) -> list[FoundName]:
+    async def _names(self, key: RecordKey) -> list[NameInfo]:
         publishers: dict[Name, set[NodeId]] = {}
         for record in await self._records(key):
             named = record.payload
             if isinstance(named, Name):
                 publishers.setdefault(named, set()).add(record.publisher)
-        found = [FoundName(n.name, n.kind, n.digest, tuple(sorted(by))) for n, by in publishers.items()]
+        found = [NameInfo(n.name, n.kind, n.digest, tuple(sorted(by))) for n, by in publishers.items()]
         return sorted(found, key=lambda name: (name.name, name.digest))
 
     async def _records(self, key: RecordKey) -> list[Record]:

@@ -60,7 +60,7 @@ class DiscoverySettings:
 
 
 @dataclass(frozen=True, slots=True)
-class FoundProvider:
+class ProviderInfo:
     """A node that has shards of a manifest."""
 
     node_id: NodeId
@@ -76,7 +76,7 @@ class FoundProvider:
 
 
 @dataclass(frozen=True, slots=True)
-class FoundName:
+class NameInfo:
     """What a name stands for by some publishers; two of one name with different digests are an ambiguity."""
 
     name: str
@@ -87,7 +87,7 @@ class FoundName:
 
 
 @dataclass(frozen=True, slots=True)
-class FoundWant:
+class WantInfo:
     """A node that takes its part of a shard's pieces from the origin at this moment."""
 
     node_id: NodeId

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+from node.discovery import NameInfo, ProviderInfo, WantInfo
 from node.swarm.torrent import DownloadProgress, PeerAddress, Piece, Torrent
 from protocol.ids import ContentId, InfoHash, ManifestDigest, NodeId
 from protocol.manifest import ShardEntry, SignedManifest
@@ -59,59 +60,6 @@ class TorrentClient(Protocol):
         """A `DownloadHandle`."""
 
     async def remove(self, info_hash: InfoHash) -> None: ...
-
-
-class ProviderInfo(Protocol):
-    """A node that says that it has shards of a manifest."""
-
-    @property
-    def node_id(self) -> NodeId: ...
-
-    @property
-    def host(self) -> str: ...
-
-    @property
-    def rpc_port(self) -> int: ...
-
-    @property
-    def bt_port(self) -> int: ...
-
-    @property
-    def on_disk(self) -> frozenset[int]: ...
-
-    @property
-    def fetching(self) -> frozenset[int]: ...
-
-
-class NameInfo(Protocol):
-    """A name in the cluster, and the manifest that it stands for."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def kind(self) -> str:
-        """model, dataset or file."""
-
-    @property
-    def digest(self) -> ManifestDigest: ...
-
-
-class WantInfo(Protocol):
-    """A node that takes pieces of a shard from the origin at this moment."""
-
-    @property
-    def node_id(self) -> NodeId: ...
-
-    @property
-    def host(self) -> str: ...
-
-    @property
-    def bt_port(self) -> int: ...
-
-    @property
-    def block_pieces(self) -> int:
-        """How many adjacent pieces it shares out together."""
 
 
 class ProviderDirectory(Protocol):
@@ -170,7 +118,7 @@ class OriginReader(Protocol):
 
 
 class OriginCatalog(Protocol):
-    """Where shards come from when no peer has them."""
+    """The origins of shards, and the manifests that they have."""
 
     def locations(self, signed: SignedManifest) -> Sequence[OriginReader]:
         """The origins to ask for shards of this manifest, best first."""
@@ -182,5 +130,5 @@ class OriginCatalog(Protocol):
         """The manifest at a URL, checked."""
 
 
-FetchManifest = Callable[[Any, ManifestDigest], Awaitable[SignedManifest]]
-"""Asks a `ProviderInfo` for a manifest and checks that it is the one with that digest."""
+FetchManifest = Callable[[ProviderInfo, ManifestDigest], Awaitable[SignedManifest]]
+"""Asks a provider for a manifest and checks that it is the one with that digest."""

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from node.clock import Clock
-from node.shards.interfaces import ProviderDirectory, ProviderInfo, WantInfo
+from node.discovery import ProviderInfo, WantInfo
+from node.shards.interfaces import ProviderDirectory
 from node.shards.settings import ShardsSettings
 from node.swarm.torrent import PeerAddress
 from protocol.errors import NoSourceError, OriginError, ShoalError

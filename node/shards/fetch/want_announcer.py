@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 from node.clock import Clock
+from node.discovery import WantInfo
 from node.shards.fetch.block_assignment import BlockAssignment
-from node.shards.interfaces import ProviderDirectory, WantInfo
+from node.shards.interfaces import ProviderDirectory
 from node.swarm.torrent import PeerAddress
 from protocol.errors import ShoalError
 from protocol.ids import ContentId, NodeId

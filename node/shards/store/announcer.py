@@ -42,7 +42,7 @@ class Announcer:
     @property
     def is_idle(self) -> bool:
         """Whether every change was announced, or tried."""
-        return not self._is_announcing and not self._catalog.untold()
+        return not self._is_announcing and not self._catalog.has_unannounced()
 
     async def wait_idle(self) -> None:
         while not self.is_idle:
@@ -54,7 +54,7 @@ class Announcer:
             await self._wait_for_news()
             self._is_announcing = True
             await self._clock.sleep(GATHER_S)
-            failed = await self._announce_all(self._catalog.take_untold())
+            failed = await self._announce_all(self._catalog.take_unannounced())
             self._is_announcing = False
             self._finished.set()
             if failed and not self._failed:
@@ -64,14 +64,14 @@ class Announcer:
     async def _wait_for_news(self) -> None:
         """Wait for a change; what failed counts as one once it is time to try again."""
         if not self._failed:
-            await self._catalog.wait_untold()
+            await self._catalog.wait_unannounced()
             return
         try:
             async with self._clock.timeout(self._retry_at - self._clock.now()):
-                await self._catalog.wait_untold()
+                await self._catalog.wait_unannounced()
         except TimeoutError:
             failed, self._failed = self._failed, set()
-            self._catalog.untold_again(failed)
+            self._catalog.announce_again(failed)
 
     async def _announce_all(self, digests: set[ManifestDigest]) -> set[ManifestDigest]:
         """Return those that failed."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
+from node.files import fsync_file
 from node.shards.store.catalog import ShardFile
 from node.shards.store.hash_cache import HashCache
 from node.shards.store.hasher import FileChangedError, Hasher
@@ -47,7 +47,7 @@ class Backfill:
         and time may hold zeros, and what is remembered is trusted unread.
         """
         if file.fingerprint:
-            await asyncio.to_thread(_sync, file.path)
+            await asyncio.to_thread(fsync_file, file.path)
             await asyncio.to_thread(self._cache.put, file.path, file.fingerprint, content)
 
     async def forget(self, file: ShardFile) -> None:
@@ -80,11 +80,3 @@ class Backfill:
             finally:
                 if self._queue.get(path) is file:
                     del self._queue[path]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

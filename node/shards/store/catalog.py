@@ -26,7 +26,7 @@ before it returns, on the event loop, so that no reader sees half of one.
     seeding       gone             absent           the same
     invalid       gone             absent           the same
 
-While a file is downloading, the fetch alone decides what becomes of it. A shard that is loaded is a seeding file
+While a file is downloading, the fetch alone changes its record. A shard that is loaded is a seeding file
 whose shard `loaded_changed` named.
 """
 
@@ -105,7 +105,7 @@ def torrent_of(entry: ShardEntry) -> Torrent:
 
 
 class Catalog:
-    """Files by path, by shard and by content; the manifests behind them; and which manifests' news are untold."""
+    """Files by path, shard and content; the manifests behind them; and the manifests with unannounced changes."""
 
     def __init__(self) -> None:
         self._files: dict[Path, ShardFile] = {}
@@ -119,8 +119,8 @@ class Catalog:
         signed there.
         """
         self._loaded: dict[ManifestDigest, frozenset[int]] = {}
-        self._untold: set[ManifestDigest] = set()
-        self._has_untold = asyncio.Event()
+        self._unannounced: set[ManifestDigest] = set()
+        self._has_unannounced = asyncio.Event()
         self._all_decided = asyncio.Event()
         self._all_decided.set()
         self._waiting: dict[Path | ShardRef, set[asyncio.Event]] = {}
@@ -275,7 +275,7 @@ class Catalog:
                 self._all_decided.set()
         shards = {file.shard.ref for file in (before, after) if file and file.shard}
         self._wake(path, *shards)
-        self.untold_again(ref.digest for ref in shards)
+        self.announce_again(ref.digest for ref in shards)
 
     # What happens to a manifest, and to what a stage has
 
@@ -303,7 +303,7 @@ class Catalog:
         if held:
             del self._folders[held.folder]
             self._release(held.digest, held.folder)
-            self.untold_again([held.digest])
+            self.announce_again([held.digest])
 
     def _release(self, digest: ManifestDigest, path: Path) -> None:
         places = self._manifests[digest]
@@ -321,29 +321,29 @@ class Catalog:
             self._loaded[digest] = shard_ids
         else:
             del self._loaded[digest]
-        self.untold_again([digest])
+        self.announce_again([digest])
         return True
 
-    # News for others
+    # What is to be announced
 
-    def take_untold(self) -> set[ManifestDigest]:
+    def take_unannounced(self) -> set[ManifestDigest]:
         """Manifests whose shards, or loaded shards, changed since the last call."""
-        untold, self._untold = self._untold, set()
-        self._has_untold.clear()
-        return untold
+        unannounced, self._unannounced = self._unannounced, set()
+        self._has_unannounced.clear()
+        return unannounced
 
-    def untold(self) -> bool:
-        return bool(self._untold)
+    def has_unannounced(self) -> bool:
+        return bool(self._unannounced)
 
-    def untold_again(self, digests: Iterable[ManifestDigest]) -> None:
-        """The news of these manifests are to be told."""
-        self._untold.update(digests)
-        if self._untold:
-            self._has_untold.set()
+    def announce_again(self, digests: Iterable[ManifestDigest]) -> None:
+        """Something of these manifests is to be announced."""
+        self._unannounced.update(digests)
+        if self._unannounced:
+            self._has_unannounced.set()
 
-    async def wait_untold(self) -> None:
-        """Wait until there is something to tell."""
-        await self._has_untold.wait()
+    async def wait_unannounced(self) -> None:
+        """Wait until there is something to announce."""
+        await self._has_unannounced.wait()
 
     # Who waits
 

@@ -19,7 +19,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def allocated_bytes(path: Path) -> int:
-    """Bytes that a file takes on the disk, holes left out; 0 where there is none."""
+    """Bytes that a file takes on the disk, holes left out; 0 if there is none."""
     try:
         return path.stat().st_blocks * 512
     except OSError:
@@ -40,7 +40,7 @@ class DiskSpace:
     async def reserved(self, path: Path, size: int) -> AsyncIterator[None]:
         """Hold room for `size` bytes, to come to `path` or its part files, for the length of the block.
 
-        What an earlier try left on the disk is not counted again. Raises InsufficientDiskError where the rest does not
+        What an earlier try left on the disk is not counted again. Raises InsufficientDiskError if the rest does not
         fit beside what other downloads were promised and what the node keeps free.
         """
         async with self._turn:

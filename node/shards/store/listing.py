@@ -42,7 +42,7 @@ class FoundFile:
 def list_files(root: Path, max_depth: int = MAX_DEPTH, max_files: int = MAX_FILES) -> Listing:
     """List the regular files under `root` that are neither hidden nor unfinished.
 
-    A link to a folder is not followed, and a link to a file counts only where it stays within `root`. Folders that
+    A link to a folder is not followed, and a link to a file counts only if it stays within `root`. Folders that
     cannot be read are skipped, and so is what lies deeper than `max_depth` or comes after `max_files`.
     """
     listing: dict[Path, dict[str, Fingerprint]] = {}

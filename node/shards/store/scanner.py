@@ -207,7 +207,7 @@ class Scanner:
         return True
 
     async def _drop_missing(self, listing: Listing, found: dict[Path, FoundFile], unsettled: set[Path]) -> None:
-        """Forget the files that were deleted or moved, or are no shards any more."""
+        """Forget the files that were deleted or moved, or are not shards any more."""
         for file in self._catalog.files():
             path = file.path
             if path in found or path.parent in unsettled or file.state == "downloading":

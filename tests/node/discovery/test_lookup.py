@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from node.discovery import DhtStats, DiscoverySettings, FoundName, FoundNode, FoundProvider
+from node.discovery import DhtStats, DiscoverySettings, FoundNode, NameInfo, ProviderInfo
 from protocol.errors import UnknownNameError
 from protocol.signing import SigningKey
 from tests.support.clocks import MovedClock
@@ -21,7 +21,7 @@ async def test_a_node_alone_finds_its_own_names_and_node_but_is_not_its_own_prov
         signed = a_manifest()
         await announce(node, signed, 0, 2)
         await node.announce_node(node_info(node))
-        named = FoundName("corpus", "dataset", signed.digest, (node.node_id,))
+        named = NameInfo("corpus", "dataset", signed.digest, (node.node_id,))
         assert await node.find_name("corpus") == [named]
         assert await node.list_names() == [named]
         assert await node.list_nodes() == [FoundNode(node.node_id, node_info(node))]
@@ -35,7 +35,7 @@ async def test_a_joiner_finds_at_once_what_a_lone_node_announced_before():
         await announce(first, signed, 0, 8, loaded=(8,))
         async with opened(first) as second:
             assert await second.find_providers(signed.digest) == [
-                FoundProvider(first.node_id, HOST, 7400, 7402, frozenset({0, 8}), frozenset({8}))
+                ProviderInfo(first.node_id, HOST, 7400, 7402, frozenset({0, 8}), frozenset({8}))
             ]
             assert [found.digest for found in await second.find_name("corpus")] == [signed.digest]
 

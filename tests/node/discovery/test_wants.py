@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from node.discovery import FoundWant
+from node.discovery import WantInfo
 from protocol.ids import ContentId
 from protocol.records import wanted_key
 from tests.support.clocks import MovedClock
@@ -19,14 +19,14 @@ async def test_a_wish_is_found_by_the_others_until_it_is_withdrawn():
         await first.announce_want(CONTENT, 7402)
         await second.announce_want(CONTENT, 7502, block_pieces=16)
         assert await third.find_wants(CONTENT) == sorted(
-            [FoundWant(first.node_id, HOST, 7402), FoundWant(second.node_id, HOST, 7502, 16)],
+            [WantInfo(first.node_id, HOST, 7402), WantInfo(second.node_id, HOST, 7502, 16)],
             key=lambda want: want.node_id,
         )
-        assert await first.find_wants(CONTENT) == [FoundWant(second.node_id, HOST, 7502, 16)]
+        assert await first.find_wants(CONTENT) == [WantInfo(second.node_id, HOST, 7502, 16)]
         assert await third.find_wants(OTHER) == []
         await first.withdraw_want(CONTENT)
         await first.withdraw_want(OTHER)
-        assert await third.find_wants(CONTENT) == [FoundWant(second.node_id, HOST, 7502, 16)]
+        assert await third.find_wants(CONTENT) == [WantInfo(second.node_id, HOST, 7502, 16)]
         assert await second.find_wants(CONTENT) == []
 
 

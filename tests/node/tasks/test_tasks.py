@@ -15,7 +15,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from node.discovery.values import FoundNode, FoundProvider
+from node.discovery.values import FoundNode, ProviderInfo
 from node.pipeline.driver.attempt import GeneratedToken
 from node.rpc import Call, Command, RpcServer
 from node.tasks.inference import _Answer, run_inference
@@ -177,9 +177,9 @@ class Cluster:
     def loaded(self, digest: str) -> frozenset[int]:
         return frozenset(self.held[HERE])
 
-    async def find_providers(self, digest: str) -> list[FoundProvider]:
+    async def find_providers(self, digest: str) -> list[ProviderInfo]:
         return [
-            FoundProvider(node, "127.0.0.1", self.ports[node], 1, frozenset(held), frozenset(held))
+            ProviderInfo(node, "127.0.0.1", self.ports[node], 1, frozenset(held), frozenset(held))
             for node, held in self.held.items()
             if held and node != HERE
         ]

@@ -18,14 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from node.clock import Clock
-from node.discovery.values import FoundName, FoundProvider
+from node.discovery.values import NameInfo, ProviderInfo, WantInfo
 from node.shards.service import Shards
 from node.shards.settings import ShardsSettings
 from node.shards.store.hash_worker import Answer, Job, do
 from node.shards.store.hasher import Hasher
-from node.swarm.torrent import DownloadProgress, PeerAddress, Torrent
+from node.swarm.torrent import DownloadProgress, PeerAddress, Piece, Torrent
 from protocol.content import hash_file
 from protocol.errors import CancelledRequestError, UnreachableError
+from protocol.ids import ContentId, NodeId
 from protocol.manifest import Manifest, ModelInfo, ShardEntry, ShardKind, SignedManifest, sign_manifest
 from protocol.signing import SigningKey
 
@@ -71,6 +72,25 @@ class MemoryDownload:
 
     def add_peers(self, peers: Any) -> None:
         self.peers |= set(peers)
+
+    @property
+    def piece_layer(self) -> bytes:
+        return b""
+
+    async def ready(self) -> None:
+        pass
+
+    def missing_pieces(self) -> list[Piece]:
+        return [self.torrent.piece(index) for index in range(self.torrent.pieces)]
+
+    async def available_pieces(self) -> frozenset[int]:
+        return frozenset()
+
+    async def take_layer(self, layer: bytes) -> None:
+        raise AssertionError("no test gives it one")
+
+    async def add_piece(self, index: int, data: bytes) -> bool:
+        raise AssertionError("no test gives it one")
 
     async def verified(self) -> Path:
         return await asyncio.shield(self.ended)
@@ -139,6 +159,7 @@ class MemoryDiscovery:
     providers: dict[str, frozenset[int]] = field(default_factory=dict)
     """Digest -> shards that one other node has."""
     host: str = "127.0.0.1"
+    node_id: NodeId = KEY.node_id
 
     def publish(self, manifest: Manifest, on_disk: frozenset[int] | None = None) -> SignedManifest:
         signed = sign_manifest(manifest, OTHER_KEY)
@@ -165,28 +186,37 @@ class MemoryDiscovery:
     async def withdraw_shards(self, digest: str) -> None:
         del self.announced[digest]
 
-    async def find_providers(self, digest: str) -> list[FoundProvider]:
+    async def find_providers(self, digest: str) -> list[ProviderInfo]:
         found = []
         if (fetching := self.fetchers.get(digest)) is not None:
             nothing: frozenset[int] = frozenset()
-            found.append(FoundProvider(OTHER_KEY.node_id, self.host, 7500, 7502, nothing, nothing, fetching))
+            found.append(ProviderInfo(OTHER_KEY.node_id, self.host, 7500, 7502, nothing, nothing, fetching))
         if (on_disk := self.providers.get(digest)) is not None:
-            found.append(FoundProvider(OTHER_KEY.node_id, self.host, 7400, 7402, on_disk, frozenset()))
+            found.append(ProviderInfo(OTHER_KEY.node_id, self.host, 7400, 7402, on_disk, frozenset()))
         return found
 
-    async def find_name(self, name: str) -> list[FoundName]:
+    async def announce_want(self, content_id: ContentId, bt_port: int, *, block_pieces: int, ttl_s: int) -> None:
+        pass
+
+    async def withdraw_want(self, content_id: ContentId) -> None:
+        pass
+
+    async def find_wants(self, content_id: ContentId) -> list[WantInfo]:
+        return []
+
+    async def find_name(self, name: str) -> list[NameInfo]:
         return [found for found in self._names() if found.name == name]
 
-    async def list_names(self) -> list[FoundName]:
+    async def list_names(self) -> list[NameInfo]:
         return [found for found in self._names() if found.kind != "file"]
 
-    def _names(self) -> list[FoundName]:
+    def _names(self) -> list[NameInfo]:
         return [
-            FoundName(signed.manifest.name, signed.manifest.kind, signed.digest, (signed.publisher,))
+            NameInfo(signed.manifest.name, signed.manifest.kind, signed.digest, (signed.publisher,))
             for signed in self.manifests.values()
         ]
 
-    async def fetch_manifest(self, provider: FoundProvider, digest: str) -> SignedManifest:
+    async def fetch_manifest(self, provider: ProviderInfo, digest: str) -> SignedManifest:
         if digest not in self.manifests:
             raise UnreachableError("nobody there")
         return self.manifests[digest]

@@ -141,9 +141,9 @@ class CatalogMachine(RuleBasedStateMachine):
     @rule()
     def told_to_others(self) -> None:
         """What changed since the announcer looked last is in the set that it takes."""
-        now, untold = self.news(), self.catalog.take_untold()
-        assert {digest for digest in DIGESTS if now[digest] != self.told[digest]} <= untold
-        assert not self.catalog.untold()
+        now, unannounced = self.news(), self.catalog.take_unannounced()
+        assert {digest for digest in DIGESTS if now[digest] != self.told[digest]} <= unannounced
+        assert not self.catalog.has_unannounced()
         self.told = now
 
     def news(self) -> dict[ManifestDigest, Any]:
@@ -242,13 +242,13 @@ async def test_who_waits_for_a_shard_gets_its_files_when_none_is_hashed() -> Non
 
 async def test_who_tells_others_is_woken_by_news_alone() -> None:
     catalog = Catalog()
-    teller = asyncio.create_task(catalog.wait_untold())
+    teller = asyncio.create_task(catalog.wait_unannounced())
     assert catalog.seen(None, PATHS[0], "file", PRINT)  # it is not known yet what it is
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert not teller.done()
     assert catalog.fetch_started(None, PATHS[1], SHARDS[0])
     await asyncio.wait_for(teller, 1)
-    assert catalog.take_untold() == {SHARDS[0].digest}
+    assert catalog.take_unannounced() == {SHARDS[0].digest}
     assert catalog.loaded_changed(SHARDS[0].digest, frozenset(), frozenset({0}))
-    await asyncio.wait_for(catalog.wait_untold(), 1)
+    await asyncio.wait_for(catalog.wait_unannounced(), 1)
