@@ -82,7 +82,7 @@ class Client:
             raise UnreachableError(f"cannot connect to {address}: {err}; does a node listen there?") from None
         notice_dead_peer(writer.get_extra_info("socket"))
         client = cls(reader, writer, address)
-        reading = asyncio.create_task(client._read(), name=f"read {address}")
+        reading = asyncio.create_task(client._read(), name=f"read {address}")  # noqa: TID251 - awaited at the end of the block
         try:
             yield client
         finally:

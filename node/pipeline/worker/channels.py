@@ -43,8 +43,8 @@ class StageInbox:
             return await self._remote.receive()
         if self._source == "local":
             return await self.local.get()
-        remote = asyncio.ensure_future(self._remote.receive())
-        local = asyncio.ensure_future(self.local.get())
+        remote = asyncio.ensure_future(self._remote.receive())  # noqa: TID251 - both are awaited below
+        local = asyncio.ensure_future(self.local.get())  # noqa: TID251
         try:
             await asyncio.wait((remote, local), return_when=asyncio.FIRST_COMPLETED)
             self._source, first = ("local", local) if local.done() else ("remote", remote)
