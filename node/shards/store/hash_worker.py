@@ -1,4 +1,4 @@
-"""The process that reads shard files whole: `python -m node.shards.store.hash_worker`.
+"""The process that reads and parses shard files: `python -m node.shards.store.hash_worker`.
 
 Hashing holds the GIL for as long as it takes, and parsing a hostile file may end a process: neither happens in the
 daemon. Frames of 4 bytes of length (big-endian) and MessagePack: a `Job` on stdin, any number of `Advance` and then
@@ -31,7 +31,7 @@ class Job(msgspec.Struct, frozen=True):
     """As the file system has it."""
     kind: ShardKind
     check: bool
-    """Look at its structure."""
+    """Check its structure."""
     hash: bool
     sizes: bool = False
     """Read the sizes in the header of a GGUF."""

@@ -33,8 +33,8 @@ from protocol.signing import SigningKey
 KEY = SigningKey(bytes(32))
 OTHER_KEY = SigningKey(bytes(31) + b"\1")
 QUICK: dict[str, Any] = {
-    "settle_s": 0.15,
-    "incomplete_s": 0.5,
+    "settle_s": 0.06,
+    "incomplete_s": 0.3,
     "rescan_s": 60.0,
     "find_timeout_s": 0.5,
     "name_timeout_s": 0.0,

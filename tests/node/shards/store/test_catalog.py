@@ -187,7 +187,7 @@ class CatalogMachine(RuleBasedStateMachine):
             assert catalog.loaded(digest) == self.loaded.get(digest, frozenset())
 
 
-CatalogMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+CatalogMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 TestCatalogMachine = CatalogMachine.TestCase
 
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import sqlite3
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ from node.handlers.shards import ShardHandlers
 from node.shards.store import scanner as scanner_module
 from node.shards.store.hasher import Hasher
 from node.shards.store.manifests import write_manifest
+from node.shards.store.scanner import Debounce
 from protocol.commands.leases import ReleaseParams
 from protocol.commands.shards import EvictShardParams
 from protocol.errors import BusyError, InvalidShardError
 from protocol.manifest import Shard, sign_manifest
+from tests.support.clocks import MovedClock
 from tests.support.shards.parts import (
     KEY,
     OTHER_KEY,
@@ -165,29 +166,55 @@ async def test_files_come_change_and_go_without_a_restart(tmp_path: Path) -> Non
 
 
 async def test_a_file_that_is_still_written_to_waits(tmp_path: Path) -> None:
-    whole = write_shard(tmp_path / "made.gguf", 1000).read_bytes()
-    async with open_room(tmp_path, incomplete_s=5.0) as room:
+    whole, clock = write_shard(tmp_path / "made.gguf", 1000).read_bytes(), MovedClock()
+    async with open_room(tmp_path, clock=clock, settle_s=1.0, incomplete_s=5.0) as room:
         path = room.folder / "slow.gguf"
         states = set()
         for n_bytes in range(0, len(whole), len(whole) // 5 + 1):
             with path.open("ab") as file:
                 file.write(whole[n_bytes : n_bytes + len(whole) // 5 + 1])
             # Quiet for longer than settle_s, and not whole: not called invalid while someone may be writing.
-            began = time.monotonic()
-            await eventually(lambda began=began: time.monotonic() - began > 0.25)  # type: ignore[misc]
+            room.shards._scanner.poke()
+            began = clock.now()
+            await clock.move_until(lambda began=began: clock.now() - began > 1.5, within_s=2.0)  # type: ignore[misc]
             states |= set(room.states().values())
-        await eventually(lambda: room.states() == {"slow.gguf": "seeding"})
+        await clock.move_until(lambda: room.states() == {"slow.gguf": "seeding"}, within_s=10.0)
         assert "invalid" not in states
 
 
 async def test_a_file_is_hashed_once_when_it_is_quiet_not_at_every_write(tmp_path: Path) -> None:
-    async with open_room(tmp_path, settle_s=1.0) as room:
+    clock = MovedClock()
+    async with open_room(tmp_path, clock=clock, settle_s=1.0) as room:
         path = room.folder / "rewritten.gguf"
         for _ in range(10):
             write_shard(path, 500)
-            await asyncio.sleep(0.05)
-        await eventually(lambda: room.states() == {"rewritten.gguf": "seeding"})
+            room.shards._scanner.poke()
+            await clock.move(0.5)
+        assert room.shards.hashed_bytes == 0
+        await clock.move_until(lambda: room.states() == {"rewritten.gguf": "seeding"}, within_s=10.0)
         assert room.shards.hashed_bytes == path.stat().st_size
+
+
+def test_a_file_is_as_old_as_it_was_seen_or_as_its_time_says(tmp_path: Path) -> None:
+    clock, path = MovedClock(), tmp_path / "a.bin"
+    debounce, began = Debounce(clock), clock.now()
+    path.write_bytes(b"new")
+    new = Fingerprint.of(path)
+    assert new
+    assert began - 1 < debounce.since(path, new) <= began
+    clock.set(began + 50)
+    assert began - 1 < debounce.since(path, new) <= began  # its own time is as young as ever, but it was seen then
+    os.utime(path, (1_000_000_000, 1_000_000_000))
+    old = Fingerprint.of(path)
+    assert old
+    assert debounce.since(path, old) < began - 1_000_000
+    path.write_bytes(b"newer")
+    newer = Fingerprint.of(path)
+    assert newer
+    assert began + 49 < debounce.since(path, newer) <= began + 50
+    debounce.keep_only(set())
+    clock.set(began + 90)
+    assert began + 89 < debounce.since(path, newer) <= began + 90
 
 
 async def test_a_folder_that_comes_manifest_first_is_taken_up_file_by_file(tmp_path: Path) -> None:
