@@ -73,7 +73,7 @@ class LlamaShard:
             batch.logits = tokens.outputs_address
             self._decode(batch)
             return
-        batch.logits = tokens.all_address  # a row that is no output is dropped in the last layer
+        batch.logits = tokens.all_address  # a row without an output is dropped in the last layer
         tap.expect(tokens.n, tokens.n_sequences)
         self._decode(batch)
         if not tap.taken():
