@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from node.background import Background, FirstErrorGroup
+from node.background import Background, BoundedGroup, FirstErrorGroup
 
 
 async def fail(error: Exception, after_s: float = 0.0) -> None:
@@ -99,4 +99,30 @@ async def test_an_error_in_a_background_context_comes_out_as_it_is_and_its_work_
             background.start(work(), name="work")
             await asyncio.sleep(0)
             raise KeyError("block")
+    assert ended.is_set()
+
+
+async def test_a_bounded_group_leaves_behind_and_names_a_task_that_does_not_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    go_on, ended = asyncio.Event(), asyncio.Event()
+
+    async def stubborn() -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            await go_on.wait()
+            ended.set()
+
+    async with BoundedGroup.open(0.05) as group:
+        stuck = group.start(stubborn(), name="the stubborn task")
+        failed = group.start(fail(KeyError("logged")), name="the failing task")
+        well = group.start(asyncio.sleep(60), name="the obedient task")
+        await asyncio.wait([failed])
+    assert not stuck.done()
+    assert well.cancelled()
+    assert "the stubborn task does not end when cancelled" in caplog.text
+    assert "the failing task failed" in caplog.text
+    go_on.set()
+    await asyncio.wait([stuck])
     assert ended.is_set()

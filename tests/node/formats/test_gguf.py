@@ -68,7 +68,7 @@ def test_reads_what_the_reference_reader_reads() -> None:
         value = found.metadata[key]
         assert value.type == int(field.types[0])
         if value.type is ValueType.ARRAY:
-            assert (value.count, value.item_type) == (len(field.contents()), int(field.types[1]))
+            assert (value.count, value.item_type) == (len(field.data), int(field.types[1]))  # an index for each item
         else:
             assert value.value == field.contents()
     assert found.architecture == "llama"
@@ -238,15 +238,20 @@ def test_random_bytes(tmp_path: Path, raw: bytes, whole: bool) -> None:
     parses_or_refuses(path)
 
 
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, int]:
+    """A small but complete model, and the length of its header."""
+    path = tmp_path_factory.mktemp("tiny") / "original.gguf"
+    write_tiny_gguf(path)
+    return path.read_bytes(), read_gguf(path).data_offset
+
+
 @given(data=st.data())
 @settings(max_examples=400, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_damaged_header(tmp_path: Path, data: st.DataObject) -> None:
+def test_damaged_header(tmp_path: Path, tiny_model: tuple[bytes, int], data: st.DataObject) -> None:
     """Truncations, bit flips and overwritten numbers in the header of a small but complete model."""
-    original = tmp_path / "original.gguf"
-    if not original.exists():
-        write_tiny_gguf(original)
-    raw = bytearray(original.read_bytes())
-    header = read_gguf(original).data_offset
+    whole, header = tiny_model
+    raw = bytearray(whole)
     for _ in range(data.draw(st.integers(0, 4))):
         at = data.draw(st.integers(0, header - 1))
         if data.draw(st.booleans()):
