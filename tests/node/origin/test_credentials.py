@@ -23,6 +23,7 @@ from protocol.errors import (
     OriginError,
     OriginUnavailableError,
 )
+from tests.support.clocks import LeapingClock
 
 VALUE = "wJalrXUtnFEMI"
 
@@ -106,8 +107,8 @@ def unavailable(**details: object) -> OriginError:
     return error
 
 
-async def tries_of(error: OriginError, total_s: float = 5.0) -> int:
-    tries = 0
+async def tries_of(error: OriginError, total_s: float = 15.0) -> int:
+    tries, clock = 0, LeapingClock()
 
     async def call() -> None:
         nonlocal tries
@@ -115,7 +116,9 @@ async def tries_of(error: OriginError, total_s: float = 5.0) -> int:
         raise error
 
     with pytest.raises(OriginError):
-        await RetryLoop(total_s, tries=4, first_wait_s=0.001).run(call)
+        await RetryLoop(total_s, tries=4, clock=clock).run(call)
+    waits = [(0.1 * 2**number, 0.2 * 2**number) for number in range(len(clock.slept_s))]
+    assert all(least <= wait <= most for wait, (least, most) in zip(clock.slept_s, waits, strict=True))
     return tries
 
 
@@ -126,6 +129,7 @@ async def test_only_what_may_pass_is_tried_again() -> None:
     assert await tries_of(OriginDeniedError("no")) == 1
     assert await tries_of(OriginCorruptError("wrong")) == 1
     assert await tries_of(OriginCorruptError("short", {"broke_off": True})) == 3
+    assert await tries_of(unavailable(retried_by="a library")) == 1, "a loop below has repeated it already"
 
 
 def test_an_error_says_how_often_it_was_tried() -> None:

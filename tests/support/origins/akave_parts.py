@@ -13,6 +13,7 @@ from node.origin.akave.store import AkaveStore, open_akave_store
 from node.origin.core.credentials import Credentials, Secret
 from node.origin.settings import OriginSettings
 from node.origin.url import OriginUrl
+from tests.support.clocks import LeapingClock
 
 STANDIN = Path(__file__).parents[1] / "akavesdk_standin"
 PRIVATE_KEY = "0x" + "5e" * 16 + "C7" * 16
@@ -55,4 +56,5 @@ def settings(**changed: Any) -> OriginSettings:
 
 
 def akave_store(url: str = f"akave://{BUCKET}/smol", **changed: Any) -> AkaveStore:
-    return open_akave_store(OriginUrl.parse(url), settings(**changed))
+    """A store whose waits before a retry take no time."""
+    return open_akave_store(OriginUrl.parse(url), settings(**changed), LeapingClock())

@@ -1,4 +1,4 @@
-"""An origin over a local file, for the tests of the shard loader: it counts what it gives, and fails as told."""
+"""An origin over a local file, for the tests of the fetcher: it counts what it gives, and fails as it is told."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHUNK_BYTES = 32 * 1024
 
 @dataclass
 class FileOrigin:
-    """One place for any number of nodes; its rate is shared by all of its streams."""
+    """One origin for any number of nodes; all of its streams share its rate."""
 
     path: Path
     layer: bytes = b""
@@ -26,10 +26,10 @@ class FileOrigin:
     wrong_at: int | None = None
     """The byte at this offset is another one."""
     error: OriginError | None = None
-    """What every request answers."""
+    """The error of every request."""
     gone: bool = False
     unit_bytes: int = 1
-    """It tells this, and gives shorter ranges all the same."""
+    """What `range_unit_bytes` says; shorter ranges are given all the same."""
     out_bytes: int = 0
     given: list[tuple[int, int]] = field(default_factory=list)
     """Ranges that were sent, end-exclusive."""

@@ -1,4 +1,4 @@
-"""Servers in the part of an origin, on loopback: JuiceFS's gateway, a web server that misbehaves, a hub's stand-in."""
+"""Servers that stand for an origin, on loopback: JuiceFS's gateway, a misbehaving web server, a stand-in of the Hub."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def settings_of(weed: S3Server, **others: object) -> OriginSettings:
 
 
 async def streamed(store: ObjectStore, key: str, start: int = 0, end: int | None = None) -> bytes:
-    """All that a stream gives."""
+    """All bytes of a stream."""
     return b"".join([data async for data in store.get_stream(key, start, end)])
 
 
@@ -107,14 +107,14 @@ def _die_with_parent() -> None:
 
 @dataclass
 class RawServer:
-    """A web server of one object at every path, that answers as told: for S3 clients too, signatures unread."""
+    """A web server with one object at every path, which answers as `modes` say; S3 clients can read it too."""
 
     body: bytes
     port: int = 0
     modes: list[str] = field(default_factory=list)
-    """One for each answer to come; then, the last one again. None: as it should be."""
+    """One for each answer to come; the last one is used again. Empty: correct answers."""
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
-    """Method, path and headers of each."""
+    """Method, path and headers of each request."""
     given: list[tuple[int, int]] = field(default_factory=list)
     """Which bytes of the object each answer announced."""
     location: str = ""
@@ -178,11 +178,11 @@ async def raw_server(body: bytes, *modes: str) -> AsyncIterator[RawServer]:
         try:
             yield server
         finally:
-            await part(listening, server.writers)
+            await close_server(listening, server.writers)
 
 
-async def part(listening: asyncio.Server, writers: list[asyncio.StreamWriter]) -> None:
-    """End a server, and every connection that it has."""
+async def close_server(listening: asyncio.Server, writers: list[asyncio.StreamWriter]) -> None:
+    """Close a server and all of its connections."""
     listening.close()
     await asyncio.sleep(0.01)  # a connection that was accepted already has its writer then
     for writer in writers:
@@ -192,8 +192,8 @@ async def part(listening: asyncio.Server, writers: list[asyncio.StreamWriter]) -
 
 @dataclass
 class HubStandIn:
-    """The requests of the Hugging Face Hub that a reader makes, for one repository; a large file lies elsewhere, behind
-    a redirect, as the hub's do."""
+    """The part of the Hugging Face Hub's API that a reader uses, for one repository. Large files are behind a redirect to
+    another server, as the Hub's are."""
 
     files: dict[str, bytes]
     elsewhere: str
@@ -203,12 +203,12 @@ class HubStandIn:
     before: dict[str, dict[str, bytes]] = field(default_factory=dict)
     """The files of older commits."""
     statuses: list[int] = field(default_factory=list)
-    """What the next requests for a file's bytes are answered with; then as it should be."""
+    """The statuses of the next answers to requests for a file's bytes; then answers are correct."""
     port: int = 0
     writers: list[asyncio.StreamWriter] = field(default_factory=list)
 
     def push(self, commit: str, files: dict[str, bytes]) -> None:
-        """The branch means another commit from now on; the one before can be read still."""
+        """Make the branch mean another commit; the one before can still be read."""
         self.before[self.commit] = self.files
         self.commit, self.files = commit, files
 
@@ -289,7 +289,7 @@ class HubStandIn:
 async def hub_stand_in(
     files: dict[str, bytes], elsewhere: str = "", token: str | None = None
 ) -> AsyncIterator[HubStandIn]:
-    """A HubStandIn that runs; `elsewhere` is the URL where files that end in .bin lie."""
+    """A HubStandIn that runs; `elsewhere` is the URL of the server that has the files that end in .bin."""
     hub = HubStandIn(files, elsewhere, token=token)
     listening = await asyncio.start_server(hub.serve, "127.0.0.1", 0)
     hub.port = listening.sockets[0].getsockname()[1]
@@ -297,7 +297,7 @@ async def hub_stand_in(
         try:
             yield hub
         finally:
-            await part(listening, hub.writers)
+            await close_server(listening, hub.writers)
 
 
 def _sha1(body: bytes) -> str:

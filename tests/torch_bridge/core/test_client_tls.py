@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.support.bridge.o3_client import BODY, served
-from tests.support.origins.servers import part, raw_server
+from tests.support.origins.servers import close_server, raw_server
 
 PROGRAM = """
 import gc, os, sys
@@ -89,7 +89,7 @@ async def tls(port: int, pem: Path, accepted: list[object]) -> AsyncIterator[int
     try:
         yield listening.sockets[0].getsockname()[1]
     finally:
-        await part(listening, writers)
+        await close_server(listening, writers)
         await asyncio.sleep(0.05)
 
 
