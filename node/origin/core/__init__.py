@@ -4,6 +4,6 @@ credentials    secrets, read from the environment or from files, shown nowhere
 errors         what an origin answered, as OriginError and its children
 retry          the loop that repeats a store's requests
 ranges         several ranges of an object in few requests
-call_threads   blocking calls in threads that nobody waits for at exit
+call_threads   blocking calls in threads that are not waited for at exit
 fork_guard     refuses connections, and libraries that would hang, after a fork
 """

@@ -19,7 +19,7 @@ class CallThreads:
     """At most `limit` calls at once, each in a daemon thread.
 
     A library's call may have no deadline, and a thread cannot be ended from outside: one that hangs counts until its
-    call returns, so that a server that answers nobody costs `limit` threads and no more. The pools of asyncio and
+    call returns, so that a server that never answers costs `limit` threads and no more. The pools of asyncio and
     concurrent.futures are joined at exit, where such a thread would keep the process from ending.
     """
 

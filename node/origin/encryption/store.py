@@ -74,10 +74,12 @@ class EncryptedStore:
         cipher = await self._cipher(key)
         for start, end in ranges:
             self._check_range(key, cipher.size, start, end)
-        wanted = [one for one in ranges if one[0] < one[1]]
+        not_empty = [one for one in ranges if one[0] < one[1]]
         with self._as_ours(key):
-            stored = await self._inner.get_ranges(key, [cipher.stored_span(*one) for one in wanted]) if wanted else []
-            found = iter(await asyncio.to_thread(open_all, cipher, wanted, stored))
+            stored = (
+                await self._inner.get_ranges(key, [cipher.stored_span(*one) for one in not_empty]) if not_empty else []
+            )
+            found = iter(await asyncio.to_thread(open_all, cipher, not_empty, stored))
         return [next(found) if start < end else b"" for start, end in ranges]
 
     async def get_stream(self, key: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:

@@ -31,7 +31,7 @@ class HubFileSystem:
         from huggingface_hub import HfApi, HfFileSystem
 
         self._origin_url, self._url = url, str(url)
-        # False: not the token of the user who is logged in on this machine, which nobody gave to this node.
+        # False: not the token of the user who is logged in on this machine, which this node was not given.
         token: str | bool = settings.credentials.hf_token.reveal() if settings.credentials.hf_token else False
         endpoint = settings.hf_endpoint.rstrip("/")
         self._token = token

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PINNED_S = 60.0
-"""For so long a branch means the commit that it meant; what is pushed meanwhile is seen after that."""
+"""For so long a branch means the commit that it meant; what is pushed in the meantime is seen after that."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -153,7 +153,7 @@ class HubStore(ReadOnlyStore):
         def run() -> T:
             from huggingface_hub import HfApi
 
-            # False: not the token of the user who is logged in on this machine, which nobody gave to this node.
+            # False: not the token of the user who is logged in on this machine, which this node was not given.
             token = self._token.reveal() if self._token else False
             try:
                 return ask(HfApi(endpoint=self._endpoint, token=token, library_name="shoal"))

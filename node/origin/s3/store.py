@@ -241,8 +241,8 @@ class S3Store:
         except Exception as error:
             raise self._failures.of_obstore(error, did, key) from None
 
-    def _expect(self, found: GetResult, wanted: tuple[int, int], did: str, key: str) -> None:
-        if found.range != wanted:
+    def _expect(self, found: GetResult, expected: tuple[int, int], did: str, key: str) -> None:
+        if found.range != expected:
             # obstore refuses any other answer: this range ends where the object does.
             raise corrupt_error(did, f"it has {found.meta['size']} bytes", origin=self.url, key=key)
 

@@ -192,8 +192,8 @@ async def close_server(listening: asyncio.Server, writers: list[asyncio.StreamWr
 
 @dataclass
 class HubStandIn:
-    """The part of the Hugging Face Hub's API that a reader uses, for one repository. A redirect leads from a large file to
-    another server, as at the Hub."""
+    """The part of the Hugging Face Hub's API that a reader uses, for one repository. Large files are behind a redirect
+    to another server, as at the Hub."""
 
     files: dict[str, bytes]
     elsewhere: str
