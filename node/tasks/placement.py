@@ -1,4 +1,4 @@
-"""Where the shards of a model are, who could take the rest, and having them loaded there."""
+"""Plans a model over the nodes of the cluster: which have its shards, which can load the rest; has them loaded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from node.background import FirstErrorGroup
 from node.machine import available_memory_bytes
 from node.pipeline.driver.plan import NodeShards, Plan, plan_pipeline
 from node.tasks.registry import TaskContext
@@ -29,39 +30,40 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 3.0
 MAX_LOAD_S = 3600.0
-"""For one shard, its download included."""
+"""For one LOAD_SHARD, its download included."""
 
 
 @dataclass
 class Placement:
-    """Plans for one model, and connections to the nodes in them."""
+    """Plans for one model, and connections to the nodes of the plans."""
 
     context: TaskContext
     signed: SignedManifest
     auto_load: bool
     context_tokens: int
     on_progress: Callable[[dict[str, Any]], None]
-    """Gets the PROGRESS of every load that a plan needs, as the loading node sends it."""
+    """Called with the PROGRESS of each load, as the loading node sends it."""
     load_s: float = 0.0
+    """Seconds that planning and loading took so far."""
     _addresses: dict[NodeId, tuple[str, int]] = field(default_factory=dict)
 
     async def make_plan(self, without: frozenset[NodeId]) -> Plan:
-        """A plan that avoids some nodes; returns when every shard of it is loaded.
+        """A plan without some nodes; returns once every shard of it is loaded.
 
-        A node that cannot be reached is left out of the next try, one that fails to load what it was given keeps what
-        it has and gets no more. Raises ShardNotLoadedError where loading is not allowed, NoSourceError where nobody
-        has a shard, else what the last node said, or the planner where none was asked.
+        A node that cannot be reached is left out of the next try; a node that fails to load a shard keeps the shards
+        that it has and gets no more. Raises ShardNotLoadedError if a shard is not loaded and `auto_load` is false,
+        NoSourceError if no peer has a shard, else the error of the last node, or of the planner if no node was asked.
         """
         loop = asyncio.get_running_loop()
         started = loop.time()
-        gone, full = set(without), set[NodeId]()
+        excluded, full = set(without), set[NodeId]()
         failure: ShoalError | None = None
         while True:
             nodes = [
                 replace(one, memory_available_bytes=0) if one.node_id in full else one for one in await self._nodes()
             ]
             try:
-                plan = plan_pipeline(self.signed.manifest, nodes, context_tokens=self.context_tokens, without=gone)
+                plan = plan_pipeline(self.signed.manifest, nodes, context_tokens=self.context_tokens, without=excluded)
             except (NoSourceError, InsufficientMemoryError):
                 if failure is not None:
                     raise failure from None
@@ -75,19 +77,19 @@ class Placement:
             for node_id, failure in failed.items():
                 if isinstance(failure, NoSourceError):
                     raise failure
-                (gone if isinstance(failure, UnreachableError | TimedOutError) else full).add(node_id)
+                (excluded if isinstance(failure, UnreachableError | TimedOutError) else full).add(node_id)
 
     @asynccontextmanager
     async def connect(self, node_id: NodeId) -> AsyncIterator[Client]:
         """A new connection to a node of the plan. Raises UnreachableError."""
         if node_id not in self._addresses:
-            raise UnreachableError(f"no address of node {node_id} is known")
+            raise UnreachableError(f"the address of node {node_id} is unknown: it is in no plan of this generation")
         host, port = self._addresses[node_id]
         async with Client.connect(host, port, timeout_s=CONNECT_TIMEOUT_S) as client:
             yield client
 
     async def _nodes(self) -> list[NodeShards]:
-        """This node, the providers of the model, and the other nodes of the cluster."""
+        """This node, the providers of the model, and the other nodes that discovery knows."""
         context, digest = self.context, self.signed.digest
         providers, others = await asyncio.gather(
             context.discovery.find_providers(digest), context.discovery.list_nodes()
@@ -116,7 +118,7 @@ class Placement:
         return list(found.values())
 
     async def _load(self, plan: Plan) -> dict[NodeId, ShoalError]:
-        """Load what is missing, each node its shards; returns the nodes that could not, and why."""
+        """Load what is missing, on all nodes at once; returns the nodes that could not, with their errors."""
         failed: dict[NodeId, ShoalError] = {}
 
         async def load_on(node_id: NodeId, shard_ids: list[int]) -> None:
@@ -141,7 +143,7 @@ class Placement:
         work: dict[NodeId, list[int]] = {}
         for missing in plan.to_load:
             work.setdefault(missing.node_id, []).append(missing.shard_id)
-        async with asyncio.TaskGroup() as group:
+        async with FirstErrorGroup() as group:
             for node_id, shard_ids in work.items():
                 group.create_task(load_on(node_id, shard_ids))
         return failed

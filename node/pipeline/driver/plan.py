@@ -1,8 +1,8 @@
 """Which node runs which shard of a model: a pure function.
 
-A shard runs where it is loaded, else where it is on disk, else missing shards are spread evenly over the nodes.
-Neighbouring shards of one node become one stage, so fewer activations travel. The same input gives the same plan,
-in whatever order the nodes come.
+A shard runs on a node that has it loaded, else on one that has it on disk; the missing shards are spread evenly over
+the nodes. Neighbouring shards of one node become one stage, so that fewer activations are sent. The same input gives
+the same plan, whatever the order of the nodes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from protocol.manifest import Manifest, ShardEntry
 
 @dataclass(frozen=True)
 class NodeShards:
-    """What a planner knows of one node."""
+    """What the planner knows of one node."""
 
     node_id: NodeId
     on_disk: frozenset[int] = frozenset()
     loaded: frozenset[int] = frozenset()
     memory_available_bytes: int | None = None
-    """For shards that are not loaded yet; None: not known, so not a bound."""
+    """For shards that are not loaded yet; None: unknown, and taken as unlimited."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class ToLoad:
-    """A shard that its node has to load before the plan can run, and fetch first where it is not on disk."""
+    """A shard that its node loads before the plan can run; it fetches the shard first if it is not on disk."""
 
     node_id: NodeId
     shard_id: int
@@ -47,7 +47,7 @@ class ToLoad:
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages in pipeline order, and what is missing for them."""
+    """The stages in pipeline order, and the shards that they have to load."""
 
     stages: tuple[PlannedStage, ...]
     to_load: tuple[ToLoad, ...]
@@ -64,28 +64,28 @@ def plan_pipeline(
     context_tokens: int = 0,
     without: Iterable[NodeId] = (),
 ) -> Plan:
-    """Place every shard of a model on a node.
+    """Assign every shard of a model to a node.
 
-    `context_tokens` is what the key and value cache is counted for; `without` names nodes that are not to be used
-    (they were lost). Raises NoSourceError where there is no node, InsufficientMemoryError where no node has room
-    for a shard, InvalidParamsError where the manifest is not that of a model.
+    `context_tokens` is the length that the memory of the KV cache is computed for; the nodes in `without` are left out
+    (they were lost). Raises NoSourceError if there is no node, InsufficientMemoryError if no node has the memory for
+    a shard, InvalidParamsError if the manifest is not that of a model.
     """
     if manifest.model is None:
-        raise InvalidParamsError(f"{manifest.name!r} is a {manifest.kind}, not a model: there is nothing to run")
-    shunned = frozenset(without)
-    known = sorted((node for node in nodes if node.node_id not in shunned), key=lambda node: node.node_id)
+        raise InvalidParamsError(f"{manifest.name!r} is a {manifest.kind}, not a model; only a model can run")
+    excluded = frozenset(without)
+    known = sorted((node for node in nodes if node.node_id not in excluded), key=lambda node: node.node_id)
     if not known:
         raise NoSourceError(
-            f"no node is known that could run {manifest.name!r}; start one, or give this one --bootstrap",
-            {"model": manifest.name, "without": sorted(shunned)},
+            f"no node that could run {manifest.name!r} is known; start one, or give this one --bootstrap",
+            {"model": manifest.name, "without": sorted(excluded)},
         )
-    placing = _Placing(
+    draft = _DraftPlan(
         manifest.shards, known, [_shard_bytes(manifest, entry, context_tokens) for entry in manifest.shards]
     )
-    placing.place_where_held("loaded")
-    placing.place_where_held("on_disk")
-    placing.spread_missing()
-    return placing.plan()
+    draft.assign_available([node.loaded for node in known], loaded=True)
+    draft.assign_available([node.on_disk for node in known], loaded=False)
+    draft.spread_missing()
+    return draft.plan()
 
 
 def _shard_bytes(manifest: Manifest, entry: ShardEntry, context_tokens: int) -> int:
@@ -94,34 +94,40 @@ def _shard_bytes(manifest: Manifest, entry: ShardEntry, context_tokens: int) -> 
     return entry.size + layers * per_token * context_tokens
 
 
-class _Placing:
-    """The table of who runs what while it is filled in; shards and nodes by index."""
+class _DraftPlan:
+    """Which node runs which shard, while it is filled in; shards and nodes are indices."""
 
     def __init__(self, shards: Sequence[ShardEntry], nodes: Sequence[NodeShards], sizes: Sequence[int]) -> None:
         self._shards, self._nodes, self._sizes = shards, nodes, sizes
         self._owner: list[int | None] = [None] * len(shards)
-        self._room = [node.memory_available_bytes for node in nodes]
+        self._memory = [node.memory_available_bytes for node in nodes]
         self._count = [0] * len(nodes)
 
-    def place_where_held(self, tier: str) -> None:
-        held = [frozenset(getattr(node, tier)) for node in self._nodes]
+    def assign_available(self, available: Sequence[frozenset[int]], *, loaded: bool) -> None:
+        """Assign shards to nodes that have them, `available[node]`; those that are not loaded need memory there."""
         for shard in range(len(self._shards)):
             if self._owner[shard] is not None:
                 continue
             candidates = [
                 node
                 for node in range(len(self._nodes))
-                if shard in held[node] and (tier == "loaded" or self._fits(node, shard))
+                if shard in available[node] and (loaded or self._fits(node, shard))
             ]
             if candidates:
                 before = self._owner[shard - 1] if shard else None
                 best = min(
                     candidates,
-                    key=lambda node: (node != before, -self._run(held[node], shard), self._count[node], node),
+                    key=lambda node: (
+                        node != before,
+                        -self._run_length(available[node], shard),
+                        self._count[node],
+                        node,
+                    ),
                 )
-                self._give(best, shard, loaded=tier == "loaded")
+                self._assign(best, shard, loaded=loaded)
 
     def spread_missing(self) -> None:
+        """Assign the shards that no node has, evenly. Raises InsufficientMemoryError."""
         missing = [shard for shard, owner in enumerate(self._owner) if owner is None]
         if not missing:
             return
@@ -130,14 +136,14 @@ class _Placing:
             before, after = self._neighbour(shard, -1), self._neighbour(shard, +1)
             candidates = [node for node in quotas if self._fits(node, shard)]
             if not candidates:
-                raise self._no_room(shard)
-            # A node goes on with its run as long as it has a share; who holds the next run comes as late as can be.
+                raise self._insufficient_memory(shard)
+            # A node extends its run while it has quota left; the node that runs the following shards comes last.
             best = min(
                 candidates,
                 key=lambda node: (quotas[node] <= 0, node != before, node == after, -quotas[node], node),
             )
             quotas[best] -= 1
-            self._give(best, shard, loaded=False)
+            self._assign(best, shard, loaded=False)
 
     def plan(self) -> Plan:
         stages: list[PlannedStage] = []
@@ -156,50 +162,51 @@ class _Placing:
         return Plan(tuple(stages), tuple(to_load))
 
     def _quotas(self, missing: Sequence[int]) -> dict[int, int]:
-        """How many of the missing shards each node takes, so that all end as even as they can."""
-        counts, room = list(self._count), list(self._room)
+        """How many of the missing shards each node takes, so that the totals are as even as memory allows."""
+        counts, memory = list(self._count), list(self._memory)
         quotas = dict.fromkeys(range(len(self._nodes)), 0)
         for shard in missing:
-            roomy = [node for node, free in enumerate(room) if free is None or free >= self._sizes[shard]]
-            if not roomy:
-                continue  # spread_missing says so, with the shard's name
-            node = min(roomy, key=lambda node: (counts[node], node))
-            free = room[node]
-            room[node] = None if free is None else free - self._sizes[shard]
+            fitting = [node for node, free in enumerate(memory) if free is None or free >= self._sizes[shard]]
+            if not fitting:
+                continue  # spread_missing raises, with the shard's number
+            node = min(fitting, key=lambda node: (counts[node], node))
+            free = memory[node]
+            memory[node] = None if free is None else free - self._sizes[shard]
             counts[node] += 1
             quotas[node] += 1
         return quotas
 
     def _neighbour(self, shard: int, step: int) -> int | None:
-        """The node that runs the nearest placed shard in that direction."""
-        place = shard + step
-        while 0 <= place < len(self._owner):
-            if (owner := self._owner[place]) is not None:
+        """The node that runs the nearest assigned shard in that direction."""
+        other = shard + step
+        while 0 <= other < len(self._owner):
+            if (owner := self._owner[other]) is not None:
                 return owner
-            place += step
+            other += step
         return None
 
-    def _run(self, held: frozenset[int], shard: int) -> int:
+    def _run_length(self, available: frozenset[int], shard: int) -> int:
+        """How many unassigned shards in a row, from this one on, a node has."""
         end = shard
-        while end < len(self._shards) and self._owner[end] is None and end in held:
+        while end < len(self._shards) and self._owner[end] is None and end in available:
             end += 1
         return end - shard
 
     def _fits(self, node: int, shard: int) -> bool:
-        room = self._room[node]
-        return room is None or room >= self._sizes[shard]
+        free = self._memory[node]
+        return free is None or free >= self._sizes[shard]
 
-    def _give(self, node: int, shard: int, *, loaded: bool) -> None:
+    def _assign(self, node: int, shard: int, *, loaded: bool) -> None:
         self._owner[shard] = node
         self._count[node] += 1
-        room = self._room[node]
-        if room is not None and not loaded:
-            self._room[node] = room - self._sizes[shard]
+        free = self._memory[node]
+        if free is not None and not loaded:
+            self._memory[node] = free - self._sizes[shard]
 
-    def _no_room(self, shard: int) -> InsufficientMemoryError:
-        rooms = {node.node_id: node.memory_available_bytes for node in self._nodes}
+    def _insufficient_memory(self, shard: int) -> InsufficientMemoryError:
+        available = {node.node_id: node.memory_available_bytes for node in self._nodes}
         return InsufficientMemoryError(
-            f"shard {shard} needs about {self._sizes[shard]} bytes of memory and none of {len(self._nodes)} nodes has "
-            "them left; add a node, unload something, or cut the model into smaller shards",
-            {"shard_id": shard, "needed_bytes": self._sizes[shard], "available_bytes": rooms},
+            f"shard {shard} needs about {self._sizes[shard]} bytes of memory, more than any of "
+            f"{len(self._nodes)} nodes has left; add a node, unload a shard, or cut the model into smaller shards",
+            {"shard_id": shard, "needed_bytes": self._sizes[shard], "available_bytes": available},
         )

@@ -1,21 +1,23 @@
-"""Messages to a prompt, by the chat template inside a GGUF.
+"""Messages to a prompt, by the chat template of a GGUF.
 
-The template comes with the model, so it is a stranger's program. jinja2's sandbox keeps it from Python's insides;
-what is added here keeps it from taking all memory or time: every operation that makes a text larger is checked
-before it runs, the output is counted as it comes, and a clock runs. What a template may expect is what
-`transformers` gives it (https://huggingface.co/docs/transformers/chat_templating).
+The template comes with the model, so it is an untrusted program. jinja2's sandbox denies it Python's internals; this
+module bounds its memory and time: every operation that makes a text larger is checked before it runs, the output is
+counted as it is produced, and a deadline applies. A template gets what `transformers` gives it
+(https://huggingface.co/docs/transformers/chat_templating).
 """
 
 from __future__ import annotations
 
 import datetime
 import functools
+import inspect
 import json
 import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -30,24 +32,30 @@ from protocol.errors import InvalidParamsError
 
 MAX_SOURCE_CHARS = 256 * 1024
 MAX_TEXT_CHARS = 4 << 20
-"""Of the prompt, and of anything the template builds on its way."""
-MAX_SECONDS = 2.0
+"""Of the prompt, and of every text that the template builds."""
+TIMEOUT_S = 2.0
 _MAX_WIDTH = 1000
 _WIDE = re.compile(r"\d{4,}|\{[^{}]*\{|\*")
-"""In a format string: a large width, or one that comes as an argument."""
+"""In a format string: a large width, or a width that is an argument."""
 _FILTERS = (
     "abs capitalize count d default dictsort e escape first float groupby int items join last length list lower map "
     "max min reject rejectattr replace reverse round safe select selectattr sort string sum title trim unique upper "
     "wordcount indent truncate"
 )
+_TRACED = (str(Path(jinja2.__file__).parent), __file__)
+"""The files of functions that may be stopped, besides those of templates."""
 _GLOBALS = "cycler dict joiner namespace range"
 
 
-class _TooMuchError(Exception):
-    """Raised inside a template that takes too much."""
+class _LimitError(Exception):
+    """Raised inside a template that takes too much memory."""
 
 
-class _RefusedError(Exception):
+class _DeadlineError(BaseException):
+    """Raised inside a template that takes too much time; jinja2's compiler catches every Exception."""
+
+
+class _TemplateRefusedError(Exception):
     """Raised by a template's `raise_exception`."""
 
 
@@ -57,18 +65,19 @@ def render_chat(
     *,
     bos_token: str = "",
     eos_token: str = "",
-    timeout_s: float = MAX_SECONDS,
+    timeout_s: float = TIMEOUT_S,
 ) -> str:
-    """The prompt for these messages, up to where the model's answer begins.
+    """The prompt for these messages, up to the start of the model's answer.
 
-    Raises InvalidParamsError where the model has no template, the template is broken, does not take these
-    messages, or takes too much memory or time.
+    Raises InvalidParamsError if the model has no template, or the template is broken, refuses these messages, or takes
+    too much memory or time.
     """
     if template is None:
         raise InvalidParamsError("the model has no chat template; give `prompt` instead of `messages`")
     if len(template) > MAX_SOURCE_CHARS:
         raise InvalidParamsError(
-            f"the model's chat template has {len(template)} characters, at most {MAX_SOURCE_CHARS}"
+            f"the model's chat template has {len(template)} characters, allowed are {MAX_SOURCE_CHARS}; give `prompt` "
+            "instead of `messages`"
         )
     try:
         with _deadline(timeout_s):
@@ -81,18 +90,18 @@ def render_chat(
                 documents=None,
             )
             return _joined(parts)
-    except _RefusedError as err:
-        raise InvalidParamsError(f"the model's chat template does not take these messages: {str(err)[:500]}") from None
-    except _TooMuchError as err:
+    except _TemplateRefusedError as err:
+        raise InvalidParamsError(f"the model's chat template refuses these messages: {str(err)[:500]}") from None
+    except (_LimitError, _DeadlineError) as err:
         raise InvalidParamsError(f"the model's chat template was stopped: {err}; give `prompt` instead") from None
-    except Exception as err:  # a stranger's program may raise anything
+    except Exception as err:  # an untrusted program may raise anything
         raise InvalidParamsError(
             f"the model's chat template is broken: {type(err).__name__}: {str(err)[:500]}; give `prompt` instead"
         ) from None
 
 
 def _joined(parts: Iterable[str]) -> str:
-    """Join while counting."""
+    """Join the parts. Raises _LimitError if the text is too large."""
     found: list[str] = []
     size = 0
     for part in parts:
@@ -104,17 +113,22 @@ def _joined(parts: Iterable[str]) -> str:
 
 def _check_size(size: int) -> None:
     if size > MAX_TEXT_CHARS:
-        raise _TooMuchError(f"it builds a text of more than {MAX_TEXT_CHARS} characters")
+        raise _LimitError(f"it builds a text of more than {MAX_TEXT_CHARS} characters")
 
 
 @contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
-    """Raise _TooMuchError in whatever Python code runs in this thread when the time is over."""
+    """Raise _DeadlineError in the template, jinja2 or this module once the time is over; in this thread."""
     end = time.monotonic() + seconds
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
+        # Python drops an error that is raised in a finalizer, or while a generator is freed; the trace ends with it.
+        name = frame.f_code.co_filename
+        is_template = name == "<template>"
+        if not is_template and (not name.startswith(_TRACED) or frame.f_code.co_flags & inspect.CO_GENERATOR):
+            return None
         if time.monotonic() > end:
-            raise _TooMuchError(f"it ran for more than {seconds:g} s")
+            raise _DeadlineError(f"it ran for more than {seconds:g} s")
         return trace
 
     before = sys.gettrace()
@@ -126,7 +140,7 @@ def _deadline(seconds: float) -> Iterator[None]:
 
 
 class _CheckedCode(CodeGenerator):
-    """Compiles `a ~ b` to a call that counts."""
+    """Compiles `a ~ b` to a call that checks the size."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802 -- jinja2's name
         self.write("environment.concat((")
@@ -154,7 +168,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         elif operator == "**":
             _check_numbers(left, right)
             if isinstance(right, int | float) and abs(right) > 64:
-                raise _TooMuchError("it raises a number to a power above 64")
+                raise _LimitError("it raises a number to a power above 64")
         elif operator == "%" and isinstance(left, str):
             _check_format(left, right)
         return super().call_binop(context, operator, left, right)
@@ -172,19 +186,19 @@ class _Environment(ImmutableSandboxedEnvironment):
             elif name in ("format", "format_map"):
                 _check_format(owner, (*args, *kwargs.values()))
             elif name == "translate":
-                raise _TooMuchError("it calls str.translate")
+                raise _LimitError("it calls str.translate")
         return super().call(context, obj, *args, **kwargs)
 
 
 def _check_numbers(*values: object) -> None:
     if any(isinstance(value, int) and abs(value) > 1 << 64 for value in values):
-        raise _TooMuchError("it multiplies numbers of more than 64 bits")
+        raise _LimitError("it multiplies numbers of more than 64 bits")
 
 
 def _check_format(pattern: str, values: object) -> None:
-    """Only plain patterns: the text grows by its arguments and nothing else."""
+    """Allow plain patterns only: the text grows by its arguments and nothing else."""
     if _WIDE.search(pattern):
-        raise _TooMuchError("it formats with a width above 999, or with one that it computes")
+        raise _LimitError("it formats with a width above 999, or with one that it computes")
     items = values.values() if isinstance(values, dict) else values if isinstance(values, tuple) else (values,)
     _check_size(
         (len(pattern) // 2 + 1) * max((len(str(item)) for item in items), default=0) + len(pattern) * _MAX_WIDTH
@@ -200,7 +214,7 @@ def _replace(s: Any, old: Any, new: Any, count: int | None = None) -> str:
 
 def _join(value: Iterable[Any], d: str = "", attribute: str | None = None) -> str:
     if attribute is not None:
-        raise _TooMuchError("join by attribute is not offered")
+        raise _LimitError("it joins by attribute, which is not offered")
     parts: list[str] = []
     size = 0
     for item in value:
@@ -229,7 +243,7 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, *
 
 
 def _raise_exception(message: object) -> NoReturn:
-    raise _RefusedError(str(message))
+    raise _TemplateRefusedError(str(message))
 
 
 def _strftime_now(pattern: str) -> str:

@@ -1,11 +1,11 @@
 """The C functions and structs of llama.cpp that a stage calls, as the pinned `xllamacpp` wheel exports them.
 
 This is the only module that loads the library or knows its layout. The declarations follow `include/llama.h` in
-the source distribution of that one version; another version, or other defaults in the parameter structs, is
-refused before anything that takes a struct of ours is called.
+the source distribution of that one version. Another version, or other defaults in the parameter structs, is refused
+before any function that takes one of these structs is called.
 
 OpenMP reads its thread policy (`OMP_WAIT_POLICY`, `OMP_NUM_THREADS`) from the environment when the library is
-loaded: whoever starts the process sets it.
+loaded: the daemon sets it when it starts the engine process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WHEEL = "xllamacpp"
 WHEEL_VERSION = "2026.10.11549"
 
 RANDOM_SEED = 0xFFFFFFFF
-"""LLAMA_DEFAULT_SEED: a sampler given this one seeds itself from the machine's entropy."""
+"""LLAMA_DEFAULT_SEED: with it a sampler takes its seed from the machine's entropy."""
 DECODE_OK = 0
 DECODE_NO_SLOT = 1
 """The KV cache has no room for the batch."""
@@ -37,8 +37,8 @@ _AbortCallback = ctypes.CFUNCTYPE(None, c_char_p)
 NodeCallback = ctypes.CFUNCTYPE(c_bool, c_void_p)
 """`ggml_backend_sched_eval_callback` with the first of its three arguments only.
 
-The caller pushes `(tensor, ask, user_data)`; in the calling conventions of x86-64 and AArch64 a callee may
-ignore the trailing ones, and converting them would double the price of a call that is made for every node.
+The caller passes `(tensor, ask, user_data)`; in the calling conventions of x86-64 and AArch64 a callee may ignore
+trailing arguments, and converting them would double the cost of a call that is made for every node.
 """
 
 
@@ -112,7 +112,7 @@ class ContextParams(ctypes.Structure):
 
 
 class LlamaBatch(ctypes.Structure):
-    """`struct llama_batch`; the arrays are ours, so the fields are plain addresses."""
+    """`struct llama_batch`; Python owns the arrays, so the fields are plain addresses."""
 
     _fields_ = [
         ("n_tokens", c_int32),
@@ -186,7 +186,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "ggml_backend_tensor_get": (None, c_void_p, c_void_p, c_size_t, c_size_t),
 }
 
-# What the two functions of defaults return in this version. A field of another size or place would shift those
+# What the two functions of defaults return in this version. A field of another size or offset would shift the fields
 # behind it, so every part of each struct has a value here that is not zero.
 _MODEL_DEFAULTS = {
     "n_gpu_layers": -1,
@@ -238,10 +238,10 @@ _abort_callback = _AbortCallback(engine_log.on_abort)
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded library with every function declared, its log going to Python's.
+    """The loaded library with every function declared and its log sent to Python's.
 
-    Raises UnsupportedPlatformError when the wheel is missing, of another version, lacks a function, or does not
-    return the defaults that it should.
+    Raises UnsupportedPlatformError if the wheel is missing, has another version, lacks a function, or returns other
+    defaults than the pinned version.
     """
     lib = _open(_find())
     missing = [name for name in _SIGNATURES if not hasattr(lib, name)]
@@ -259,12 +259,12 @@ def library() -> ctypes.CDLL:
 
 
 def check_defaults(params: ctypes.Structure, expected: Mapping[str, object]) -> None:
-    """Raise UnsupportedPlatformError unless the fields of a parameter struct have the values they should."""
+    """Raise UnsupportedPlatformError if a field of a parameter struct does not have its expected value."""
     found = {name: getattr(params, name) for name in expected}
     wrong = {name: value for name, value in found.items() if value != expected[name]}
     if wrong:
         raise UnsupportedPlatformError(
-            f"the llama.cpp library of {WHEEL} has another layout than that of version {WHEEL_VERSION}: "
+            f"the llama.cpp library of {WHEEL} has another layout than version {WHEEL_VERSION}: "
             f"{type(params).__name__} defaults to {wrong}; install {WHEEL}=={WHEEL_VERSION}"
         )
 
@@ -277,12 +277,14 @@ def _find() -> Path:
             f"the wheel {WHEEL}=={WHEEL_VERSION} is not installed; it has builds for Linux and macOS on 64 bits"
         ) from None
     if found.partition("+")[0] != WHEEL_VERSION:  # builds for GPUs append a local version
-        raise UnsupportedPlatformError(f"found {WHEEL} {found}, only {WHEEL_VERSION} is known; install that one")
+        raise UnsupportedPlatformError(
+            f"{WHEEL} {found} is installed, only {WHEEL_VERSION} works; install {WHEEL}=={WHEEL_VERSION}"
+        )
     spec = importlib.util.find_spec(WHEEL)  # does not import it: the package's own module is not needed
     for folder in (spec.submodule_search_locations if spec else None) or ():
         for path in sorted(Path(folder).glob(f"{WHEEL}*.so")):
             return path
-    raise UnsupportedPlatformError(f"the installed {WHEEL} {found} has no library in it; install it again")
+    raise UnsupportedPlatformError(f"the installed {WHEEL} {found} contains no library; install it again")
 
 
 def _open(path: Path) -> ctypes.CDLL:

@@ -1,7 +1,7 @@
-"""What llama.cpp says, into Python's logging: by whole lines, bounded in length and in number.
+"""The log of llama.cpp, into Python's logging: by whole lines, bounded in length and in number.
 
-Its own default is stderr. Its INFO is chatter about a file's contents and becomes DEBUG here; the last lines of
-trouble are kept, to say in an error why the library refused something.
+llama.cpp's default is stderr. Its INFO lines describe a file's contents and become DEBUG here; the latest warnings and
+errors are kept, so that an error can say why the library refused a call.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _WARN = 3
 
 
 class LineLog:
-    """Puts fragments together to lines, and counts them against the bound."""
+    """Joins fragments to lines, and bounds their number."""
 
     def __init__(self) -> None:
         self._fragment = ""
         self._level = 2
-        self._troubles: deque[str] = deque(maxlen=4)
+        self._problems: deque[str] = deque(maxlen=4)
         self._minute = 0.0
         self._lines = 0
 
     def feed(self, level: int, text: str, now: float) -> None:
-        """Take a fragment at ggml's level; a line is logged when its end arrives."""
+        """Take a fragment of ggml's level; a line is logged once it is complete."""
         if level != _CONTINUED:
             self._level = level
         *lines, rest = (self._fragment + text).split("\n")
@@ -40,15 +40,15 @@ class LineLog:
             if line.strip(" ."):  # rows of dots are a progress bar
                 self._emit(line.rstrip()[:MAX_LINE_CHARS], now)
 
-    def take_troubles(self) -> str:
-        """The latest warnings and errors, joined, and forget them."""
-        text = "; ".join(self._troubles)
-        self._troubles.clear()
+    def take_problems(self) -> str:
+        """Return the latest warnings and errors, joined, and forget them."""
+        text = "; ".join(self._problems)
+        self._problems.clear()
         return text
 
     def _emit(self, line: str, now: float) -> None:
         if self._level >= _WARN:
-            self._troubles.append(line)
+            self._problems.append(line)
         level = _LEVELS.get(self._level, logging.DEBUG)
         if not _log.isEnabledFor(level):
             return
@@ -56,7 +56,7 @@ class LineLog:
             self._minute, self._lines = now, 0
         self._lines += 1
         if self._lines == MAX_LINES_PER_MINUTE:
-            _log.warning("llama.cpp wrote %d lines within a minute: the rest of them is dropped", self._lines)
+            _log.warning("llama.cpp logged %d lines within a minute: the rest of that minute is dropped", self._lines)
         elif self._lines < MAX_LINES_PER_MINUTE:
             _log.log(level, "%s", line)
 
@@ -70,10 +70,10 @@ def on_log(level: int, text: bytes, _user_data: int | None) -> None:
 
 
 def on_abort(message: bytes) -> None:
-    """`ggml_abort_callback_t`: the last words before the library ends the process; there is no way back."""
+    """`ggml_abort_callback_t`: called before the library ends the process, which nothing can prevent."""
     _log.critical("llama.cpp ends this process: %s", message.decode(errors="replace")[:MAX_LINE_CHARS])
 
 
-def take_troubles() -> str:
-    """What the library complained of since the last call, at most four lines."""
-    return _lines.take_troubles()
+def take_problems() -> str:
+    """The library's warnings and errors since the last call, at most four lines."""
+    return _lines.take_problems()

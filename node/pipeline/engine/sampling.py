@@ -1,6 +1,6 @@
-"""Draws tokens with llama.cpp's own samplers; the randomness of a draw follows from (seed, position) alone.
+"""Samples tokens with llama.cpp's samplers; the randomness follows from (seed, position) alone.
 
-So a session that another node takes over draws what the first one would have drawn.
+So after a failure another node samples the tokens that the first one would have sampled.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from protocol.errors import EngineError
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 """`llama_token_data`."""
 GREEDY_BELOW = 1e-5
-"""Of the temperature: dividing by less could overflow a float, and would choose the largest logit anyway."""
+"""Temperatures below it: a division could overflow a float, and would choose the largest logit anyway."""
 _MAX_CHAINS = 64
 _MASK = (1 << 64) - 1
 
 
 class Sampler:
-    """Holds the buffers and chains that drawing needs. One thread."""
+    """The buffers and chains of samplers. For one thread."""
 
     def __init__(self) -> None:
         self._chains: OrderedDict[tuple[float, int, float, float], int] = OrderedDict()
@@ -37,14 +37,16 @@ class Sampler:
         self._chains.clear()
 
     def sample(self, logits: NDArray[np.float32], sampling: Sampling, position: int) -> int:
-        """The token id drawn from `logits` [n_vocab] for `position` of the sequence.
+        """The token id sampled from `logits` [n_vocab] for `position` of the sequence.
 
-        Temperature 0 takes the largest logit, the lowest id among equals. Raises EngineError where a logit is not
-        a number: something upstream is broken, and any token would be a lie.
+        Temperature 0 takes the largest logit, the lowest id among equals. Raises EngineError if the largest logit is
+        not finite: an earlier stage or the file is broken, and any token would be wrong.
         """
         best = int(logits.argmax())
         if not np.isfinite(logits[best]):  # argmax finds NaN first
-            raise EngineError(f"the model's largest logit at position {position} is {logits[best]}")
+            raise EngineError(
+                f"the model's largest logit at position {position} is {logits[best]}: it cannot be sampled from"
+            )
         if sampling.temperature < GREEDY_BELOW:
             return best
         lib = library()
@@ -55,8 +57,8 @@ class Sampler:
             lib.llama_sampler_apply(self._chain(sampling), ctypes.byref(array))
             lib.llama_sampler_apply(dist, ctypes.byref(array))
             if not 0 <= array.selected < array.size:
-                raise EngineError(f"llama.cpp's samplers chose nothing of {len(logits)} tokens with {sampling}")
-            # A sampler may have moved the candidates to a buffer of its own.
+                raise EngineError(f"llama.cpp's samplers chose none of {len(logits)} tokens with {sampling}")
+            # A sampler may have moved the candidates to its own buffer.
             return ctypes.c_int32.from_address(array.data + array.selected * _CANDIDATE.itemsize).value
         finally:
             lib.llama_sampler_free(dist)
@@ -65,12 +67,12 @@ class Sampler:
         if len(self._candidates) != len(logits):
             self._candidates = np.zeros(len(logits), _CANDIDATE)
             self._ids = np.arange(len(logits), dtype=np.int32)
-        self._candidates["id"] = self._ids  # the samplers sorted them the last time
+        self._candidates["id"] = self._ids  # the samplers sorted them in the last call
         self._candidates["logit"] = logits
         return self._candidates
 
     def _chain(self, sampling: Sampling) -> int:
-        """Top-k, top-p, min-p, then temperature: llama.cpp's own order. None of them keeps a state."""
+        """Top-k, top-p, min-p, then temperature: llama.cpp's order. None of them has state."""
         key = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
         chain = self._chains.get(key)
         if chain is not None:
@@ -92,10 +94,10 @@ class Sampler:
 
 
 def sampler_seed(seed: int, position: int) -> int:
-    """The 32-bit seed of llama.cpp's sampler for one position of a session seeded with 64 bits.
+    """The 32-bit seed of llama.cpp's sampler for one position of a session with a seed of 64 bits.
 
-    Two rounds of SplitMix64 (Steele, Lea, Flood 2014), the second over the first one's result and the position:
-    neighbouring seeds and positions share nothing. One value is reserved by llama.cpp for "seed me at random".
+    Two rounds of SplitMix64 (Steele, Lea, Flood 2014), the second over the first result and the position, so that
+    neighbouring seeds and positions are unrelated. llama.cpp reserves one value to mean "a random seed".
     """
     mixed = _splitmix64(_splitmix64(seed & _MASK) ^ (position & _MASK)) >> 32
     return mixed if mixed != RANDOM_SEED else 0

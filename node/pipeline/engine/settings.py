@@ -1,4 +1,4 @@
-"""How an engine is set up, and the constants that fix the shapes of its batches."""
+"""The settings of an engine, and the constants that fix the shapes of its batches."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from protocol.errors import InvalidParamsError
 
 PREFILL_CHUNK = 32
-"""Tokens of a prompt that go through the stages at a time.
+"""Tokens of one chunk of a prefill.
 
-The same bits come out only of the same batch shapes, so this is a constant of Shoal, not a setting. Larger chunks
-are no faster for models of this size, and a first slice sets aside vocabulary x tokens x 4 bytes for a batch.
+Only the same batch shapes give the same bits, so this is a constant of Shoal, not a setting. Larger chunks are not
+faster for models of this size, and a first slice reserves vocabulary x tokens x 4 bytes for a batch.
 """
 
 _CTX_PADDING = 256
@@ -24,14 +24,15 @@ class EngineSettings:
     """One engine process."""
 
     threads: int = 1
-    """Compute threads. Other numbers may give other bits: the same one everywhere where that matters."""
+    """Compute threads. Another number may give other bits: use the same on all nodes if that matters."""
     threads_pinned_cpus: tuple[int, ...] | None = None
-    """CPUs for the thread that makes the engine and for all that it starts; None: where the system puts them."""
+    """CPUs for the thread that makes the engine and for all that it starts; None: the system chooses."""
     ctx_size: int = 4096
     """Tokens of one session, prompt and answer together."""
     max_sessions: int = 8
+    """Sessions open at once; each has a KV cache of its own."""
     gpu_layers: int = 0
-    """Layers of each shard that go to a GPU, -1 for all; a wheel built for the CPU ignores it."""
+    """Layers of each shard that a GPU computes, -1 for all; a wheel built for the CPU ignores it."""
 
     def __post_init__(self) -> None:
         for name, value, most in (
@@ -44,10 +45,10 @@ class EngineSettings:
 
     @property
     def padded_ctx_size(self) -> int:
-        """Positions that the KV cache of one session really has."""
+        """Positions in the KV cache of one session."""
         return -(-self.ctx_size // _CTX_PADDING) * _CTX_PADDING
 
     @property
     def batch_capacity(self) -> int:
-        """Tokens that one `forward` takes: one chunk of a prompt, or a token of every session."""
+        """Tokens of one `forward`: one chunk of a prompt, or a token of every session."""
         return max(PREFILL_CHUNK, self.max_sessions)

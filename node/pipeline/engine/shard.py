@@ -1,4 +1,4 @@
-"""One loaded GGUF, whole model or slice: its llama.cpp model and context, and the decode of one batch."""
+"""One shard in llama.cpp, a slice or a whole model: its model and context, and the decode of a batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from node.pipeline.engine.batch import TokenBatch
 from node.pipeline.engine.hidden_tap import HiddenTap
 from node.pipeline.engine.llama import DECODE_NO_SLOT, DECODE_OK, LlamaBatch, library
 from node.pipeline.engine.loaded_shard import LoadedShard
-from node.pipeline.engine.log import take_troubles
+from node.pipeline.engine.log import take_problems
 from node.pipeline.engine.settings import EngineSettings
 from protocol.errors import ContextOverflowError, EngineError, InvalidShardError, ShoalError
 
@@ -34,14 +34,14 @@ class LlamaShard:
                 self.tap = HiddenTap(self.info.n_layers - 1, settings.batch_capacity, self.info.n_embd)
             self._make_context()
             self.incoming: NDArray[np.float32] = np.zeros((settings.batch_capacity, self.info.n_embd), np.float32)
-            """[batch_capacity, n_embd]: hidden states that came from outside, to be decoded next."""
+            """[batch_capacity, n_embd]: the input of the next decode, if hidden states come from another stage."""
             self.incoming_address: int = self.incoming.ctypes.data
             self._batch = LlamaBatch()
-            # After a decode the caches are full of weights: every object that is not touched saves microseconds.
+            # After a decode the CPU caches hold weights: each object that is not touched saves microseconds.
             self._get_logits = library().llama_get_logits_ith
             self._llama_decode = library().llama_decode
             self._views: dict[int | None, NDArray[np.float32]] = {}
-            self._try_out()
+            self._warm_up()
         except ShoalError:
             self.close()
             raise
@@ -55,11 +55,11 @@ class LlamaShard:
             self._model = None
 
     def decode(self, tokens: TokenBatch, hidden_address: int | None) -> None:
-        """Run the batch through this shard's layers.
+        """Decode the batch with this shard's layers.
 
-        `hidden_address`: of float32 [n, n_embd], for a shard that is not the first. What comes out is in
-        `tap.rows`, or by `logits` on the last shard. Raises EngineError; the sequences of the batch must then be
-        closed.
+        `hidden_address` is that of float32 [n, n_embd], for a shard that is not the first. The result is in
+        `tap.rows`; on the last shard, `logits` returns it. Raises EngineError, ContextOverflowError; the caller then
+        closes the sequences of the batch.
         """
         batch = self._batch
         batch.n_tokens = tokens.n
@@ -73,21 +73,21 @@ class LlamaShard:
             batch.logits = tokens.outputs_address
             self._decode(batch)
             return
-        batch.logits = tokens.all_address  # a row without an output is dropped in the last layer
+        batch.logits = tokens.all_address  # the last layer drops every row that is not an output
         tap.expect(tokens.n, tokens.n_sequences)
         self._decode(batch)
-        if not tap.taken():
+        if not tap.copied():
             self._rewind(tokens)
             tap.expect(tokens.n, tokens.n_sequences)
             self._decode(batch)
-            if not tap.taken():
+            if not tap.copied():
                 raise EngineError(
                     f"the graph of {self.name} has no node l_out-{self.info.n_layers - 1} of {tokens.n} rows: its "
-                    f"architecture cannot be run in slices with this llama.cpp"
+                    f"architecture cannot run in slices with this llama.cpp; load the whole model on one node"
                 )
 
     def logits(self, row: int) -> NDArray[np.float32]:
-        """[n_vocab], a copy, of a token of the last batch that was marked as wanted."""
+        """[n_vocab], a copy: of a token of the last batch that was marked as an output."""
         address = self._get_logits(self._context, row)
         view = self._views.get(address)
         if view is None:
@@ -95,7 +95,7 @@ class LlamaShard:
         return view.copy()
 
     def forget(self, sequence: int, position: int = 0) -> None:
-        """Drop a sequence's KV cache from `position` on."""
+        """Remove a sequence from the KV cache, from `position` on."""
         memory = library().llama_get_memory(self._context)
         library().llama_memory_seq_rm(memory, sequence, position, -1)
 
@@ -105,15 +105,15 @@ class LlamaShard:
             return
         if result == DECODE_NO_SLOT:
             raise ContextOverflowError(
-                f"a session ran out of its {self._settings.ctx_size} tokens of context in {self.name}"
+                f"a session needs more than its {self._settings.ctx_size} tokens of context in {self.name}"
             )
         raise EngineError(
             f"llama.cpp could not decode {batch.n_tokens} tokens with {self.name} (llama_decode: {result}): "
-            f"{take_troubles() or 'it gave no reason'}"
+            f"{take_problems() or 'it gave no reason'}"
         )
 
     def _view(self, address: int | None, row: int) -> NDArray[np.float32]:
-        """The library's own row of logits; it moves when its buffer grows."""
+        """The library's own row of logits; its address changes if the buffer grows."""
         if not address:
             raise EngineError(f"{self.name} has no logits for token {row} of its last batch")
         if len(self._views) >= 2 * self._settings.batch_capacity:
@@ -128,10 +128,10 @@ class LlamaShard:
         lib = library()
         params = lib.llama_model_default_params()
         params.n_gpu_layers = self._settings.gpu_layers
-        take_troubles()
+        take_problems()
         model = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not model:
-            raise InvalidShardError(f"llama.cpp cannot load {path.name}: {take_troubles() or 'it gave no reason'}")
+            raise InvalidShardError(f"llama.cpp cannot load {path.name}: {take_problems() or 'it gave no reason'}")
         self._model = model
         return int(model)
 
@@ -143,9 +143,11 @@ class LlamaShard:
             or lib.llama_model_is_recurrent(model)
             or lib.llama_model_is_hybrid(model)
         ):
-            raise EngineError(f"{self.name} has an encoder or recurrent layers: only decoders with attention are run")
+            raise EngineError(f"{self.name} has an encoder or recurrent layers; only decoders with attention can run")
         if lib.llama_model_n_embd_inp(model) != n_embd:
-            raise EngineError(f"the layers of {self.name} take more than the hidden state (deep-stacked inputs)")
+            raise EngineError(
+                f"the layers of {self.name} take more than the hidden state (deep-stacked inputs); it cannot run"
+            )
         start = self._metadata_int("shoal.shard.start_layer")
         end = self._metadata_int("shoal.shard.end_layer")
         total = self._metadata_int("shoal.model.n_layers")
@@ -191,12 +193,12 @@ class LlamaShard:
         params.swa_full = False
         if self.tap is not None:
             params.cb_eval = ctypes.cast(self.tap.callback, ctypes.c_void_p).value
-        take_troubles()
+        take_problems()
         self._context = lib.llama_init_from_model(self.model, params)
         if not self._context:
             raise EngineError(
                 f"llama.cpp cannot make a context for {self.name} with {settings.max_sessions} sessions of "
-                f"{settings.ctx_size} tokens: {take_troubles() or 'it gave no reason'}"
+                f"{settings.ctx_size} tokens: {take_problems() or 'it gave no reason'}"
             )
         if lib.llama_n_ctx_seq(self._context) != settings.padded_ctx_size:
             raise EngineError(
@@ -204,8 +206,8 @@ class LlamaShard:
                 f"not the {settings.padded_ctx_size} that were asked for"
             )
 
-    def _try_out(self) -> None:
-        """Decode one token: reads the weights in, and fails now where the architecture cannot be sliced."""
+    def _warm_up(self) -> None:
+        """Decode one token: reads the weights in, and fails now if the architecture cannot run in slices."""
         tokens = TokenBatch(1)
         tokens.begin()
         tokens.add_token(0, 0, wanted=True)

@@ -1,4 +1,4 @@
-"""Text to tokens and back, by the tokenizer inside a GGUF."""
+"""Text to tokens and back, by the tokenizer of a GGUF."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NO_VOCABULARY = 0
 
 
 class Vocabulary:
-    """The tokenizer of one loaded shard (the first and the last of a model have it). Valid until that is unloaded."""
+    """The tokenizer of a loaded shard, valid until it is unloaded. A model's first and last shard have one."""
 
     def __init__(self, model: int) -> None:
         lib = library()
@@ -29,14 +29,14 @@ class Vocabulary:
         self.chat_template: str | None = None if template is None else template.decode(errors="replace")
         """The jinja2 source in the GGUF's metadata."""
         self.bos_text = self._special(lib.llama_vocab_bos(self._vocab))
-        """Begin-of-sequence token as text, for chat templates; empty where there is none."""
+        """Begin-of-sequence token as text, for chat templates; empty if the model has none."""
         self.eos_text = self._special(lib.llama_vocab_eos(self._vocab))
-        """End-of-sequence token as text."""
+        """End-of-sequence token as text; empty if the model has none."""
         self.adds_bos: bool = lib.llama_vocab_get_add_bos(self._vocab)
         """Whether this tokenizer puts a BOS token before a plain prompt (`tokenizer.ggml.add_bos_token`)."""
 
     def close(self) -> None:
-        """The shard is unloaded: from now on every call raises EngineError."""
+        """Called when the shard is unloaded; every later call raises EngineError."""
         self._vocab = None
 
     def tokenize(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
@@ -48,21 +48,21 @@ class Vocabulary:
         """
         data = text.encode("utf-8", "surrogatepass")
         if len(data) > MAX_TEXT_BYTES:
-            raise InvalidParamsError(f"a text of {len(data)} bytes is too long, at most {MAX_TEXT_BYTES} are tokenized")
-        room = len(data) // 3 + 16
+            raise InvalidParamsError(f"the text has {len(data)} bytes, allowed are {MAX_TEXT_BYTES}; shorten it")
+        capacity = len(data) // 3 + 16
         while True:
-            tokens = np.empty(room, np.int32)
+            tokens = np.empty(capacity, np.int32)
             n = library().llama_tokenize(
-                self._alive(), data, len(data), tokens.ctypes.data, room, add_special, parse_special
+                self._handle(), data, len(data), tokens.ctypes.data, capacity, add_special, parse_special
             )
-            if 0 <= n <= room:
+            if 0 <= n <= capacity:
                 return [int(token) for token in tokens[:n]]
-            if -n <= room:  # would never end; INT32_MIN stands for more than 2**31 tokens
+            if -n <= capacity:  # or the loop would not end; INT32_MIN: more than 2**31 tokens
                 raise EngineError(f"llama.cpp cannot tokenize a text of {len(data)} bytes")
-            room = -n
+            capacity = -n
 
     def piece(self, token: int) -> bytes:
-        """The bytes that a token stands for; empty for control tokens. A character may span several tokens."""
+        """The bytes of text of a token; empty for control tokens. A character may span several tokens."""
         found = self._pieces.get(token)
         if found is None:
             found = self._pieces[token] = self._render(self._checked(token), special=False)
@@ -70,26 +70,26 @@ class Vocabulary:
 
     def is_end(self, token: int) -> bool:
         """Whether a token ends the answer: end of sequence, of turn, of message (`llama_vocab_is_eog`)."""
-        return bool(library().llama_vocab_is_eog(self._alive(), self._checked(token)))
+        return bool(library().llama_vocab_is_eog(self._handle(), self._checked(token)))
 
     def _render(self, token: int, *, special: bool) -> bytes:
-        room = 64
+        capacity = 64
         while True:
-            buffer = ctypes.create_string_buffer(room)
-            n = library().llama_token_to_piece(self._alive(), token, buffer, room, 0, special)
+            buffer = ctypes.create_string_buffer(capacity)
+            n = library().llama_token_to_piece(self._handle(), token, buffer, capacity, 0, special)
             if n >= 0:
                 return buffer.raw[:n]
-            room = -n
+            capacity = -n
 
     def _special(self, token: int) -> str:
         return "" if token == _NO_TOKEN else self._render(token, special=True).decode(errors="replace")
 
     def _checked(self, token: int) -> int:
         if not 0 <= token < self.size:
-            raise InvalidParamsError(f"there is no token {token}, this vocabulary has {self.size}")
+            raise InvalidParamsError(f"token {token} is not in the vocabulary, which has 0 to {self.size - 1}")
         return token
 
-    def _alive(self) -> int:
+    def _handle(self) -> int:
         if self._vocab is None:
             raise EngineError("the shard that this vocabulary came from is unloaded")
         return int(self._vocab)

@@ -278,6 +278,17 @@ async def test_a_gap_is_not_passed_on() -> None:
     assert generation.attempts == 2
 
 
+async def test_a_pipeline_that_is_stuck_is_given_up() -> None:
+    world = World([lambda _, __, index: index >= 2] * 3)
+    generation = world.generation()
+    generation.settings = DriverSettings(token_timeout_s=0.01, lost_node_timeout_s=0.01)
+    found: list[int] = []
+    with pytest.raises(StageLostError, match=r"broke 3 times, the last time after 2 tokens: no token came for 0\.01 s"):
+        await collected(generation, found)
+    assert found == ANSWER[:2]
+    assert not world.open
+
+
 async def test_leaving_early_and_cancelling_close_the_session() -> None:
     world = World()
     async with contextlib.aclosing(world.generation().tokens()) as tokens:

@@ -22,7 +22,7 @@ from tests.support.gguf.tiny_gguf import write_tiny_gguf
 
 def test_another_version_of_the_wheel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama, "WHEEL_VERSION", "2099.1.1")
-    with pytest.raises(UnsupportedPlatformError, match=r"only 2099\.1\.1 is known"):
+    with pytest.raises(UnsupportedPlatformError, match=r"only 2099\.1\.1 works"):
         llama._find()
 
 
@@ -63,8 +63,8 @@ def test_lines_are_put_together_cut_and_counted(caplog: pytest.LogCaptureFixture
     caplog.clear()
     lines.feed(2, "later\n", 100.0)
     assert [record.getMessage() for record in caplog.records] == ["later"]
-    assert len(lines.take_troubles()) == MAX_LINE_CHARS
-    assert lines.take_troubles() == ""
+    assert len(lines.take_problems()) == MAX_LINE_CHARS
+    assert lines.take_problems() == ""
 
 
 def test_nothing_is_written_to_stdout_or_stderr(tmp_path: Path) -> None:

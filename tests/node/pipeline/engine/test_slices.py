@@ -107,21 +107,21 @@ def test_a_stage_hands_out_every_row_of_the_hidden_state(sliced: Engine) -> None
 
 
 def test_a_place_that_was_counted_wrong_never_gives_another_tensor(sliced: Engine) -> None:
-    """The counted place is checked by name: too early, it is found later; too late, the decode is done again."""
+    """The counted index is checked by name: too early, it is found later; too late, the decode is done again."""
     tokens = tokens_of(3, 20)
     clean = sliced.open_sequence()
     expected = [sliced.forward([0, 1], [Slot(clean, at, tokens[at : at + 1])])[0] for at in range(20)]
     tap = sliced._shards[1].tap
     assert tap is not None
-    place = tap._places[1, 1]
-    assert place > 10
+    index = tap._indices[1, 1]
+    assert index > 10
     checked = sliced.open_sequence()
-    for at, shift in enumerate([-1, 1, 2, -place + 1, 1000, 0, 3]):
-        tap._places[1, 1] = place + shift
+    for at, shift in enumerate([-1, 1, 2, -index + 1, 1000, 0, 3]):
+        tap._indices[1, 1] = index + shift
         (found,) = sliced.forward([0, 1], [Slot(checked, at, tokens[at : at + 1])])
         assert np.array_equal(found, expected[at]), shift
     sliced.forward([0, 1], [Slot(checked, 7, tokens[7:8])])
-    assert tap._places[1, 1] == place, "and the right one is learnt again"
+    assert tap._indices[1, 1] == index, "and the right one is learnt again"
 
 
 def test_a_session_alone_does_not_depend_on_what_others_cached(sliced: Engine, whole: Engine) -> None:
@@ -153,11 +153,11 @@ def test_several_sessions_in_one_batch(sliced: Engine) -> None:
         feed(sliced, run, sequence, prompt[:-1])
     slots = [Slot(sequence, len(prompt) - 1, prompt[-1:]) for sequence, prompt in zip(sequences, prompts, strict=True)]
     order = [3, 1, 0]
-    for place, logits in zip(order, sliced.forward(run, [slots[place] for place in order]), strict=True):
-        np.testing.assert_allclose(logits, alone[place], rtol=1e-4, atol=1e-4)
+    for index, logits in zip(order, sliced.forward(run, [slots[index] for index in order]), strict=True):
+        np.testing.assert_allclose(logits, alone[index], rtol=1e-4, atol=1e-4)
     tap = sliced._shards[0].tap
     assert tap is not None
-    assert (2, 2) in tap._places, "the neighbours 0 and 1 went through in one graph"
+    assert (2, 2) in tap._indices, "the neighbours 0 and 1 went through in one graph"
     more = tokens_of(30, 6)
     outs = sliced.forward([0], [Slot(2, len(prompts[2]) - 1, prompts[2][-1:]), Slot(0, len(prompts[0]), more)])
     assert [out.shape for out in outs] == [(1, N_EMBD), (6, N_EMBD)]

@@ -70,9 +70,9 @@ def test_the_chat_template_is_that_of_the_file(vocabulary: Vocabulary) -> None:
 
 def test_tokens_that_do_not_exist(vocabulary: Vocabulary) -> None:
     for token in (-1, vocabulary.size, 1 << 40):
-        with pytest.raises(InvalidParamsError, match="no token"):
+        with pytest.raises(InvalidParamsError, match="not in the vocabulary"):
             vocabulary.piece(token)
-        with pytest.raises(InvalidParamsError, match="no token"):
+        with pytest.raises(InvalidParamsError, match="not in the vocabulary"):
             vocabulary.is_end(token)
 
 

@@ -162,11 +162,11 @@ async def test_a_session_of_short_steps_leaves_the_loop_to_others() -> None:
 
 
 async def test_a_long_forward_does_not_keep_the_loop() -> None:
-    async with pipeline([0], engines=[TinyEngine(1, seconds=0.2)]) as [stage]:
+    async with pipeline([0], engines=[TinyEngine(1, seconds=0.1)]) as [stage]:
         await begin([stage], [[0]], [3], 4)
         turns = 0
         while len(stage.seen) < 4:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.002)
             turns += 1
         assert turns > 10
         await end([stage])
