@@ -94,7 +94,7 @@ async def test_refused_in_the_middle_the_error_says_what_and_the_next_try_goes_o
     fault: Fault, code: str, stock: Stock, tmp_path: Path
 ) -> None:
     cut = Fault(kind="truncate", after_bytes=500_001, times=2, key=stock.key)
-    patience = {"stall_timeout_s": 3.0, "find_timeout_s": 5.0}
+    patience = {"stall_timeout_s": 3.0}
     async with stock.proxy() as proxy, open_node(tmp_path / "a", stock, proxy, **patience) as a:
         proxy.rules.add(cut)
         proxy.rules.add(msgspec.structs.replace(fault, key=stock.key))

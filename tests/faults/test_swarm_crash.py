@@ -68,7 +68,7 @@ async def killed_at_half(tmp_path: Path, size: int, limit: int) -> int:
 
 
 async def test_after_kill_9_at_half_at_most_16_mib_move_twice(tmp_path: Path):
-    assert await killed_at_half(tmp_path, 48 * MIB + 5, 32 * MIB) <= 16 * MIB
+    assert await killed_at_half(tmp_path, 48 * MIB + 5, 24 * MIB) <= 16 * MIB
 
 
 @pytest.mark.slow

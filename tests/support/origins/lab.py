@@ -124,7 +124,7 @@ async def open_node(
             origins=origins,
             s3_endpoint=proxy.endpoint,
             connect_timeout_s=2.0,
-            read_timeout_s=3.0,
+            read_timeout_s=2.0,
             retry_total_s=0.8,  # below half of the shortest stall_timeout_s here
         )
         origin = await stack.enter_async_context(OriginRegistry.open(given))
