@@ -30,6 +30,7 @@ from protocol.signing import SigningKey
 from tests.support.daemons import Daemon, daemon
 from tests.support.origins.presigned import presigned_url
 from tests.support.origins.proxy import OriginProxy
+from tests.support.shards.parts import ThreadHasher
 from tests.support.shards.rooms import QUICK, Node
 
 __all__ = ["ONE", "TWO", "Daemon", "Stock", "daemon", "open_node", "payload_reaches", "stocked"]
@@ -142,6 +143,7 @@ async def open_node(
                 key=key,
                 rpc_port=rpc_port,
                 origin=origin,
+                new_hasher=ThreadHasher,
             )
         )
         yield Node(shards, swarm, discovery, rpc_port, settings.shards_dir)

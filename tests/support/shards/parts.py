@@ -160,6 +160,10 @@ class MemoryDiscovery:
     """Digest -> shards that one other node has."""
     host: str = "127.0.0.1"
     node_id: NodeId = KEY.node_id
+    wanted: set[ContentId] = field(default_factory=set)
+    """Contents that this node wants from an origin now."""
+    wants: list[WantInfo] = field(default_factory=list)
+    """Other nodes' wants, of any content."""
 
     def publish(self, manifest: Manifest, on_disk: frozenset[int] | None = None) -> SignedManifest:
         signed = sign_manifest(manifest, OTHER_KEY)
@@ -196,13 +200,13 @@ class MemoryDiscovery:
         return found
 
     async def announce_want(self, content_id: ContentId, bt_port: int, *, block_pieces: int, ttl_s: int) -> None:
-        pass
+        self.wanted.add(content_id)
 
     async def withdraw_want(self, content_id: ContentId) -> None:
-        pass
+        self.wanted.discard(content_id)
 
     async def find_wants(self, content_id: ContentId) -> list[WantInfo]:
-        return []
+        return list(self.wants)
 
     async def find_name(self, name: str) -> list[NameInfo]:
         return [found for found in self._names() if found.name == name]

@@ -23,6 +23,7 @@ from protocol.content import hash_file
 from protocol.errors import UnreachableError
 from protocol.manifest import Manifest, ModelInfo, ShardEntry, SignedManifest, manifest_from_wire
 from protocol.signing import SigningKey
+from tests.support.shards.parts import ThreadHasher
 
 QUICK = {
     "settle_s": 0.2,
@@ -105,6 +106,7 @@ async def open_node(
                 key=key,
                 rpc_port=rpc_port,
                 origin=origin,
+                new_hasher=ThreadHasher,
             )
         )
         network[rpc_port] = shards

@@ -24,6 +24,7 @@ from protocol.errors import (
     ShardNotFoundError,
 )
 from protocol.manifest import Shard, SignedManifest
+from tests.support.clocks import MovedClock
 from tests.support.shards.parts import MemoryDiscovery, Room, manifest_of, open_room, write_shard
 from tests.support.waiting import eventually
 
@@ -258,15 +259,18 @@ async def test_a_provider_that_comes_late_is_found_and_a_stall_ends(
     tmp_path: Path, cluster: MemoryDiscovery, signed: SignedManifest
 ) -> None:
     providers = cluster.providers.pop(signed.digest)
-    async with open_room(tmp_path, cluster, find_timeout_s=5.0, restart_s=3.0, stall_timeout_s=3.0) as room:
+    clock = MovedClock()
+    patience = {"find_timeout_s": 5.0, "restart_s": 3.0, "stall_timeout_s": 3.0}
+    async with open_room(tmp_path, cluster, clock=clock, **patience) as room:
         task = asyncio.create_task(room.shards.fetch(signed.shard(0)))
-        await asyncio.sleep(0.3)
+        await clock.move(0.3)
         cluster.providers[signed.digest] = providers
         cluster.host = "localhost"
-        await downloading(room)
+        await clock.move_until(lambda: room.swarm.downloads and room.swarm.downloads[-1].peers, 5.0)
         assert {peer.host for peer in room.swarm.downloads[0].peers} <= {"127.0.0.1", "::1"}
         cluster.host = "127.0.0.2"
-        await eventually(lambda: "127.0.0.2" in {peer.host for peer in room.swarm.downloads[0].peers})
+        await clock.move_until(lambda: "127.0.0.2" in {peer.host for peer in room.swarm.downloads[0].peers}, 1.0)
+        await clock.move_until(task.done, 4.0)
         with pytest.raises(NoSourceError, match=r"0 of \d+ bytes came, then none for"):
             await task
         assert (room.states(), list(room.folder.iterdir())) == ({}, [])
@@ -276,11 +280,12 @@ async def test_a_download_that_got_stuck_is_begun_anew(
     tmp_path: Path, made: Path, cluster: MemoryDiscovery, signed: SignedManifest
 ) -> None:
     entry = signed.manifest.shards[0]
-    async with open_room(tmp_path, cluster, restart_s=1.5, stall_timeout_s=20.0) as room:
+    clock = MovedClock()
+    async with open_room(tmp_path, cluster, clock=clock, restart_s=1.5, stall_timeout_s=20.0) as room:
         task = asyncio.create_task(room.shards.fetch(Shard(signed, entry)))
-        await downloading(room)
+        await clock.move_until(lambda: room.swarm.downloads and room.swarm.downloads[0].peers, 5.0)
         room.swarm.downloads[0].bytes_done = 10
-        await downloading(room, 2)
+        await clock.move_until(lambda: len(room.swarm.downloads) == 2 and room.swarm.downloads[1].peers, 5.0)
         assert room.swarm.downloads[0].ended.done()
         assert room.swarm.downloads[1].part.exists()
         room.swarm.downloads[1].finish((made / "a.parquet").read_bytes())

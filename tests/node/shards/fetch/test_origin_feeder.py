@@ -6,7 +6,6 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,18 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.clock import Clock
+from node.discovery.values import WantInfo
 from node.shards.fetch import origin_feeder as feeder_module
 from node.shards.fetch.block_assignment import Block, BlockAssignment, blocks_of
 from node.shards.fetch.origin_feeder import OriginFeeder, PeerRate, TransferTimes, WholeFileNeededError
 from node.shards.fetch.origin_selector import OriginSelector
 from node.shards.fetch.want_announcer import WantAnnouncer
 from node.shards.settings import ShardsSettings
-from node.swarm.torrent import PeerAddress, Piece, Torrent
+from node.swarm.torrent import DownloadProgress, PeerAddress, Piece, Torrent
 from protocol.content import hash_file
 from protocol.errors import OriginDeniedError
 from protocol.ids import ContentId, NodeId
 from protocol.manifest import ShardEntry
 from tests.support.clocks import MovedClock
+from tests.support.shards.parts import MemoryDiscovery
 
 SIZE = 12_000_000
 OWN, OTHER = NodeId("aa" * 32), NodeId("cd" * 32)
@@ -67,9 +68,9 @@ class MemoryDownload:
         self.whole = asyncio.Event()
         self.peers: list[PeerAddress] = []
 
-    def progress(self) -> Any:
+    def progress(self) -> DownloadProgress:
         done = sum(self.torrent.piece(index).size for index in self.have)
-        return SimpleNamespace(bytes_done=done, bytes_total=self.torrent.size, rate_bytes_s=0.0, peers=1)
+        return DownloadProgress(done, self.torrent.size, peers=1)
 
     async def ready(self) -> None:
         pass
@@ -92,28 +93,17 @@ class MemoryDownload:
     def add_peers(self, peers: Iterable[PeerAddress]) -> None:
         self.peers += peers
 
+    async def verified(self) -> Path:
+        await self.whole.wait()
+        return Path(self.torrent.name)
 
-class MemoryWants:
-    """The DHT's wants, seen by one node."""
+    async def cancel(self, delete: bool = False) -> None:
+        pass
 
-    def __init__(self, *others: NodeId) -> None:
-        self.node_id = OWN
-        self.others = others
-        self.block_pieces = 4
-        """Of the others' blocks."""
-        self.wanted = False
 
-    async def announce_want(self, *_: Any, **__: Any) -> None:
-        self.wanted = True
-
-    async def withdraw_want(self, *_: Any) -> None:
-        self.wanted = False
-
-    async def find_wants(self, *_: Any) -> list[Any]:
-        return [
-            SimpleNamespace(node_id=other, host="127.0.0.1", bt_port=1, block_pieces=self.block_pieces)
-            for other in self.others
-        ]
+def wanted_by(*others: NodeId, block_pieces: int = 4) -> MemoryDiscovery:
+    """A DHT in which these nodes want the shard too."""
+    return MemoryDiscovery(node_id=OWN, wants=[WantInfo(other, "127.0.0.1", 1, block_pieces) for other in others])
 
 
 class MemoryProviders:
@@ -138,7 +128,7 @@ class Bench:
         self,
         tmp_path: Path,
         tasks: asyncio.TaskGroup,
-        wants: MemoryWants,
+        wants: MemoryDiscovery,
         *,
         unit_bytes: int = 1,
         stall_timeout_s: float = 60.0,
@@ -232,7 +222,7 @@ def test_what_is_being_given_is_not_taken_for_what_peers_gave() -> None:
 
 async def test_once_nothing_comes_of_others_their_blocks_are_taken_without_a_pause(tmp_path: Path) -> None:
     async with asyncio.TaskGroup() as tasks:
-        bench = Bench(tmp_path, tasks, MemoryWants(OTHER))
+        bench = Bench(tmp_path, tasks, wanted_by(OTHER))
         await until_all_is_here(bench, feeder_module.STUCK_S + 3.0)
     foreign = [block for block in bench.assignment.order if not bench.assignment.owns(block)]
     assert len(foreign) >= 3
@@ -241,7 +231,7 @@ async def test_once_nothing_comes_of_others_their_blocks_are_taken_without_a_pau
 
 async def test_a_node_that_no_origin_gives_anything_leaves_its_blocks_to_others(tmp_path: Path) -> None:
     async with asyncio.TaskGroup() as tasks:
-        bench = Bench(tmp_path, tasks, MemoryWants(OTHER), denies=True)
+        bench = Bench(tmp_path, tasks, wanted_by(OTHER), denies=True)
         bench.feeder.begin()
         feeding = tasks.create_task(bench.feeder.feed(bench.download))
         await bench.clock.move(0.1)
@@ -256,7 +246,7 @@ async def test_a_node_that_no_origin_gives_anything_leaves_its_blocks_to_others(
 
 async def test_a_provider_that_the_dht_names_but_that_is_gone_is_not_waited_for(tmp_path: Path) -> None:
     async with asyncio.TaskGroup() as tasks:
-        bench = Bench(tmp_path, tasks, MemoryWants(), layer=b"")
+        bench = Bench(tmp_path, tasks, wanted_by(), layer=b"")
         bench.feeder.begin()
         feeding = asyncio.create_task(bench.feeder.feed(bench.download))
         await bench.clock.move_until(feeding.done, feeder_module.UNSTICK_S + 4.0)
@@ -269,7 +259,7 @@ async def test_a_provider_that_the_dht_names_but_that_is_gone_is_not_waited_for(
 
 async def test_an_origin_that_reads_in_long_units_may_be_silent_for_one(tmp_path: Path) -> None:
     async with asyncio.TaskGroup() as tasks:
-        bench = Bench(tmp_path, tasks, MemoryWants(), unit_bytes=1 << 20, stall_timeout_s=1.0, pause_s=1.5)
+        bench = Bench(tmp_path, tasks, wanted_by(), unit_bytes=1 << 20, stall_timeout_s=1.0, pause_s=1.5)
         assert bench.feeder.lull_s == 4.0
         assert len(bench.assignment.blocks[0].pieces) == 16
         await until_all_is_here(bench, 20.0)
@@ -277,8 +267,7 @@ async def test_an_origin_that_reads_in_long_units_may_be_silent_for_one(tmp_path
 
 
 async def test_who_shares_it_out_in_other_blocks_is_a_peer_and_no_more(tmp_path: Path) -> None:
-    wants = MemoryWants(OTHER)
-    wants.block_pieces = 488
+    wants = wanted_by(OTHER, block_pieces=488)
     async with asyncio.TaskGroup() as tasks:
         bench = Bench(tmp_path, tasks, wants)
         await until_all_is_here(bench, 5.0)
@@ -300,7 +289,7 @@ async def test_names_that_do_not_resolve_hold_nothing_up(broken: bool) -> None:
 
     others = [NodeId(f"{number:064x}") for number in range(6)]
     assignment = BlockAssignment(OWN, ContentId("ab" * 32), [Block(at, at + 4) for at in range(0, 32, 4)])
-    wants = MemoryWants(*others)
+    wants = wanted_by(*others)
     announcer = WantAnnouncer(wants, ContentId("ab" * 32), assignment, 1, resolve, clock)  # type: ignore[arg-type]
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(announcer.run())
