@@ -1,4 +1,4 @@
-"""Free disk space: what is left, what is reserved, and errors that say so."""
+"""Free and reserved disk space, and the errors of a full disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from protocol.errors import InsufficientDiskError
 log = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _KEEP_SIZE = 1
-"""FALLOC_FL_KEEP_SIZE of fallocate(2): room behind the file's end, which the size does not tell."""
+"""FALLOC_FL_KEEP_SIZE of fallocate(2): room behind the file's end that does not change its size."""
 _BLOCK_BYTES = 512
 """Unit of st_blocks, stat(2)."""
 _reserving = threading.Lock()
@@ -34,14 +34,14 @@ def require_space(folder: Path, needed: int, kept: int, what: str) -> None:
     free = free_bytes(folder)
     if free - needed < kept:
         raise InsufficientDiskError(
-            f"{what} needs {needed} bytes more in {folder}, where {free} are free and {kept} are kept free: "
+            f"{what} needs {needed} bytes more in {folder}; {free} are free, {kept} are kept free: "
             "free some, or keep fewer shards",
             {"free_bytes": free, "needed_bytes": needed},
         )
 
 
 class FreeSpace:
-    """Whether there is room for one more download; not for threads at once. `str()` of it says how much is free."""
+    """Whether there is room for one more download. Not thread-safe. Its `str()` says how much is free."""
 
     def __init__(self, folder: Path, warn_bytes: int, stop_bytes: int) -> None:
         self._folder, self._warn_bytes, self._stop_bytes = folder, warn_bytes, stop_bytes
@@ -49,7 +49,7 @@ class FreeSpace:
         self._full_since: float | None = None
 
     def is_enough(self) -> bool:
-        """Look. Below `warn_bytes` it warns once."""
+        """Whether `stop_bytes` are free. Below `warn_bytes` it warns once."""
         free = self.free_bytes()
         if free < self._warn_bytes and not self._warned:
             self._warned = True
@@ -62,7 +62,7 @@ class FreeSpace:
 
     @property
     def full_s(self) -> float:
-        """For how long there has been too little; 0 if there is enough."""
+        """For how many seconds there has been too little; 0 if there is enough."""
         return time.monotonic() - self._full_since if self._full_since else 0.0
 
     def free_bytes(self) -> int:
@@ -76,8 +76,8 @@ class FreeSpace:
 
 
 @contextlib.contextmanager
-def saying_where_full(folder: Path) -> Iterator[None]:
-    """OSError of a full disk becomes InsufficientDiskError."""
+def disk_full_errors(folder: Path) -> Iterator[None]:
+    """Raise InsufficientDiskError in place of the OSError of a full disk."""
     try:
         yield
     except OSError as err:
@@ -87,11 +87,11 @@ def saying_where_full(folder: Path) -> Iterator[None]:
 
 
 def reserve(part: Path, size: int, kept: int, what: str) -> None:
-    """Have room for `size` bytes in `part`, made where it is not there; what it holds already stays, unless that is
-    too much. The room is the file system's own reservation, so that no other download, of whatever process, takes it;
-    a file system that has none (NFS) is only asked how much is free.
+    """Reserve room for `size` bytes in the file `part`, created if it does not exist. Bytes that it holds stay, unless
+    they are more than `size`. The reservation is the file system's, so that no download of any process takes the room;
+    a file system without reservations (NFS) is only asked how much is free.
 
-    Raises InsufficientDiskError; a file that was made here is gone then.
+    Raises InsufficientDiskError, and then deletes a file that was created here.
     """
     with _reserving, part.open("ab") as file:
         seen = os.fstat(file.fileno())
@@ -109,7 +109,7 @@ def reserve(part: Path, size: int, kept: int, what: str) -> None:
 
 
 def release(part: Path) -> None:
-    """Give back what was reserved and not written; the file goes if nothing was."""
+    """Release what was reserved and not written; an empty file is deleted."""
     with contextlib.suppress(FileNotFoundError):
         if size := part.stat().st_size:
             os.truncate(part, size)
@@ -118,7 +118,7 @@ def release(part: Path) -> None:
 
 
 def _allocate(fd: int, size: int) -> int:
-    """The errno; 0 also if this system cannot."""
+    """Returns the errno; 0 also if this system has no fallocate."""
     try:
         call = ctypes.CDLL(None, use_errno=True).fallocate
     except (AttributeError, OSError):

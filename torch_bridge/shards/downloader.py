@@ -14,7 +14,7 @@ from protocol.errors import CancelledRequestError, InsufficientDiskError, Invali
 from protocol.manifest import ShardEntry
 from torch_bridge.core.closing import ClosingStack
 from torch_bridge.core.loop_thread import ServingThread
-from torch_bridge.shards.disk_space import FreeSpace, saying_where_full
+from torch_bridge.shards.disk_space import FreeSpace, disk_full_errors
 from torch_bridge.shards.readers import ReaderLedger
 from torch_bridge.shards.shard_file import as_published
 from torch_bridge.shards.sources.interface import FetchedFile, ShardSource
@@ -29,12 +29,7 @@ _LOOK_S, _CLEAN_STOP_S = 0.25, 30.0
 
 
 class StreamingDownloader:
-    """For one reader (a rank's worker); thread-safe. Threads run from `start` (or `with`) to `stop`.
-
-    `shards`: what to fetch, in order; None: all of the manifest. `keep_behind`: so many shards that this reader is past
-    stay. `pinned` (a validation shard): fetched first, never deleted. `retry_total_s`: how long a failure that may pass
-    is tried again. `disk_patience_s`: how long a full disk with nothing left to consume is waited on.
-    """
+    """For one reader (a rank's worker). Thread-safe. Its threads run from `start` (or `with`) to `stop`."""
 
     def __init__(
         self,
@@ -56,6 +51,25 @@ class StreamingDownloader:
         retry_first_s: float = FIRST_PAUSE_S,
         disk_patience_s: float = 30.0,
     ) -> None:
+        """Args:
+            source: Where shards come from.
+            shards: What to fetch, in order; None: all shards of the manifest.
+            buffer_size: Shards to keep ahead at first; it adapts between `min_buffer` and `max_buffer`.
+            keep_behind: So many shards that this reader is past stay on disk.
+            warn_free_bytes: Below so much free disk it warns, once.
+            stop_free_bytes: Below so much free disk no download begins.
+            run: A name for all readers that go through the shards together.
+            reader: A name for this one among them.
+            expected_readers: Readers of the run on this machine; nothing is deleted before all have registered.
+            pinned: Shards (for validation) that are fetched first and never deleted.
+            at_once: Downloads at a time.
+            retry_total_s: For so long a failure that may pass is tried again.
+            retry_first_s: The pause before the second try; it doubles with each try.
+            disk_patience_s: For so long it waits on a full disk with no shard left to consume.
+
+        Raises:
+            InvalidParamsError: A buffer size is out of range, or the manifest does not have one of `shards`.
+        """
         if not 1 <= min_buffer <= buffer_size <= max_buffer:
             raise InvalidParamsError(
                 f"buffer sizes must be 1 <= min {min_buffer} <= buffer_size {buffer_size} <= max {max_buffer}"
@@ -77,12 +91,12 @@ class StreamingDownloader:
         self._deleted = 0
 
     def start(self) -> None:
-        """Begin to fetch. Raises ShardInUseError if a process reads under this name, InsufficientDiskError."""
+        """Start to fetch. Raises ShardInUseError if a process reads under this name, InsufficientDiskError."""
         if self._threads:
             return
         self._stopping.clear()
         self._window.alone_until = time.monotonic() + HEAD_START_S
-        with saying_where_full(self._source.folder):
+        with disk_full_errors(self._source.folder):
             self._source.folder.mkdir(parents=True, exist_ok=True)
             self._ledger = ReaderLedger.join(self._source.folder, self._run, self._reader, self._window.reader())
         self._threads = [ServingThread(self._work, f"shards-{number}") for number in range(self._at_once)]
@@ -90,7 +104,7 @@ class StreamingDownloader:
             thread.start()
 
     def stop(self, timeout_s: float = _CLEAN_STOP_S) -> None:
-        """End downloads (what came is kept) and threads. Raises TimedOutError if one does not end."""
+        """End downloads (bytes that came are kept) and threads. Raises TimedOutError if one does not end."""
         self._stopping.set()
         with self._changed:
             self._changed.notify_all()
@@ -104,7 +118,7 @@ class StreamingDownloader:
             )
         self._threads = []
         if self._ledger:
-            with self._changed, self._ledger.alone():  # one step: two that end must not each leave it to the other
+            with self._changed, self._ledger.alone():  # one step: of two that end, one must delete
                 self._delete()
                 for name in self._window.undeleted:
                     self._source.release(self._by_name[name])
@@ -112,7 +126,7 @@ class StreamingDownloader:
             self._ledger = None
 
     def set_order(self, shards: Sequence[Shard]) -> None:
-        """The next epoch: its shards in order; none of them is consumed yet."""
+        """Begin the next epoch: its shards in order, none of them consumed."""
         order = [self._entry(shard).filename for shard in shards]
         with self._changed:
             self._measures.pause()
@@ -121,7 +135,7 @@ class StreamingDownloader:
     def wait_for_shard(self, shard: Shard, timeout_s: float | None = None) -> Path:
         """The shard's file, fetched now if it is not here. It stays until `consumed`.
 
-        Raises TimedOutError that says what goes on, or what the source said if it fails for good.
+        Raises TimedOutError, which says what is being done, or the source's error if the shard is given up.
         """
         name = self._entry(shard).filename
         began = time.monotonic()
@@ -130,10 +144,10 @@ class StreamingDownloader:
             self._changed.notify_all()
             try:
                 while name not in self._window.here:
-                    self._raise_if_hopeless(name)
+                    self._raise_if_given_up(name)
                     left_s = _LOOK_S if timeout_s is None else min(_LOOK_S, began + timeout_s - time.monotonic())
                     if left_s <= 0:
-                        raise TimedOutError(f"{name} was not here within {timeout_s:g} s: {self._what_goes_on(name)}")
+                        raise TimedOutError(f"{name} was not here within {timeout_s:g} s: {self._explanation(name)}")
                     self._changed.wait(left_s)
                 return self._window.hand_out(name).path
             finally:
@@ -141,19 +155,19 @@ class StreamingDownloader:
                 self._measures.waits_s += time.monotonic() - began
 
     def consumed(self, shard: Shard) -> None:
-        """This reader is past the shard: it may be deleted once all are."""
+        """This reader is past the shard. It is deleted once all readers are."""
         name = self._entry(shard).filename
         with self._changed:
             self._measures.consumed()
             self._window.past(name)
-            self._say()
+            self._note()
             self._delete()
             self._changed.notify_all()
 
     def distrust(self, shard: Shard, why: str) -> None:
-        """A reader could not decode the file: the next `wait_for_shard` brings it anew if its bytes are wrong.
+        """Report that the file cannot be decoded: if its bytes are wrong, the next `wait_for_shard` fetches it again.
 
-        If they are those that were published, it is handed out once more (another process may have mended it), and
+        If they are those that were published, it is handed out once more (another process may have replaced it), and
         from the second time on `wait_for_shard` raises InvalidShardError.
         """
         name = (entry := self._entry(shard)).filename
@@ -172,7 +186,7 @@ class StreamingDownloader:
                 self._window.on_the_way.discard(name)
                 if failure:
                     self._window.did_not_come(name, failure, self._retry_total_s)
-                self._say()
+                self._note()
                 self._changed.notify_all()
 
     def status(self) -> StreamingStatus:
@@ -191,12 +205,12 @@ class StreamingDownloader:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able: what this reader is past, by file name."""
+        """JSON-able: the shards that this reader is past, by file name."""
         with self._changed:
             return self._window.state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Raises InvalidParamsError for a shard that the manifest does not have."""
+        """Continue from a state. Raises InvalidParamsError for a shard that the manifest does not have."""
         order = [self._entry(name).filename for name in state["order"]]
         consumed = [self._entry(name).filename for name in state["consumed"]]
         with self._changed:
@@ -216,7 +230,7 @@ class StreamingDownloader:
         while not self._stopping.is_set():
             try:
                 self._fetch_one()
-            except Exception as err:  # a thread that died would leave its reader waiting for ever
+            except Exception as err:  # if the thread died, its reader would wait for ever
                 log.warning("no shard is fetched for now: %s", err, exc_info=not isinstance(err, OSError | ShoalError))
                 self._stopping.wait(_LOOK_S * 4)
 
@@ -228,7 +242,7 @@ class StreamingDownloader:
                 return
             self._window.on_the_way.add(name)
             try:
-                self._write()  # before the fetch: what is on its way to this reader is nobody's to delete
+                self._write()  # before the fetch: no reader deletes a shard that is on its way to this one
             except BaseException:
                 self._window.on_the_way.discard(name)
                 raise
@@ -245,7 +259,7 @@ class StreamingDownloader:
         finally:
             with self._changed:
                 self._take(name, found)
-                self._say()
+                self._note()
                 self._delete()
                 self._changed.notify_all()
 
@@ -265,16 +279,16 @@ class StreamingDownloader:
 
     def _read_on(self, order: list[str], epoch: int, consumed: list[str]) -> None:
         self._window.read_on(order, epoch, consumed)
-        self._say()
+        self._note()
         self._delete()
         self._changed.notify_all()
 
-    def _say(self) -> None:
-        """Write what holds nothing more than before: if the disk is full, the old words hold too much, no harm."""
+    def _note(self) -> None:
+        """Write a state that holds fewer shards. If the disk is full, the old one stays and holds too many: that is safe."""
         try:
             self._write()
         except OSError as err:
-            log.warning("what this reader is past is not noted in %s: %s", self._source.folder, err)
+            log.warning("the state of this reader is not written to %s: %s", self._source.folder, err)
 
     def _write(self) -> None:
         if self._ledger is not None:
@@ -294,9 +308,9 @@ class StreamingDownloader:
             log.warning("%s is deleted later: %s", name, err)
             return False
 
-    # What a waiter is told
+    # For callers that wait
 
-    def _raise_if_hopeless(self, name: str) -> None:
+    def _raise_if_given_up(self, name: str) -> None:
         if not self._threads or self._stopping.is_set():
             raise CancelledRequestError(f"{name} is not fetched: the downloader does not run; call start()")
         failure = self._window.failed.get(name)
@@ -305,7 +319,7 @@ class StreamingDownloader:
         if self._space.full_s > self._disk_patience_s and not self._window.on_the_way:
             raise InsufficientDiskError(f"{name} cannot be fetched: {self._space}, for {self._space.full_s:.0f} s")
 
-    def _what_goes_on(self, name: str) -> str:
+    def _explanation(self, name: str) -> str:
         if self._space.full_s and name not in self._window.on_the_way:
             return f"no download begins: {self._space}"
         return self._window.explanation(name, self._measures.rate_bytes_s)

@@ -1,7 +1,7 @@
-"""The machine's ledger of readers: which process still needs which shard, so that nobody's is deleted.
+"""The machine's ledger of readers: which process still needs which shard, so that no needed shard is deleted.
 
-Each reader (a rank's worker) of a run has a file with what it needs and a lock that ends with its process. The lock of
-the whole ledger is held while somebody decides, deletes, or says that it needs more.
+Each reader (a rank's worker) of a run has a file with the shards that it needs, and a lock that ends with its process.
+The lock of the whole ledger is held by a process that decides, deletes, or needs more shards.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from protocol.errors import ShardInUseError
 from torch_bridge.core.closing import wait_for_others
 
 LEAVING_S = 30.0
-"""So long one of the same name may take to end: a DataLoader starts new workers before the old ones are gone, and one
-whose training process was killed looks for that only every 5 s, and ends what it has begun.
+"""A reader of the same name may take so long to end: a DataLoader starts new workers before the old ones are gone, and
+a worker whose training process was killed notices that only every 5 s, and finishes what it has begun.
 """
 
 
 class ReaderState(msgspec.Struct, frozen=True, kw_only=True):
-    """What one reader says of itself."""
+    """What one reader writes into the ledger."""
 
     expected: int
     """Readers of its run on this machine."""
@@ -34,14 +34,14 @@ class ReaderState(msgspec.Struct, frozen=True, kw_only=True):
     remaining: tuple[str, ...]
     """File names of the shards of its epoch that it is not past."""
     held: tuple[str, ...]
-    """What it may read right now: fetched or on its way, kept behind, pinned."""
+    """Shards that it may read now: fetched or on their way, kept behind, pinned."""
 
 
 def needed(runs: Mapping[str, Sequence[ReaderState]], registered: Mapping[str, int]) -> frozenset[str] | None:
     """The shards that may not be deleted, from the live readers of each run; None if nothing may be.
 
-    Nothing may be while a run waits for readers that have not registered. What is left of an epoch is needed by the
-    readers that are furthest behind; those already in a later epoch need what they hold.
+    Nothing may be deleted while a run waits for readers that have not registered. The readers that are furthest behind
+    need the rest of their epoch; those already in a later epoch need the shards that they hold.
     """
     names: set[str] = set()
     for run, readers in runs.items():
@@ -56,17 +56,17 @@ def needed(runs: Mapping[str, Sequence[ReaderState]], registered: Mapping[str, i
 
 
 def deletable(candidates: Iterable[str], needs: Collection[str] | None) -> list[str]:
-    """Those that nobody needs."""
+    """The candidates that no reader needs."""
     return [] if needs is None else [name for name in candidates if name not in needs]
 
 
 class ReaderLedger:
-    """One reader's hand in the ledger of a folder."""
+    """One reader's part in the ledger of a folder."""
 
     def __init__(
         self, folder: Path, run: str, reader: str, state: ReaderState | None = None, *, give_up_after_s: float = 600.0
     ) -> None:
-        """Registers, with what it needs. `give_up_after_s`: so long readers that have not registered are waited for.
+        """Register a reader and its state. `give_up_after_s`: for so long the others wait for readers to register.
 
         Raises ShardInUseError if a living process is this reader already, OSError of the disk.
         """
@@ -74,14 +74,14 @@ class ReaderLedger:
         self._mine = self._root / quote(run, safe="") / quote(reader, safe="")
         self._lock = FileLock(self._mine.with_name(self._mine.name + ".lock"))
         self._give_up_after_s = give_up_after_s
-        self._said: ReaderState | None = None
+        self._written: ReaderState | None = None
         self._threads = threading.RLock()
         self._inside = 0
         self._mine.parent.mkdir(parents=True, exist_ok=True)
         with self.alone():
             if not any(_is_held(path) for path in self._mine.parent.glob("*.lock")):
                 kept = () if state is None else tuple(self._finished(state.epoch))
-                for stale in self._mine.parent.iterdir():  # of an earlier start that is over
+                for stale in self._mine.parent.iterdir():  # of an earlier start
                     if not stale.name.startswith(kept):
                         stale.unlink(missing_ok=True)
                 self._mine.with_name("began").touch()
@@ -99,7 +99,7 @@ class ReaderLedger:
 
     @classmethod
     def join(cls, folder: Path, run: str, reader: str, state: ReaderState) -> ReaderLedger:
-        """The same; one of this name that the collector has just ended, and that is letting go, is waited for."""
+        """The same, but waits for a reader of this name that the garbage collector ended and that is closing."""
         try:
             return cls(folder, run, reader, state)
         except ShardInUseError:
@@ -108,7 +108,7 @@ class ReaderLedger:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """While nobody else changes the ledger or deletes by it."""
+        """Hold the lock of the ledger."""
         with self._threads:
             if self._inside:
                 yield
@@ -121,24 +121,24 @@ class ReaderLedger:
                     self._inside -= 1
 
     def write(self, state: ReaderState) -> None:
-        """Say what this reader needs, if that is not what it said last."""
-        if state == self._said:
+        """Write what this reader needs, if that has changed."""
+        if state == self._written:
             return
         with self.alone():
             atomic_write(self._mine.with_name(self._mine.name + ".json"), msgspec.json.encode(state))
-            self._said = state
+            self._written = state
 
     def delete(self, candidates: Sequence[str], discard: Callable[[str], bool]) -> list[str]:
-        """Call `discard` for those that no live reader of any run needs; the names of those that went."""
+        """Call `discard` for those that no live reader of any run needs. Returns the names that were discarded."""
         with self.alone():
             return [name for name in deletable(candidates, self._needed()) if discard(name)]
 
     def close(self) -> None:
-        """This reader is gone; it stays counted as one that had registered."""
+        """End this reader; it still counts as one that had registered."""
         self._lock.release()
 
     def _finished(self, epoch: int) -> Iterator[str]:
-        """Readers that were through with this epoch before another had begun: they count as registered."""
+        """Readers that had finished this epoch before another one began: they count as registered."""
         for path in self._mine.parent.glob("*.json"):
             state, age_s = _read(path), time.time() - path.stat().st_mtime
             if state and state.epoch == epoch and not state.remaining and age_s < self._give_up_after_s:
@@ -157,7 +157,7 @@ class ReaderLedger:
                 continue
             states = [_read(path.with_suffix(".json")) for path in live]
             if any(state is None for state in states):
-                return None  # it has just come, and not yet said what it needs
+                return None  # it has just registered, and not yet written what it needs
             runs[run.name] = [state for state in states if state is not None]
             began = (run / "began").stat().st_mtime if (run / "began").exists() else 0.0
             late = time.time() - began > self._give_up_after_s

@@ -1,4 +1,4 @@
-"""What a shard's file tells by itself: whether it can be the parquet file that it is named as, and its number."""
+"""What a shard's file shows by itself: whether it can be the parquet file that it is named as, and its number."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TAIL_BYTES = 8
 
 
 def check_parquet(path: Path) -> None:
-    """Look at both ends of a parquet file, without a parser that damage could bring down.
+    """Check both ends of a parquet file, without a parser that a damaged file could crash.
 
     Raises InvalidShardError that says what is wrong, OSError as reading does.
     """
@@ -27,13 +27,13 @@ def check_parquet(path: Path) -> None:
         tail = file.read(_TAIL_BYTES)
     length = int.from_bytes(tail[:4], "little")
     if tail[4:] != _MAGIC:
-        raise InvalidShardError(f"{path.name} does not end as a parquet file does: it was cut off, or is another file")
+        raise InvalidShardError(f"{path.name} does not end as a parquet file does: it is truncated, or another file")
     if not 0 < length <= size - _TAIL_BYTES - len(_MAGIC):
         raise InvalidShardError(f"{path.name} says its footer has {length} bytes; the file has {size}")
 
 
 def as_published(entry: ShardEntry, why: str) -> InvalidShardError:
-    """Of a file whose content id is right: nobody has other bytes under it."""
+    """The error for a damaged file whose content id is right: no peer has other bytes under it."""
     return InvalidShardError(
         f"{entry.filename} has the bytes that were published (content id {entry.content_id}), and they cannot be read: "
         f"{why}; publish a whole file, or leave this shard out",

@@ -12,13 +12,13 @@ from torch_bridge.shards.sources.interface import FetchedFile
 
 @dataclass(frozen=True)
 class StreamingStatus:
-    """Of one reader, since its start."""
+    """What one reader did since its start."""
 
     ready: tuple[str, ...]
     """File names of shards that are here and that this reader is not past."""
     downloading: tuple[str, ...]
     failed: Mapping[str, str]
-    """What the source last said of shards that did not come."""
+    """The last error of each shard that did not come."""
     consumed: int
     """Shards that this reader is past, in this epoch."""
     deleted: int
@@ -26,15 +26,15 @@ class StreamingStatus:
     free_bytes: int
     buffer_size: int
     rate_bytes_s: float
-    """Of the shards that moved, each measured from its asking to its being here."""
+    """Of the shards that moved, each measured from the request to its arrival."""
     waits_s: float
-    """For how long `wait_for_shard` waited, in all."""
+    """Seconds that `wait_for_shard` waited, in all."""
     bytes_by_source: Mapping[str, int] = field(default_factory=dict)
     """Payload that moved: from "peers", "origin"."""
 
 
 class DownloadMeter:
-    """Not for several threads at once."""
+    """Measures one reader's downloads and consuming. Not thread-safe."""
 
     def __init__(self, size: int, smallest: int, largest: int) -> None:
         self.size = size
@@ -48,7 +48,7 @@ class DownloadMeter:
         self._last_consumed_at: float | None = None
 
     def came(self, found: FetchedFile) -> None:
-        """A shard is here."""
+        """Count a shard that arrived."""
         for source, moved in found.bytes_by_source.items():
             self.moved[source] = self.moved.get(source, 0) + moved
         if moved := sum(found.bytes_by_source.values()):
@@ -56,7 +56,7 @@ class DownloadMeter:
             self.rate_bytes_s = smoothed(self.rate_bytes_s, moved / max(found.seconds, 1e-3))
 
     def consumed(self) -> None:
-        """The reader is past a shard."""
+        """Count a shard that the reader is past."""
         now = time.monotonic()
         if self._last_consumed_at is not None:
             self._consume_s = smoothed(self._consume_s, now - self._last_consumed_at)
@@ -64,7 +64,7 @@ class DownloadMeter:
         self._last_consumed_at = now
 
     def pause(self) -> None:
-        """What comes now (an evaluation, a new epoch) is not the time that a shard takes."""
+        """Leave the time until the next shard out (an evaluation, a new epoch)."""
         self._last_consumed_at = None
 
 
@@ -72,7 +72,7 @@ def adapted_size(now: int, smallest: int, largest: int, download_s: float, consu
     """The next buffer size, in shards, one step from `now`.
 
     While one shard is consumed in `consume_s`, one is downloaded in `download_s`: to hide a download takes
-    download_s / consume_s shards, and one more for what varies. 0 s means not measured yet.
+    download_s / consume_s shards, and one more for variation. 0 s means not measured yet.
     """
     if download_s <= 0 or consume_s <= 0:
         return min(max(now, smallest), largest)

@@ -30,7 +30,7 @@ _LOOK_S = 10.0
 
 
 class DatasetOrigins:
-    """Thread-safe; travels to other processes by pickle, with its manifest."""
+    """Thread-safe; it can be pickled, with its manifest."""
 
     def __init__(self, where: str, dataset: str | None, client: O3Client, state: Path) -> None:
         """`state` is a folder of this machine where the last manifest is kept."""
@@ -46,7 +46,7 @@ class DatasetOrigins:
 
     def signed(self) -> SignedManifest:
         """The newest valid manifest, its signature and digest checked; read once. If the origin does not answer, the
-        one that was read last on this machine, with a warning.
+        one that this machine read last, with a warning.
 
         Raises UnknownNameError, InvalidManifestError, InvalidParamsError, OriginError.
         """
@@ -69,9 +69,9 @@ class DatasetOrigins:
             return self._signed
 
     def stores(self) -> Iterator[Store]:
-        """The given origin first, then those of the manifest; a stranger's with no key and no credential of ours.
+        """The given origin first, then those that the manifest names, which get no key and no credential of this user.
 
-        One that the manifest may not name is left out, with a line in the log.
+        Origins that a manifest may not name are left out, with a line in the log.
         """
         signed, own = self.signed(), self._bases()
         yield from map(self.client.at, own)
@@ -85,7 +85,7 @@ class DatasetOrigins:
                 log.info("an origin of manifest %s is not asked: %s", signed.manifest.name, err)
 
     def close(self) -> None:
-        """Let go of this process's connections."""
+        """Close this process's connections."""
         for store in self._guests.values():
             store.close()
         self.client.close()
@@ -102,7 +102,7 @@ class DatasetOrigins:
         return self._guests[url]
 
     def _bases(self) -> list[str]:
-        """The origins that whoever runs this gave."""
+        """The origins that the user gave."""
         if self.dataset is None:
             return [str(OriginUrl.parse(split_address(self.where)[0]))]
         bases = [str(OriginUrl.parse(self.where))]

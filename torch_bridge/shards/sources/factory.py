@@ -22,12 +22,12 @@ def open_source(
     """A node ("127.0.0.1:7400", with `dataset`), an origin ("o3://bucket/prefix" with `dataset`, or a manifest's URL;
     with the `folder` that shards go to), or a folder that holds the shards already.
 
-    Raises InvalidParamsError if something is missing.
+    Raises InvalidParamsError if `folder` or `dataset` is needed and missing, or `where` is none of these.
     """
     text = str(where)
     if is_address(text):
         if folder is None:
-            raise InvalidParamsError(f"shards from {text} need a folder to lie in: give folder=")
+            raise InvalidParamsError(f"shards from {text} need a folder: give folder=")
         return OriginSource(text, folder, dataset=dataset, client=client)
     if _NODE.fullmatch(text) and not Path(text).is_dir():
         if dataset is None:

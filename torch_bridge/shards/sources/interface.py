@@ -1,4 +1,4 @@
-"""Where data shards come from, as the parts above see it: a node of this machine, or an origin without one."""
+"""ShardSource: where data shards come from."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class FetchedFile:
     """Where most of it came from: "local", "peers" or "origin"."""
     seconds: float
     bytes_by_source: Mapping[str, int] = field(default_factory=dict)
-    """Payload that moved for it."""
+    """Payload bytes that moved for it."""
 
 
 class ShardSource(Protocol):
-    """Brings shards of one data set to this machine's disk. Thread-safe; travels to other processes by pickle."""
+    """Brings shards of one data set to this machine's disk. Thread-safe; it can be pickled."""
 
     @property
     def folder(self) -> Path:
@@ -39,27 +39,28 @@ class ShardSource(Protocol):
     def fetch(
         self, entry: ShardEntry, *, stop: threading.Event | None = None, on_progress: OnProgress | None = None
     ) -> FetchedFile:
-        """Have a shard here, whole and checked; processes that ask for one shard share one download.
+        """Fetch a shard, complete and checked; processes that ask for one shard share one download.
 
         It stays until `discard`, or until this process is gone. Raises ShoalError with its code (`retryable` says
         whether it may pass), CancelledRequestError if `stop` was set.
         """
 
     def distrust(self, entry: ShardEntry, why: str) -> bool:
-        """A reader could not read the file. It is hashed again; a wrong one is set aside, and the next `fetch` brings
-        it anew. False: its bytes are those that were published, and it stays where it is.
+        """Hash a file again that a reader could not read. A wrong one is set aside, and the next `fetch` brings a new one.
+        Returns False for one with the published bytes, which stays.
         """
 
     def on_disk(self, entries: Sequence[ShardEntry]) -> list[ShardEntry]:
-        """Those of them that lie on this machine's disk, whoever fetched them. Raises as `manifest` does."""
+        """Those of them that are on this machine's disk, whoever fetched them. Raises as `manifest` does."""
 
     def discard(self, entry: ShardEntry) -> bool:
-        """Delete a shard from disk, unless somebody else on this machine still holds it, or it was never fetched.
-        Whether nothing of that is left to do.
+        """Delete a shard from disk, unless another process of this machine still holds it.
+
+        Returns whether there is nothing left to delete.
         """
 
     def release(self, entry: ShardEntry) -> None:
         """This process is past the shard; another one of this machine reads it still, and discards it. Never raises."""
 
     def close(self) -> None:
-        """Let go of what this process holds."""
+        """Release what this process holds."""

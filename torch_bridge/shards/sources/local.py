@@ -1,4 +1,4 @@
-"""Shards that lie in a folder already: validation sets, tests, comparisons."""
+"""LocalSource: shards that are in a folder already, for validation sets, tests, comparisons."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch_bridge.shards.sources.interface import FetchedFile, OnProgress
 class LocalSource:
     """The parquet files of a folder, in the order of their names. They are hashed once, when the manifest is asked for.
 
-    `deletes`: whether `discard` deletes; otherwise the files are somebody's own and stay.
+    `deletes`: whether `discard` deletes; otherwise the files stay.
     """
 
     def __init__(self, folder: Path | str, *, deletes: bool = False, pattern: str = "*.parquet") -> None:
@@ -48,11 +48,11 @@ class LocalSource:
         except OSError as err:
             raise InvalidShardError(f"{path} cannot be read: {err}") from None
         if size != entry.size:
-            raise InvalidShardError(f"{path} has {size} bytes and had {entry.size}: it changed under the run")
+            raise InvalidShardError(f"{path} has {size} bytes and had {entry.size}: it changed during the run")
         return FetchedFile(path, "local", 0.0)
 
     def distrust(self, entry: ShardEntry, why: str) -> bool:
-        raise InvalidShardError(f"{self._folder / entry.filename} is wrong, and there is no other source: {why}")
+        raise InvalidShardError(f"{self._folder / entry.filename} is damaged, and there is no other source: {why}")
 
     def on_disk(self, entries: Sequence[ShardEntry]) -> list[ShardEntry]:
         return [entry for entry in entries if (self._folder / entry.filename).exists()]
@@ -77,7 +77,7 @@ def _entry(number: int, path: Path) -> ShardEntry:
         rows = parquet.read_metadata(path).num_rows if path.suffix == ".parquet" else None
         hashed = hash_file(path)
     except (ArrowException, OSError, ValueError) as err:
-        raise InvalidShardError(f"{path} is no readable shard: {err}") from None
+        raise InvalidShardError(f"{path} is not a readable shard: {err}") from None
     return ShardEntry(
         shard_id=ShardId(number),
         filename=path.name,

@@ -1,4 +1,4 @@
-"""Shards through the machine's node: peers first, the origin last, one download for all processes."""
+"""NodeSource: shards through this machine's node, from peers first, one download for all processes."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from torch_bridge.shards.sources.interface import FetchedFile, OnProgress
 log = logging.getLogger(__name__)
 R = TypeVar("R")
 _RECONNECT_S = 60.0
-"""How long a node that is gone is waited for, in one call."""
+"""For so long one call waits for a node that is gone."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 _ANSWER_S = 10.0
-"""How long a node may take for what moves no bytes."""
+"""For so long a node may take for a call that moves no bytes."""
 _LOOK_S = 0.2
-"""Whether a fetch is still wanted is looked at so often."""
+"""Seconds between two checks whether a fetch is still wanted."""
 
 
 class NodeSource:
     """A data set of the node at `address` ("127.0.0.1:7400"), which must be on this machine: its files are read here.
 
     Every shard that was fetched is held by a lease of this process until `discard` or `close`; the lease is renewed in
-    the background and ends `ttl_s` after this process is gone. `folder`: for the ledger of readers alone.
+    the background and ends `ttl_s` after this process is gone. `folder` is only for the ledger of readers.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class NodeSource:
     def _begin(self) -> None:
         self._process = 0
         self._guard = threading.Lock()
-        self._letting_go = threading.Lock()
-        """Held while a lease is taken again and while one is let go of: a shard is not both."""
+        self._releasing = threading.Lock()
+        """Held while a lease is renewed and while one is released: never both for one shard."""
         self._local = threading.local()
         self._clients: list[tuple[threading.Thread, SyncClient]] = []
         self._held: dict[int, ShardEntry] = {}
@@ -111,7 +111,7 @@ class NodeSource:
                 why = err.message
             except OSError as err:
                 why = (
-                    f"{path} of the node at {self.address} cannot be read here ({err.strerror}): is it this machine's?"
+                    f"{path} of the node at {self.address} cannot be read here ({err.strerror}): is it on this machine?"
                 )
             if not self.distrust(entry, why):
                 break
@@ -120,7 +120,7 @@ class NodeSource:
         raise as_published(entry, why)
 
     def distrust(self, entry: ShardEntry, why: str) -> bool:
-        """The node hashes its file again, and sets it aside where it is wrong."""
+        """The node hashes its file again, and sets a wrong one aside."""
         log.warning("%s is verified again by the node at %s: %s", entry.filename, self.address, why)
         params = {"task_type": "verify_shard", "dataset": self.dataset, "shard_id": entry.shard_id}
         try:
@@ -134,7 +134,7 @@ class NodeSource:
         return [entry for entry in entries if (self.manifest().name, entry.content_id) in here]
 
     def discard(self, entry: ShardEntry) -> bool:
-        """What was published on this node stays there, and True is said."""
+        """As ShardSource. A shard that was published on this node stays there, and the result is True."""
         return all(shard.gone or shard.published for shard in self._released(entry, evict=True).shards)
 
     def release(self, entry: ShardEntry) -> None:
@@ -143,27 +143,27 @@ class NodeSource:
 
     def _released(self, entry: ShardEntry, *, evict: bool) -> ReleaseResult:
         self._in_this_process()
-        with self._letting_go:
+        with self._releasing:
             with self._guard:
                 self._held.pop(entry.shard_id, None)
             params = self._shard(entry) | {"evict": evict}
             return self._call("RELEASE", params, ReleaseResult, patience_s=0.0, answer_s=_ANSWER_S)
 
     def close(self) -> None:
-        """Release the lease; files stay with the node, which may evict them then."""
+        """Release the lease; the files stay with the node, which may evict them."""
         if self._process == os.getpid() and not self._closed.is_set():
             self._closed.set()
-            is_alone = self._letting_go.acquire(timeout=_LOOK_S * 5)  # the renewal, which is told to stop
+            is_alone = self._releasing.acquire(timeout=_LOOK_S * 5)  # of the renewal, which stops by `_closed`
             try:
                 with contextlib.suppress(ShoalError), self._connect() as client:
                     client.call("RELEASE", {"lease": self._lease}, timeout_s=5)
             finally:
                 if is_alone:
-                    self._letting_go.release()
+                    self._releasing.release()
         self._hang_up()
 
     def _hang_up(self) -> None:
-        """Close this object's connections, whichever thread's; in a forked child that ends none of its parent's."""
+        """Close the connections of all threads; in a forked child this closes none of its parent's."""
         clients, self._clients = self._clients, []
         for _, client in clients:
             client.close()
@@ -201,14 +201,14 @@ class NodeSource:
         ).shards
         with self._guard:
             lost = self._held.keys() - {shard.shard_id for shard in known}
-        for number in lost:  # the node was restarted: what is still there is held again, and no byte moves
-            with self._letting_go:
+        for number in lost:  # the node was restarted: shards that it still has are leased again, and no byte moves
+            with self._releasing:
                 with self._guard:
                     entry = self._held.get(number)
                 if entry is not None:
                     params = self._shard(entry) | {"ttl_s": self._ttl_s, "wait": False}
                     self._call("FETCH_SHARD", params, ShardResult, stop=closed, patience_s=0.0, answer_s=answer_s)
-            closed.wait(0.001)  # who waits to let go of one comes first
+            closed.wait(0.001)  # a thread that waits to release one comes first
 
     # The connection: one a thread
 
@@ -234,9 +234,9 @@ class NodeSource:
         patience_s: float | None = None,
         answer_s: float | None = None,
     ) -> R:
-        """Ask the node; one that is gone is waited for, `patience_s` long. `answer_s`: until it has answered.
+        """Call the node; wait up to `patience_s` for one that is gone. `answer_s`: the limit of one answer.
 
-        Raises what the node says, UnreachableError or TimedOutError in the end, CancelledRequestError by `stop`.
+        Raises the node's error, UnreachableError or TimedOutError in the end, CancelledRequestError after `stop`.
         """
         patience_s = self._reconnect_s if patience_s is None else patience_s
         began, pause_s = time.monotonic(), _FIRST_PAUSE_S
@@ -254,7 +254,7 @@ class NodeSource:
             except UnreachableError as err:
                 self._local.client = None
                 if not is_new:
-                    continue  # the node was restarted since this connection was used: it may be there
+                    continue  # the node was restarted since this connection was used: try a new one
                 if time.monotonic() - began + pause_s > patience_s:
                     raise UnreachableError(
                         f"the node at {self.address} did not come back within {patience_s:g} s: {err.message}"
@@ -283,7 +283,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 @contextlib.contextmanager
 def _interrupted_by(stop: threading.Event | None, client: SyncClient) -> Iterator[None]:
-    """While this is open, `stop` ends the call that the client makes, also if the node says nothing."""
+    """While this is open, `stop` interrupts the client's call, even if the node sends nothing."""
     if stop is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Shards straight from an origin, without a node: one download for all processes of the machine."""
+"""OriginSource: shards straight from an origin, without a node; one download for all processes of the machine."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from torch_bridge.shards.sources.range_download import download
 
 log = logging.getLogger(__name__)
 MAX_SET_ASIDE = 3
-"""Wrong files of one shard that are kept to be looked at."""
+"""Wrong files of one shard that are kept for inspection."""
 
 
 class _Checked(msgspec.Struct, frozen=True):
     """A file that had this content id when it was last hashed.
 
-    Since no download waits for the disk, a file whose stamp is of an earlier start of the machine is hashed again: a
-    power cut may have left it with other bytes.
+    Downloads are not synced to the disk, so a file that was checked before the machine was last started is hashed
+    again: a power cut may have left it with other bytes.
     """
 
     content_id: str
@@ -47,9 +47,9 @@ class _Checked(msgspec.Struct, frozen=True):
 
 class OriginSource:
     """A data set by its name at an origin (`where` "o3://bucket/prefix", `dataset` "owner/name"), or by the URL of its
-    manifest (`where` alone). Shards lie in `folder`, under their file names.
+    manifest (`where` alone). Shards go to `folder`, under their file names.
 
-    `keep_free_bytes`: a download that would leave less is not begun.
+    `keep_free_bytes`: a download that would leave less free is not begun.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class OriginSource:
         return self._folder
 
     def manifest(self) -> Manifest:
-        """The newest valid manifest; if the origin does not answer, the one that was read last into this folder.
+        """The newest valid manifest; if the origin does not answer, the one that was last read into this folder.
 
         Raises UnknownNameError, InvalidManifestError, InvalidParamsError, OriginError.
         """
@@ -121,13 +121,13 @@ class OriginSource:
         return True
 
     def release(self, entry: ShardEntry) -> None:
-        """Nothing is held: a file lies there until somebody discards it."""
+        """Nothing is held: a file stays until it is discarded."""
 
     def close(self) -> None:
-        """Let go of this process's connections."""
+        """Close this process's connections."""
         self._origins.close()
 
-    # Where things lie
+    # Paths
 
     @property
     def _state(self) -> Path:
@@ -143,7 +143,7 @@ class OriginSource:
         return self._state / f"{safe_filename(entry.filename)}.checked"
 
     def _is_here(self, entry: ShardEntry, path: Path) -> bool:
-        """Whether the whole file is there and right; a wrong one is set aside."""
+        """Whether the file is complete and right; a wrong one is set aside."""
         try:
             seen = path.stat()
         except FileNotFoundError:
@@ -165,10 +165,10 @@ class OriginSource:
         try:
             atomic_write(self._stamp(entry), msgspec.json.encode(checked))
         except OSError as err:  # the disk is full: the file is right, and is hashed once more at the next start
-            log.info("what was checked of %s is not noted: %s", path, err)
+            log.info("the check of %s is not recorded: %s", path, err)
 
     def _set_aside(self, path: Path, name: str) -> None:
-        """Keep a wrong file beside where the right one goes; from the fourth on they are not kept."""
+        """Keep a wrong file beside the right one, up to MAX_SET_ASIDE of them."""
         for number in range(1, MAX_SET_ASIDE + 1):
             aside = self._folder / f"{name}.bad-{number}"
             if not aside.exists():
@@ -177,14 +177,14 @@ class OriginSource:
                 return
         path.unlink(missing_ok=True)
 
-    # From where they come
+    # Downloads
 
     def _bring(self, entry: ShardEntry, part: Path, stop: threading.Event | None, tell: OnProgress | None) -> int:
-        """Have the whole, checked shard in `part`, from the first origin that has it; bytes moved."""
+        """Download a shard, checked, into `part`, from the first origin that has it. Returns the bytes moved."""
         failure: OriginError | None = None
         moved_in_all = 0
         for store in self._origins.stores():
-            for _ in range(2):  # what an earlier run left may be wrong: then once more from the beginning
+            for _ in range(2):  # bytes of an earlier run may be wrong: then once more from the beginning
                 reserve(part, entry.size, self._keep_free_bytes, entry.filename)
                 resumed = part.stat().st_size > 0
                 try:
@@ -210,7 +210,7 @@ class OriginSource:
     def _download(
         self, store: Store, entry: ShardEntry, part: Path, stop: threading.Event | None, tell: OnProgress | None
     ) -> tuple[str, int]:
-        """As published, or under its file name, as others put it there."""
+        """By its content id, as `publish` writes it, or by its file name, as other tools do."""
         try:
             return download(store, shard_key(entry.content_id), entry, part, stop, tell)
         except OriginNotFoundError as err:
@@ -220,7 +220,7 @@ class OriginSource:
                 raise err from None
 
     def _check(self, entry: ShardEntry, part: Path) -> None:
-        """Of a file that is byte for byte what was published: no other origin has other bytes of this content id."""
+        """Check a file whose content id is right: no origin has other bytes under it."""
         if entry.kind != "parquet":
             return
         try:
@@ -232,7 +232,7 @@ class OriginSource:
 
 @functools.cache
 def _boot() -> str:
-    """Another one after each start of the machine."""
+    """An id of the machine's last start."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return str(psutil.boot_time())

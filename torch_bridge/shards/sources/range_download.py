@@ -1,4 +1,4 @@
-"""A shard's bytes from one store into a file: a few ranges at a time, written in order, gone on with after a crash."""
+"""Download a shard from one store into a file: a few ranges at a time, written in order, resumed after a crash."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch_bridge.shards.disk_space import FULL
 from torch_bridge.shards.sources.interface import OnProgress
 
 FIRST_RANGE_BYTES = 1 << 20
-"""So that what came first is written and hashed while the rest is on its way; each further one is twice as long."""
+"""Short, so that it is written and hashed while the rest is on its way; each further one is twice as long."""
 RANGE_BYTES = 8 << 20
 AT_ONCE = 4
 """Ranges in memory at a time: 32 MiB a shard."""
@@ -28,15 +28,15 @@ _LOOK_S = 0.2
 def download(
     store: Store, key: str, entry: ShardEntry, part: Path, stop: threading.Event | None, on_progress: OnProgress | None
 ) -> tuple[str, int]:
-    """Have the first `entry.size` bytes of an object in `part`; the content id of what is there then, and bytes moved.
+    """Download the first `entry.size` bytes of an object into `part`. Returns its content id, and the bytes moved.
 
-    What `part` holds already is kept and hashed. Raises OriginError, InsufficientDiskError if the disk is full (then
-    `part` is removed, to give the space back), CancelledRequestError.
+    Bytes that `part` holds already are kept and hashed. Raises OriginError, InsufficientDiskError if the disk is full
+    (`part` is deleted then, to free the space), CancelledRequestError.
     """
     hasher = ContentHasher(entry.size)
     ahead: deque[Future[bytes]] = deque()
     moved = 0
-    with part.open("a+b", buffering=0) as file:  # nothing is left in a buffer that a full disk would not take
+    with part.open("a+b", buffering=0) as file:  # no bytes stay in a buffer that a full disk would refuse
         file.seek(0)
         if os.fstat(file.fileno()).st_size > entry.size:
             file.truncate(0)
@@ -75,7 +75,7 @@ def download(
 def _wait(future: Future[bytes], stop: threading.Event | None, what: str) -> bytes:
     while True:
         if stop is not None and stop.is_set():
-            raise CancelledRequestError(f"the download of {what} was stopped here; what came is kept")
+            raise CancelledRequestError(f"the download of {what} was stopped here; the bytes that came are kept")
         try:
             return future.result(timeout=_LOOK_S)
         except CancelledError:

@@ -1,4 +1,4 @@
-"""Some shards of a source, as a source: for a run that needs fewer tokens than the data set has."""
+"""ShardSubset: some shards of a source, for a run that needs fewer tokens than the data set has."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch_bridge.shards.sources.interface import FetchedFile, OnProgress, Shard
 
 
 class ShardSubset:
-    """Those of these file names. `folder`: for the state of readers, if the source's own is not to be written to.
+    """The shards with these file names. `folder`: for the state of readers, if the source's own is read-only.
 
-    Raises InvalidParamsError for a name that the data set has not.
+    Raises InvalidParamsError for a name that the data set does not have.
     """
 
     def __init__(self, source: ShardSource, names: Sequence[str], *, folder: Path | None = None) -> None:
@@ -36,7 +36,7 @@ class ShardSubset:
         return self._folder or self._source.folder
 
     def manifest(self) -> Manifest:
-        """With the chosen shards alone, under the ids that they have in the whole."""
+        """With the chosen shards only, under the ids that they have in the whole manifest."""
         return self._manifest
 
     def fetch(
