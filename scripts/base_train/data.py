@@ -48,7 +48,7 @@ class Data:
     documents: StreamingShardDataset
     training: TextLoader
     evaluation: TextLoader
-    """Begins anew each time that it is iterated."""
+    """Begins at the same batch each time that it is iterated."""
 
 
 def made_corpus(settings: Settings) -> tuple[str, str | None, Path]:

@@ -1,4 +1,4 @@
-"""What base_train is told, and what follows from it by arithmetic alone."""
+"""The flags of base_train, and what follows from them by arithmetic."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def refusal(settings: Settings) -> str | None:
     if settings.core_metric_every != -1:
         return (
             f"--core_metric_every={settings.core_metric_every}: the CORE metric needs its evaluation tasks, which this "
-            "script does not bring; -1 leaves it out"
+            "script does not have; -1 leaves it out"
         )
     if settings.eval_tokens < 0 or settings.seed < 0:
         return f"--eval_tokens={settings.eval_tokens} and --seed={settings.seed} must not be negative"
@@ -124,7 +124,7 @@ def accumulation(settings: Settings, world: int) -> int:
     if settings.total_batch_size % together:
         below = settings.total_batch_size // together * together or together
         raise ValueError(
-            f"--total_batch_size={settings.total_batch_size} is no multiple of {together} = device_batch_size "
+            f"--total_batch_size={settings.total_batch_size} is not a multiple of {together} = device_batch_size "
             f"{settings.device_batch_size} x max_seq_len {settings.max_seq_len} x {world} devices: take {below}"
         )
     return settings.total_batch_size // together

@@ -1,4 +1,4 @@
-"""One consumer's way through one epoch: files asked for, handed over, written down, deleted."""
+"""One consumer's way through one epoch: files are fetched, handed over, recorded, deleted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Decode = Callable[[Path, Any], Any]
 
 
 class ConsumerEpoch:
-    """Made for one epoch in the process of its consumer. `handed` is what a checkpoint of now has to know."""
+    """Made for one epoch in the process of its consumer. `handed` is what a checkpoint has to hold."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class ConsumerEpoch:
         *,
         paths_leave: bool,
     ) -> None:
-        """`paths_leave`: samples are paths that another process uses later."""
+        """`paths_leave`: samples are paths, which another process uses later."""
         self._settings = settings
         self._folder = folder
         self._source = source
@@ -70,14 +70,17 @@ class ConsumerEpoch:
         self._paths_leave = paths_leave
         self._unsure: deque[tuple[RemoteFile, int]] = deque()
         self._leaving: deque[tuple[FileBatch, int]] = deque()
-        """Batches that are used up, with the number of samples that had been handed over by then."""
+        """Batches that are consumed, with the number of samples that had been handed over by then."""
         self._spent = ConsumerTimes()
         self._before = ConsumerTimes()
         self._samples = 0
 
-    def samples(self, held: ClosingStack, decode: Decode | None, meta_of: Callable[[RemoteFile], Any]) -> Iterator[Any]:
-        """Each of its files, as often as a subset is gone through. The progress is written down as they are used.
-        The end of `held` ends the downloads.
+    def samples(
+        self, held: ClosingStack, decode: Decode | None, metadata_of: Callable[[RemoteFile], Any]
+    ) -> Iterator[Any]:
+        """Each file of the epoch, as often as a subset is repeated. Progress is recorded as they are used.
+
+        Closing `held` ends the downloads.
         """
         known = read_json(self._folder.home / "progress.json")
         if isinstance(known, dict):
@@ -85,7 +88,7 @@ class ConsumerEpoch:
         self._progress.begin(self.epoch, self._trained)
         self._write(0, 0)
         settings = self._settings
-        fetching = FileFetcher(
+        fetcher = FileFetcher(
             self._source,
             self._folder,
             self._batches,
@@ -94,20 +97,20 @@ class ConsumerEpoch:
             skip_missing=settings.on_missing == "skip",
             keep_free_bytes=settings.keep_free_bytes,
         )
-        held.callback(fetching.close)
-        fetching.start()
+        held.callback(fetcher.close)
+        fetcher.start()
         for batch in self._batches:
-            yield from self._batch(batch, fetching, decode, meta_of)
+            yield from self._batch(batch, fetcher, decode, metadata_of)
             self._leaving.append((batch, self._samples))
-            self._release(fetching)
-            self._say(batch, fetching)
+            self._release(fetcher)
+            self._log(batch, fetcher)
         self._all_trained()
         self._write(len(self._batches), 0, epoch=self.epoch + 1)
         if not self._paths_leave:
-            self._release(fetching, all_of_them=True)
+            self._release(fetcher, all_of_them=True)
 
     def _batch(
-        self, batch: FileBatch, fetching: FileFetcher, decode: Decode | None, meta_of: Callable[[RemoteFile], Any]
+        self, batch: FileBatch, fetcher: FileFetcher, decode: Decode | None, metadata_of: Callable[[RemoteFile], Any]
     ) -> Iterator[Any]:
         begun = dict(self.handed)
         within = 0
@@ -116,16 +119,16 @@ class ConsumerEpoch:
                 if begun.get(file, 0) > number:
                     continue
                 asked = time.monotonic()
-                self._release(fetching)
+                self._release(fetcher)
                 self._expect_room(batch)
-                path = fetching.wait(file)
+                path = fetcher.wait(file)
                 here = time.monotonic()
                 self.handed[file] = number + 1
                 if path is None:
                     self._unsure.append((file, number + 1))
                     self._spent = replace(self._spent, skipped=self._spent.skipped + (number == 0))
                     continue
-                meta = meta_of(file)
+                meta = metadata_of(file)
                 sample = decode(path, meta) if decode is not None else (str(path), meta)
                 ready = time.monotonic()
                 self._samples += 1
@@ -133,7 +136,7 @@ class ConsumerEpoch:
                 self._unsure.append((file, number + 1))
                 yield sample
                 spent = self._spent
-                download_s, came = fetching.measured()
+                download_s, came = fetcher.measured()
                 self._spent = replace(
                     spent,
                     wait_s=spent.wait_s + here - asked,
@@ -144,26 +147,26 @@ class ConsumerEpoch:
                     downloaded_bytes=came,
                 )
                 while len(self._unsure) > self._settings.samples_ahead:
-                    self._is_trained()
+                    self._trained_on()
                 self._write(batch.number, within)
 
-    def _is_trained(self) -> None:
+    def _trained_on(self) -> None:
         file, count = self._unsure.popleft()
         self._trained[file] = count
         self._progress.consumed(self.epoch, file, count)
 
     def _all_trained(self) -> None:
         while self._unsure:
-            self._is_trained()
+            self._trained_on()
 
-    def _release(self, fetching: FileFetcher, *, all_of_them: bool = False) -> None:
-        """Let go of batches that nobody reads any more."""
+    def _release(self, fetcher: FileFetcher, *, all_of_them: bool = False) -> None:
+        """Release batches that no process reads any more."""
         ahead = self._settings.samples_ahead if self._paths_leave else 0
         while self._leaving and (all_of_them or self._leaving[0][1] + ahead <= self._samples):
-            fetching.release(self._leaving.popleft()[0])
+            fetcher.release(self._leaving.popleft()[0])
 
     def _expect_room(self, batch: FileBatch) -> None:
-        """Batches that others may still read leave no place for the next but one, or for a large one."""
+        """Raises InvalidParamsError if batches that others may still read leave no room for the next ones."""
         kept = sum(one.size for one, _ in self._leaving)
         if len(self._leaving) >= 2 or (kept and kept + batch.size > self._max_bytes):
             raise InvalidParamsError(
@@ -186,9 +189,9 @@ class ConsumerEpoch:
             )
         )
 
-    def _say(self, batch: FileBatch, fetching: FileFetcher) -> None:
+    def _log(self, batch: FileBatch, fetcher: FileFetcher) -> None:
         spent = self._spent
-        limit = "download" if fetching.measured()[0] > spent.train_s + spent.decode_s else "training"
+        limit = "download" if fetcher.measured()[0] > spent.train_s + spent.decode_s else "training"
         _log.info(
             "%s: epoch %d, batch %d of %d: %d files, %d bytes; so far %.1f s of downloads, %.1f s of training, %.1f s "
             "of waiting for files: limited by %s",
@@ -198,7 +201,7 @@ class ConsumerEpoch:
             len(self._batches),
             len(batch.files),
             batch.size,
-            fetching.measured()[0],
+            fetcher.measured()[0],
             spent.train_s + spent.decode_s,
             spent.wait_s,
             limit,

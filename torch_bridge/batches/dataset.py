@@ -1,4 +1,4 @@
-"""StreamingBatchDataset: large files (video and the like) in batches that are fetched, used and deleted."""
+"""StreamingBatchDataset: large files (such as videos) in batches that are fetched, used and deleted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _inherited: list[Generator[Any, None, None]] = []
 
 
 class StreamingBatchDataset(IterableDataset[Any]):
-    """Goes through files that are larger together than the disk.
+    """Files that are larger together than the disk, as samples.
 
     videos = StreamingBatchDataset(O3Client().bucket("videos", "train"), "cache", cache_size=64, max_bytes="20gb",
                                    metadata="captions.jsonl", decode=read_frames)
@@ -40,20 +40,20 @@ class StreamingBatchDataset(IterableDataset[Any]):
         videos.set_epoch(epoch)
         for frames, caption in DataLoader(videos, num_workers=2, batch_size=None): ...
 
-    A sample is what `decode(path, metadata)` gives, or (path, metadata). One iteration is one epoch: the files in an
-    order that follows from seed and epoch, batch after batch; with `epochs_per_subset=E` each batch is gone through E
-    times before the next, every time in another order.
+    A sample is the result of `decode(path, metadata)`, or (path, metadata). One iteration is one epoch: the files in an
+    order that follows from seed and epoch, batch after batch; with `epochs_per_subset=E` each batch is used E times
+    before the next, each time in another order.
 
-    Each worker of each rank is a consumer: it takes every n-th file of the epoch, fetches those itself and deletes
-    them, so that no file is downloaded twice. `cache_size` and `max_bytes` are of the machine and divided among its
-    consumers. The ranks are taken from torch.distributed or the environment of torchrun.
+    Each worker of each rank is a consumer: it takes every n-th file of the epoch, fetches and deletes it, so that no
+    file is downloaded twice. `cache_size` and `max_bytes` are for the machine and divided among its consumers. The
+    ranks come from torch.distributed or the environment of torchrun.
 
-    What was consumed is written into the cache folder after every sample; a new process goes on behind the last sample
-    after which another was asked for. The epoch of a run that was cut off is `epoch`; an epoch that is finished gives
-    nothing. With workers, samples lie in the loader's queues: `samples_ahead` says how many at most, for each worker
-    ((prefetch_factor + 1) x batch_size; 3 x batch_size by default), and as many are given again after a crash rather
-    than lost. It is needed if paths leave a worker, so that none is deleted before it is used. StatefulDataLoader
-    resumes exactly with workers too, by `state_dict`.
+    Consumed files are recorded in the cache folder after every sample; a new process continues after the last sample
+    that was followed by a request for another. `epoch` is the epoch of an interrupted run; a finished epoch yields
+    nothing. With workers, samples wait in the loader's queues: `samples_ahead` says how many at most, for each worker
+    ((prefetch_factor + 1) x batch_size; 3 x batch_size by default), and as many are yielded again after a crash. It is
+    needed if paths leave a worker, so that none is deleted before it is used. StatefulDataLoader resumes exactly with
+    workers too, by `state_dict`.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class StreamingBatchDataset(IterableDataset[Any]):
         client: O3Client | None = None,
     ) -> None:
         """`source`: a URL, reached by `client`; a Store; or OriginFiles, HubFiles, ArchiveFiles, SwarmFiles.
-        `cache_dir` belongs to this data set on this machine. Nothing is asked for before the first sample.
+        `cache_dir` belongs to this data set on this machine. Nothing is fetched before the first sample.
 
         Raises InvalidParamsError for a setting out of its range.
         """
@@ -107,20 +107,20 @@ class StreamingBatchDataset(IterableDataset[Any]):
 
     @property
     def epoch(self) -> int:
-        """The epoch that is to be gone through next, or to be finished: what a loop begins with after a crash."""
+        """The epoch that comes next, or is unfinished: a loop begins with it after a crash."""
         if self._given is not None:
             return self._given[0]
         return lowest_epoch(self.folder)
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch of the iterations from now on. Without it they go through one unfinished epoch after the other."""
+        """Choose the epoch of the next iterations. Without it they take one unfinished epoch after the other."""
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[Any]:
         if self._running is not None:
             if self._running[0] == os.getpid():
                 self._running[1].close()
-            else:  # its parent's, who goes on with it: what its end would let go of is not of this process
+            else:  # its parent's, which continues with it: this process must not close it
                 _inherited.append(self._running[1])
         steps = self._samples()
         self._running = os.getpid(), steps
@@ -135,14 +135,14 @@ class StreamingBatchDataset(IterableDataset[Any]):
         return state_of(self.epoch, self.settings.seed, {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The next iteration goes on there, whatever the cache folder says. A state that `merge_states` made of all
-        consumers' fits any number of them. Raises InvalidParamsError for a state of another seed.
+        """The next iteration continues from the state, whatever the cache folder says. A state that `merge_states` made
+        of all consumers' fits any number of them. Raises InvalidParamsError for a state of another seed.
         """
         self._given = read_state(state, self.settings.seed)
         self._session = None
 
     def report(self) -> TimeReport:
-        """Where the time of this machine's consumers went, and which of the two limits. Of all runs in this folder."""
+        """Where the time of this machine's consumers went, and what limits them. Of all runs in this folder."""
         return time_report([one.spent for one in positions(self.folder)], self.settings.epochs_per_subset)
 
     def _samples(self) -> Generator[Any, None, None]:
@@ -163,7 +163,7 @@ class StreamingBatchDataset(IterableDataset[Any]):
             epoch = given[0] if given else unfinished if self._epoch is None else self._epoch
             if given is None and epoch < unfinished:
                 _log.warning(
-                    "%s: epoch %d is finished, as %s says; the next is %d: an empty cache_dir begins anew",
+                    "%s: epoch %d is finished, as %s says; the next is %d: an empty cache_dir begins at 0",
                     self.source.name,
                     epoch,
                     folder.home / "progress.json",
@@ -188,7 +188,7 @@ class StreamingBatchDataset(IterableDataset[Any]):
         found = dict.fromkeys(self.source.list(notes))
         files = [file for file in found if file.key != self._metadata.at_source]
         if not files:
-            raise InvalidParamsError(f"{self.source.name}: no files there: check the URL, its prefix and the suffixes")
+            raise InvalidParamsError(f"{self.source.name}: it has no files: check the URL, its prefix and the suffixes")
         return files
 
     def __getstate__(self) -> dict[str, Any]:

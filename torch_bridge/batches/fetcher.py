@@ -1,4 +1,4 @@
-"""Threads that bring a consumer's files in their order: never more than two batches, never more bytes than agreed."""
+"""The threads that fetch a consumer's files in their order: at most two batches, at most `max_bytes`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch_bridge.core.loop_thread import ServingThread
 
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.5
-"""A waiting consumer looks so often whether the thread is alive."""
+"""Seconds between two checks of a waiting consumer for an error."""
 
 
 class FileFetcher:
@@ -41,7 +41,7 @@ class FileFetcher:
         self._max_bytes = max_bytes
         self._skip_missing = skip_missing
         self._keep_free_bytes = keep_free_bytes
-        # Daemons, not a pool: the end of a worker's process waits for a pool's downloads.
+        # Daemons, not a pool: a worker's process would wait at its end for a pool's downloads.
         self._threads = [
             ServingThread(self._bring_all, f"torch_bridge-batches-{number}")
             for number in range(1 if source.in_order else concurrency)
@@ -60,7 +60,7 @@ class FileFetcher:
         self._bytes = 0
 
     def start(self) -> None:
-        """Make room and begin."""
+        """Make room and start."""
         expected, size = set[str](), 0
         for file in (file for batch in self._batches[:2] for file in batch.files):
             size += file.size
@@ -71,9 +71,9 @@ class FileFetcher:
             thread.start()
 
     def wait(self, file: RemoteFile) -> Path | None:
-        """Where a file is, once it is here; None if it has vanished and may be skipped.
+        """Wait for a file. Returns its path; None if it has vanished and may be skipped.
 
-        Raises what made it fail; InsufficientDiskError for a full disk.
+        Raises the error of its fetch; InsufficientDiskError for a full disk.
         """
         with self._change:
             while file not in self._here:
@@ -83,7 +83,7 @@ class FileFetcher:
             return self._here[file]
 
     def release(self, batch: FileBatch, *, delete: bool = True) -> None:
-        """The next batch but one may come in the place of this one."""
+        """Delete a batch, so that the next but one may come."""
         for file in batch.files if delete else ():
             self._source.release(file)
             self._folder.delete(file)
@@ -95,7 +95,7 @@ class FileFetcher:
             self._change.notify_all()
 
     def close(self) -> None:
-        """Returns when nothing is written any more."""
+        """End the threads; returns when nothing is written any more."""
         self._stop.set()
         with self._change:
             self._change.notify_all()
@@ -104,7 +104,7 @@ class FileFetcher:
                 thread.join()
 
     def measured(self) -> tuple[float, int]:
-        """Seconds in which something was on its way, and bytes that came."""
+        """Seconds in which a file was on its way, and bytes that came."""
         with self._change:
             running = time.monotonic() - self._busy_since if self._coming else 0.0
             return self._download_s + running, self._bytes
@@ -114,7 +114,7 @@ class FileFetcher:
             self._bring(file)
 
     def _take(self) -> RemoteFile | None:
-        """The next file, once there is room for it; None if there is nothing more to do."""
+        """The next file, once there is room for it; None if there is none, or the fetcher ends."""
         with self._change:
             while not self._stop.is_set() and self._error is None and self._next < len(self._files):
                 number, file = self._files[self._next]
@@ -127,7 +127,7 @@ class FileFetcher:
 
     def _bring(self, file: RemoteFile) -> None:
         try:
-            found: Path | None = self._folder.whole(file)
+            found: Path | None = self._folder.complete(file)
             if found is None:
                 found = self._fetch(file)
         except CancelledRequestError:
@@ -145,7 +145,7 @@ class FileFetcher:
             self._change.notify_all()
 
     def _fetch(self, file: RemoteFile) -> Path:
-        target = self._folder.place(file)
+        target = self._folder.path_of(file)
         self._begin(file)
         try:
             with writing(target):
@@ -157,8 +157,8 @@ class FileFetcher:
         if size != file.size:
             self._folder.delete(file)
             raise OriginCorruptError(
-                f"{self._source.name}: {file.key!r} came with {size} bytes, listed are {file.size}: it was changed or "
-                "damaged; list again with a new epoch"
+                f"{self._source.name}: {file.key!r} came with {size} bytes, and {file.size} were listed: it changed "
+                "or is damaged; a new epoch lists again"
             )
         return path
 
@@ -168,7 +168,7 @@ class FileFetcher:
             if free < file.size + self._keep_free_bytes:
                 raise InsufficientDiskError(
                     f"{file.key!r} needs {file.size} bytes; the disk of {self._folder.files} has {free} free, beside "
-                    f"what is on its way, of which {self._keep_free_bytes} stay free: make room, or lower "
+                    f"files on their way, of which {self._keep_free_bytes} stay free: make room, or lower "
                     "keep_free_bytes, cache_size or max_bytes",
                     {"needed": file.size, "free": free},
                 )

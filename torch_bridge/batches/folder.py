@@ -1,13 +1,13 @@
-"""The cache folder: who has which part of it, and which files are whole in it.
+"""The cache folder: which consumer has which part of it, and which files are complete in it.
 
 lock                         held for moments: the folder's layout, a listing, metadata
 layout.json                  for how many consumers of this machine it is divided
-notes/                       what sources and metadata keep
+notes/                       notes of sources, and metadata
 epochs/00000002/listing.json the files of an epoch, the same for all consumers
-epochs/00000002/c001.jsonl   what a consumer has used up in it; before.jsonl: what others have, of another number
+epochs/00000002/c001.jsonl   the files that a consumer used in it; before.jsonl: those of another number of consumers
 c001/lock                    held by the consumer that runs
-c001/progress.json           where it is
-c001/files/IDENTITY/NAME     whole files, and NAME.part that are not
+c001/progress.json           its position
+c001/files/IDENTITY/NAME     complete files, and NAME.part of others
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from torch_bridge.batches.plan import Consumer, RemoteFile
 _log = logging.getLogger(__name__)
 
 LOCK_WAIT_S = 30.0
-"""A worker of the last epoch may be on its way out, and one whose training process was killed looks for that only every
-5 s, and ends what it has begun.
+"""A worker of the last epoch may be closing; one whose training process was killed notices that only every 5 s, and
+finishes what it has begun.
 """
 _TELL_AFTER_S = 2.0
 LISTING_WAIT_S = 6 * 3600.0
-"""A compressed tar is read through for its list: 100 GB of it take hours. A lock ends with its holder."""
+"""Listing a compressed tar reads all of it: 100 GB take hours. A lock ends with its holder."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9._ -]")
 _CONSUMER = re.compile(r"c(\d{3,})")
 
 
 @contextmanager
 def writing(what: object) -> Iterator[None]:
-    """A full disk as InsufficientDiskError, other trouble of the disk as ShoalError, with what was to be written."""
+    """Raise InsufficientDiskError for a full disk, ShoalError for another OSError, with the path."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise ShoalError(f"{what} cannot be written: {error.strerror or error}") from error
         raise InsufficientDiskError(
-            f"{what} cannot be written, the disk is full: make room, or lower cache_size or max_bytes; what is whole "
-            "there is used again"
+            f"{what} cannot be written, the disk is full: make room, or lower cache_size or max_bytes; complete files "
+            "are used again"
         ) from error
 
 
@@ -62,7 +62,7 @@ def write_json(path: Path, value: Any, durability: Durability = "contents") -> N
 
 
 def read_json(path: Path) -> Any:
-    """None if there is none, or what is there is no JSON."""
+    """The value of a JSON file; None if there is none, or it is damaged."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -88,7 +88,7 @@ def _acquire(lock: FileLock, path: Path, wait_s: float) -> None:
         return
     except TimeoutError:
         if wait_s > silent_s:
-            _log.warning("waiting for %s, which another process holds: one that ends, or another run", path)
+            _log.warning("waiting for %s, which another process holds: one that is closing, or another run", path)
     try:
         lock.acquire(timeout_s=wait_s - silent_s)
     except TimeoutError:
@@ -112,8 +112,8 @@ class ConsumerFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Have this part alone. BusyError if another run has it, or one with another number of consumers has any;
-        InvalidParamsError if it belongs to another data set.
+        """Hold this part. Raises BusyError if another run holds it, or one with another number of consumers holds any;
+        InvalidParamsError if the folder belongs to another data set.
         """
         self.notes.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
@@ -124,13 +124,12 @@ class ConsumerFolder:
             yield
 
     def common_lock(self) -> AbstractContextManager[None]:
-        """The lock of the whole folder; who lists a large origin or reads through an archive holds it for long."""
+        """The lock of the whole folder; listing a large origin or an archive holds it for long."""
         return locked(self.root / "lock", wait_s=LISTING_WAIT_S)
 
     def _divide(self) -> None:
-        """If the folder was divided for another number of consumers, begin with nothing on the disk: the parts have
-        become smaller, and the sum of the old and the new may be more than the disk may hold. What was consumed is in
-        the journals of the epochs.
+        """If the folder was divided for another number of consumers, delete all files: the parts have other sizes now,
+        and old and new ones together may be more than the disk may hold. The journals of the epochs stay.
         """
         layout = self.root / "layout.json"
         known = read_json(layout)
@@ -148,7 +147,7 @@ class ConsumerFolder:
             with locked(path / "lock"):
                 shutil.rmtree(path)
         for epoch in (self.root / "epochs").glob("*"):
-            # Each consumer begins its own journal anew with its own part, which is another now.
+            # Each consumer starts its own journal again, with its own part, which is another now.
             journals = sorted(epoch.glob("c*.jsonl"))
             lines = b"\n".join(path.read_bytes() for path in [*epoch.glob("before.jsonl"), *journals])
             atomic_write(epoch / "before.jsonl", lines)
@@ -156,25 +155,25 @@ class ConsumerFolder:
                 path.unlink()
         write_json(layout, {"consumers": self.consumer.local_count, "first_epoch": first, "used_for": self._used_for})
 
-    def place(self, file: RemoteFile) -> Path:
-        """Where a file goes. Its name there is the last part of its key, of safe characters: no key leads elsewhere."""
+    def path_of(self, file: RemoteFile) -> Path:
+        """The path of a file. Its name is the last part of its key, in safe characters: no key leads elsewhere."""
         name = _UNSAFE.sub("_", PurePosixPath(file.key).name)[-100:].lstrip(".")
         return self.files / file.identity / (name or "file")
 
-    def whole(self, file: RemoteFile) -> Path | None:
-        """The file, where it is here and whole: it has its name only then."""
-        path = self.place(file)
+    def complete(self, file: RemoteFile) -> Path | None:
+        """The path of a file that is here and complete: only then it has its name."""
+        path = self.path_of(file)
         with suppress(OSError):
             if path.stat().st_size == file.size:
                 return path
         return None
 
     def keep_only(self, files: set[str]) -> None:
-        """Delete everything but the files, whole or not, of these identities."""
+        """Delete all files, complete or not, but those of these identities."""
         for path in self.files.iterdir():
             if path.name not in files:
                 shutil.rmtree(path)
 
     def delete(self, file: RemoteFile) -> None:
-        """Nothing happens where it is not."""
+        """Delete a file; does nothing if there is none."""
         shutil.rmtree(self.files / file.identity, ignore_errors=True)

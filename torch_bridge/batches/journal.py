@@ -1,4 +1,4 @@
-"""What survives a crash: where a consumer is, and what has been used up, by key, size and validator, never by place."""
+"""What survives a crash: the position of a consumer, and the files it used, by key, size and validator."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from torch_bridge.batches.stats import ConsumerTimes
 
 STATE_VERSION = 1
 Done = dict[RemoteFile, int]
-"""How often each file was used up in an epoch."""
+"""How often each file was used in an epoch."""
 
 
 class ConsumerPosition(msgspec.Struct, frozen=True, kw_only=True):
     """The progress file of a consumer."""
 
     epoch: int
-    """Which it is in; those before are finished."""
+    """The unfinished one; those before it are finished."""
     subset: int = 0
     """The batch, counted from where this run began."""
     file: int = 0
     """Samples handed over of this batch, all passes together."""
     consumed: int = 0
-    """Files of its part of the epoch that are used up."""
+    """Files of its part of the epoch that are used."""
     of: int = 0
     """Files in its part of the epoch."""
     seed: int = 0
@@ -40,7 +40,7 @@ class ConsumerPosition(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ConsumerJournal:
-    """Reads and writes both for one consumer that runs."""
+    """Reads and writes the progress file and the journals of one consumer."""
 
     def __init__(self, folder: ConsumerFolder) -> None:
         self._folder = folder
@@ -62,7 +62,7 @@ class ConsumerJournal:
         return [RemoteFile(*row) for row in known]
 
     def done(self, epoch: int) -> Done:
-        """What any consumer of this machine has used up. Lines that a crash has cut are none."""
+        """What any consumer of this machine has used. Lines that a crash cut are skipped."""
         found: Done = {}
         for path in sorted(self._epoch(epoch).glob("*.jsonl")):
             for line in path.read_bytes().split(b"\n"):
@@ -75,7 +75,7 @@ class ConsumerJournal:
         return found
 
     def begin(self, epoch: int, done: Mapping[RemoteFile, int]) -> None:
-        """Start an epoch's journal of this consumer with what is done of its part; forget epochs that all are past."""
+        """Start an epoch's journal of this consumer with the done files of its part; delete finished epochs."""
         path = self._journal(epoch)
         path.parent.mkdir(parents=True, exist_ok=True)
         with writing(path):
@@ -87,13 +87,13 @@ class ConsumerJournal:
                     shutil.rmtree(old)
 
     def consumed(self, epoch: int, file: RemoteFile, count: int) -> None:
-        """Written at once: the page cache outlives the process."""
+        """Record a use at once: the page cache outlives the process."""
         path = self._journal(epoch)
         with writing(path), path.open("ab", buffering=0) as out:
             out.write(_line(file, count))
 
     def at(self, position: ConsumerPosition) -> None:
-        """Where the consumer is now."""
+        """Record the position of the consumer."""
         write_json(self._path, {**msgspec.structs.asdict(position), "spent": asdict(position.spent)}, "process")
 
     def _epoch(self, epoch: int) -> Path:
@@ -136,7 +136,7 @@ def state_of(epoch: int, seed: int, done: Mapping[RemoteFile, int]) -> dict[str,
 
 
 def read_state(state: Mapping[str, Any], seed: int) -> tuple[int, Done]:
-    """Epoch, and what is done in it. Raises InvalidParamsError for a state that is none, or of another seed."""
+    """The epoch, and what is done in it. Raises InvalidParamsError for a damaged state, or one of another seed."""
     try:
         if state["version"] != STATE_VERSION or state["seed"] != seed:
             raise InvalidParamsError(
@@ -146,13 +146,13 @@ def read_state(state: Mapping[str, Any], seed: int) -> tuple[int, Done]:
         done = {RemoteFile(str(key), int(size), str(mark)): int(count) for key, size, mark, count in state["done"]}
         return int(state["epoch"]), done
     except (KeyError, TypeError, ValueError) as error:
-        raise InvalidParamsError(f"no state of a StreamingBatchDataset: {error!r}") from None
+        raise InvalidParamsError(f"not a state of a StreamingBatchDataset: {error!r}") from None
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One state out of those of all consumers, which each of another number of consumers may load.
+    """One state of those of all consumers, which each of another number of consumers can load.
 
-    They go on in the earliest epoch of them; what is done in a later one is done again there.
+    They continue in the earliest epoch of them; what is done in a later one is done again.
     """
     if not states:
         raise InvalidParamsError("no states to merge: give those of all workers of all ranks")

@@ -16,13 +16,13 @@ from torch_bridge.batches.plan import RemoteFile
 from torch_bridge.batches.sources.interface import FileSource
 
 NAME_COLUMNS = ("file_name", "filename", "file", "key", "path", "name", "id")
-"""Where a record says which file it is of, the first that is there."""
+"""The fields of a record that may name its file; the first that exists does."""
 Metadata = str | Mapping[str, Any] | Callable[[str], Any] | None
 """A key at the source (.json, .jsonl, .csv, .parquet), a dict, or a function of a file's key."""
 
 
 class MetadataOf:
-    """Give it a file, and it gives the file's metadata; None if there is none."""
+    """Called with a file, it returns the file's metadata; None if there is none."""
 
     def __init__(self, metadata: Metadata, column: str | None = None) -> None:
         """`column`: the field of a record that names its file; else the first of NAME_COLUMNS."""
@@ -34,7 +34,7 @@ class MetadataOf:
         self._indexed = False
 
     def load(self, source: FileSource, notes: Path) -> None:
-        """Have it in memory: from the source once, from the folder `notes` in the other processes of the machine.
+        """Read it into memory: from the source once, from the folder `notes` in the other processes of the machine.
 
         Raises InvalidParamsError for another kind of file, or records that name no file.
         """
@@ -80,7 +80,7 @@ def read_table(name: str, data: bytes, column: str | None = None) -> dict[str, A
 
             records = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
         else:
-            raise InvalidParamsError(f"metadata={name!r}: it is .json, .jsonl, .csv, .tsv or .parquet")
+            raise InvalidParamsError(f"metadata={name!r}: its name must end in .json, .jsonl, .csv, .tsv or .parquet")
     except (ValueError, OSError) as error:
         raise InvalidParamsError(f"metadata={name!r} cannot be read as {ending}: {error}") from error
     table = {}

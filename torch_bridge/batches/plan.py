@@ -1,4 +1,4 @@
-"""Which file comes when, to whom, and with which others on the disk. Pure: no files, no network, no clock."""
+"""Which consumer gets which file when, with which others on the disk. Pure: no files, no network, no clock."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class FileBatch:
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
-    """One of those who go through the files together: a worker of a rank."""
+    """One of the readers that share the files: a worker of a rank."""
 
     index: int
     """Among all."""
     count: int
     local_index: int
-    """Among those on this machine, who share its disk."""
+    """Among those on this machine, which share its disk."""
     local_count: int
 
 
@@ -72,16 +72,16 @@ def own_share(order: Sequence[RemoteFile], consumer: Consumer) -> list[RemoteFil
 
 
 def part_of(total: int, consumer: Consumer) -> int:
-    """What this consumer may have of something that those on one machine divide; the parts sum to `total`."""
+    """This consumer's part of what the consumers of one machine divide; the parts sum to `total`."""
     whole, left = divmod(total, consumer.local_count)
     return whole + (consumer.local_index < left)
 
 
 def plan_batches(files: Iterable[RemoteFile], cache_size: int, max_bytes: int) -> list[FileBatch]:
-    """Batches of at most `cache_size` files, in the order given. One ends early if it would pass half of
-    `max_bytes`: two fit. A file above the half is a batch of its own, beside which no other is here but what fits.
+    """Batches of at most `cache_size` files, in the order given. One ends early if it would exceed half of
+    `max_bytes`, so that two fit. A file above half is a batch of its own.
 
-    Raises InvalidParamsError for a file above `max_bytes`: it can never be here.
+    Raises InvalidParamsError for a file above `max_bytes`: it never fits.
     """
     batches: list[FileBatch] = []
     current: list[RemoteFile] = []

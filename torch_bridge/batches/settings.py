@@ -1,4 +1,4 @@
-"""What a StreamingBatchDataset is asked for, checked, and which consumer of how many this process is."""
+"""The settings of a StreamingBatchDataset, checked, and which consumer of how many this process is."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class BatchSettings:
     max_bytes: int
     """Of files on the disk of this machine, at any time."""
     epochs_per_subset: int = 1
-    """How often each batch is gone through before the next comes."""
+    """How often each batch is used before the next comes."""
     seed: int = 0
     shuffle: bool = True
     samples_ahead: int = 0
-    """So many samples of a worker may be handed over and not yet trained on."""
+    """Samples of a worker that may be handed over and not yet trained on."""
     concurrency: int = 4
     """Files on their way at once, of one consumer."""
     on_missing: Literal["error", "skip"] = "error"

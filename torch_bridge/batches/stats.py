@@ -1,4 +1,4 @@
-"""Which of the two limits: bringing the files or training on them."""
+"""What limits a run: fetching the files or training on them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class ConsumerTimes:
-    """What a consumer has measured, in seconds."""
+    """What a consumer measured, in seconds."""
 
     download_s: float = 0.0
-    """In which at least one file was on its way."""
+    """With at least one file on its way."""
     train_s: float = 0.0
     """From a sample's handing over to the request for the next."""
     wait_s: float = 0.0
@@ -36,25 +36,25 @@ class TimeReport:
     samples: int
     skipped: int
     limit: Literal["download", "training"]
-    """The longer of the two: they go on at the same time. Decoding counts as training."""
+    """The longer of the two, which run at the same time. Decoding counts as training."""
     advice: str
 
 
 def time_report(spent: list[ConsumerTimes], epochs_per_subset: int) -> TimeReport:
-    """Sum up, and say what would help. Pure."""
+    """Sum up, and advise. Pure."""
     download = sum(one.download_s for one in spent)
     train = sum(one.train_s for one in spent)
     decode = sum(one.decode_s for one in spent)
     busy = train + decode
     limit: Literal["download", "training"] = "download" if download > busy else "training"
     if limit == "training":
-        advice = f"files come faster than they are used ({download:.1f} s against {busy:.1f} s): nothing to gain here"
+        advice = f"files come faster than they are used ({download:.1f} s against {busy:.1f} s): nothing to gain"
     else:
         ratio = download / busy if busy > 0 else math.inf
         often = f"epochs_per_subset={math.ceil(epochs_per_subset * ratio)}" if ratio < 100 else "more epochs_per_subset"
         advice = (
-            f"bringing the files takes {download:.1f} s, using them {busy:.1f} s: {often} would use each batch often "
-            "enough to hide it; else more concurrency, a nearer origin, or smaller files"
+            f"fetching the files takes {download:.1f} s, using them {busy:.1f} s: {often} would use each batch often "
+            "enough to hide that; else more concurrency, a nearer origin, or smaller files"
         )
     return TimeReport(
         download,

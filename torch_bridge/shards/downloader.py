@@ -284,7 +284,7 @@ class StreamingDownloader:
         self._changed.notify_all()
 
     def _note(self) -> None:
-        """Write a state that holds fewer shards. If the disk is full, the old one stays and holds too many: that is safe."""
+        """Write a state that holds fewer shards. If the disk is full, the old one stays: it holds too many, safely."""
         try:
             self._write()
         except OSError as err:

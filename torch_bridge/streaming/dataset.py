@@ -1,4 +1,4 @@
-"""StreamingShardDataset: batches of parquet rows from shards that are on their way, in one order for all readers."""
+"""StreamingShardDataset: batches of parquet rows, fetched while they are read, in one order for all readers."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class StreamingShardDataset(IterableDataset[Any]):
     """Yields batches: use it with `DataLoader(dataset, batch_size=None, num_workers=...)`.
 
     `source`: where shards come from. `batch_size`: samples. `columns`: None for all. `transform`: gets a dict of numpy
-    arrays (numbers) and lists (all else), and what it returns is yielded. `validation_shard`: its file name; it is
-    fetched first, stays on disk, and is not trained on. `ranks`: who reads; None: as torch.distributed or the
-    environment says. A shard is deleted when all ranks of this machine have read it. `run`: another name for a second
+    arrays (numbers) and lists (other types), and its result is yielded. `validation_shard`: its file name; it is
+    fetched first, stays on disk, and is not trained on. `ranks`: this process among all; None: from torch.distributed
+    or the environment. A shard is deleted when all ranks of this machine have read it. `run`: another name for a second
     data set over the same shards on this machine. `ordering` and `buffering`: docs/training/streaming_dataset.md.
 
-    Raises InvalidParamsError for a shard whose rows the manifest does not tell; while it is read, InvalidShardError for
-    one whose file has other rows, or cannot be read although it is as it was published.
+    Raises InvalidParamsError for a shard without a row count in the manifest; while it is read, InvalidShardError for a
+    file that has another row count, or cannot be read although it is as it was published.
     """
 
     def __init__(
@@ -65,20 +65,20 @@ class StreamingShardDataset(IterableDataset[Any]):
         self._entries = tuple(entry for entry in entries if entry.filename != validation_shard)
         self._rows = tuple(_rows(entry) for entry in self._entries)
         self._contents = {entry.filename: str(entry.content_id) for entry in self._entries}
-        # In shared memory: workers that live on see set_epoch.
+        # In shared memory: persistent workers see set_epoch.
         self._epoch: torch.Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-        self._place: EpochPosition | None = None
+        self._position: EpochPosition | None = None
         self._loaded = False
         self._open = 0
         self._reading: StreamingDownloader | None = None
 
     @property
     def epoch(self) -> int:
-        """What `set_epoch` or a loaded state said last."""
+        """The epoch of the last `set_epoch` or loaded state."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Another epoch starts at its first batch; the one of a loaded state goes on where that was saved.
+        """Choose the epoch. It starts at its first batch; the epoch of a loaded state continues where that was saved.
 
         Workers see it when their next iteration begins, persistent ones too.
         """
@@ -86,10 +86,10 @@ class StreamingShardDataset(IterableDataset[Any]):
             raise InvalidParamsError(f"epoch {epoch} must not be negative")
         if epoch != self.epoch:
             self._epoch.fill_(epoch)
-            self._place, self._loaded = None, False
+            self._position, self._loaded = None, False
 
     def status(self) -> StreamingStatus | None:
-        """Of the downloader of this process's iteration; None if none goes on."""
+        """Of the downloader of this process's iteration; None if there is none."""
         return self._reading.status() if self._reading else None
 
     def order(self, epoch: int | None = None) -> EpochOrder:
@@ -97,28 +97,28 @@ class StreamingShardDataset(IterableDataset[Any]):
         return EpochOrder(self._rows, replace(self._settings, epoch=self.epoch if epoch is None else epoch))
 
     def state_dict(self) -> dict[str, Any]:
-        """After the batch that this process was given last. In a worker it is that worker's own.
+        """The state after the last batch that this process yielded. In a worker it is that worker's own.
 
-        After an epoch's last batch it is that epoch's end: what is continued from it is empty, and the next epoch
-        begins by `set_epoch`.
+        After an epoch's last batch it is the end of the epoch: continued, it yields nothing, and `set_epoch` begins
+        the next one.
         """
-        place = self._place or EpochPosition(self.epoch)
-        return saved(place.position, self._turn(), replace(self._settings, epoch=place.epoch), self._contents)
+        position = self._position or EpochPosition(self.epoch)
+        return saved(position.position, self._turn(), replace(self._settings, epoch=position.epoch), self._contents)
 
     def state_at(self, batches: int) -> dict[str, Any]:
-        """After so many batches that this rank took since the epoch began or was continued; ranks go in lock-step.
+        """The state after so many batches of this rank since the epoch began or was continued; ranks go in lock-step.
 
         For a plain DataLoader with workers, and to continue with other numbers of workers or ranks.
         """
-        place = self._place or EpochPosition(self.epoch)
-        turn, settings = ReaderId(self.ranks.rank, self.ranks.world_size), replace(self._settings, epoch=place.epoch)
-        return saved(ReaderPosition(place.position.base, batches), turn, settings, self._contents)
+        position = self._position or EpochPosition(self.epoch)
+        turn, settings = ReaderId(self.ranks.rank, self.ranks.world_size), replace(self._settings, epoch=position.epoch)
+        return saved(ReaderPosition(position.position.base, batches), turn, settings, self._contents)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The next iteration continues there; one after it starts its epoch anew.
+        """The next iteration continues from the state; the one after it starts its epoch from the beginning.
 
-        A state of an epoch that is over does not undo a `set_epoch` to a later one. Raises InvalidParamsError if the
-        state cannot be continued exactly, and says why.
+        A state of a finished epoch does not undo a `set_epoch` to a later one. Raises InvalidParamsError if the state
+        cannot be continued exactly, and says why.
         """
         turn, epoch = self._turn(), int(state["epoch"])
         position = continued(state, turn, self._settings, self._contents)
@@ -126,10 +126,10 @@ class StreamingShardDataset(IterableDataset[Any]):
         if turn.workers == 1 and epoch < self.epoch and position.base + turn.rank >= order.end(0, 1):
             return
         self._epoch.fill_(max(epoch, self.epoch) if get_worker_info() else epoch)
-        self._place, self._loaded = EpochPosition(epoch, position), True
+        self._position, self._loaded = EpochPosition(epoch, position), True
 
     def validation_batches(self) -> Iterator[Any]:
-        """The validation shard in its own order, on every rank alike, fetched where it is not here."""
+        """Batches of the validation shard in its own order, the same on every rank; it is fetched if it is not here."""
         entry = next((entry for entry in self._source.manifest().shards if entry.filename == self._validation), None)
         if entry is None:
             raise InvalidParamsError("no validation shard: name its file by validation_shard=")
@@ -138,15 +138,15 @@ class StreamingShardDataset(IterableDataset[Any]):
         try:
             for first in range(0, _rows(entry), self._settings.batch_size):
                 end = min(first + self._settings.batch_size, _rows(entry))
-                yield self._given(reader.take(np.arange(first, end)))
+                yield self._transformed(reader.take(np.arange(first, end)))
         finally:
             reader.close()
 
     def __iter__(self) -> Iterator[Any]:
-        if self._place is None or not self._loaded:
-            self._place = EpochPosition(self.epoch)
+        if self._position is None or not self._loaded:
+            self._position = EpochPosition(self.epoch)
         self._loaded = False  # a state is continued once
-        return self._batches(self._place, self._turn())
+        return self._batches(self._position, self._turn())
 
     def _batches(self, began: EpochPosition, turn: ReaderId) -> Iterator[Any]:
         base, own, order = began.position.base, began.position.own, self.order(began.epoch)
@@ -168,17 +168,17 @@ class StreamingShardDataset(IterableDataset[Any]):
             try:
                 for done, batch in enumerate(order.taken(numbers), 1):
                     while due and due[-1].last < batch.number:
-                        rows.leave(due.pop().shard)
-                    given = self._given(rows.table(batch))
-                    self._place = EpochPosition(began.epoch, ReaderPosition(base, own + done))
+                        rows.past(due.pop().shard)
+                    given = self._transformed(rows.table(batch))
+                    self._position = EpochPosition(began.epoch, ReaderPosition(base, own + done))
                     yield given
                 while due:
-                    rows.leave(due.pop().shard)
+                    rows.past(due.pop().shard)
             finally:
                 self._open -= 1
                 self._reading = None
 
-    def _given(self, table: pa.Table) -> Any:
+    def _transformed(self, table: pa.Table) -> Any:
         columns = as_arrays(table)
         return self._transform(columns) if self._transform else columns
 
@@ -186,7 +186,7 @@ class StreamingShardDataset(IterableDataset[Any]):
         self, spans: Sequence[ShardSpan], past: Sequence[ShardEntry], epoch: int, turn: ReaderId
     ) -> StreamingDownloader:
         names = [self._entries[span.shard].filename for span in spans]
-        left = [entry.filename for entry in self._source.on_disk(past)] if past else []  # by a run that was killed
+        left = [entry.filename for entry in self._source.on_disk(past)] if past else []  # left by a run that was killed
         reading = open_at_once(spans)
         kept = self._buffering
         downloader = StreamingDownloader(
@@ -221,5 +221,5 @@ def _reader(turn: ReaderId) -> str:
 
 def _rows(entry: ShardEntry) -> int:
     if entry.rows is None:
-        raise InvalidParamsError(f"the manifest does not tell the rows of {entry.filename}: publish the data set again")
+        raise InvalidParamsError(f"the manifest has no row count of {entry.filename}: publish the data set again")
     return entry.rows

@@ -1,9 +1,9 @@
-"""What ranks had read when they stopped, so that any other number of ranks reads the rest. Pure.
+"""Which batches ranks had read when they stopped, so that any other number of ranks can read the rest. Pure.
 
 Batches of documents are numbered through an epoch. Of ranks that began at batch `base`, rank r reads base + r,
-base + r + ranks, and so on; texts differ in length, so ranks come to different places. What is left is every batch that
-its rank had not come to: the ranks that go on take turns over all batches from the first of those on, and leave out the
-ones that were read.
+base + r + ranks, and so on; texts differ in length, so ranks get to different batches. Unread is every batch that its
+rank had not reached: the ranks that continue take turns over all batches from the first unread one, and skip those that
+were read.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class RankProgress:
 
     epoch: int
     base: int
-    """Where those ranks began: nothing before it is left."""
+    """The batch at which those ranks began: all batches before it are read."""
     following: tuple[int, ...]
-    """By rank: the batch that it would have begun next; all of its batches before it are read."""
+    """By rank: the batch that it would have begun next; it has read all of its batches before that."""
 
     def has(self, number: int) -> bool:
         """Whether the batch was read."""
@@ -38,30 +38,30 @@ class PartialBatch:
     number: int
     used_tokens: int
     next_tokens: tuple[int, ...]
-    """By which another tokeniser is noticed."""
+    """To notice another tokeniser."""
 
 
 @dataclass(frozen=True)
 class Remainder:
-    """Of a data set, over all its epochs: what was read of it by ranks that were of another number."""
+    """What another number of ranks read of a data set, over all its epochs."""
 
     passed: tuple[RankProgress, ...] = ()
     begun: tuple[PartialBatch, ...] = ()
 
     def has(self, epoch: int, number: int) -> bool:
-        """Whether a batch is to be left out."""
+        """Whether a batch is to be skipped."""
         return any(one.epoch == epoch and one.has(number) for one in self.passed)
 
     def begun_at(self, epoch: int, number: int) -> PartialBatch | None:
         return next((one for one in self.begun if (one.epoch, one.number) == (epoch, number)), None)
 
     def first(self) -> tuple[int, int]:
-        """The epoch to go on in, and the batch to begin at: everything before it is read."""
+        """The epoch to continue in, and the first batch: all before it are read."""
         epoch = min((one.epoch for one in self.passed), default=0)
         return epoch, max((min(one.following) for one in self.passed if one.epoch == epoch), default=0)
 
     def behind(self, epoch: int, number: int) -> Remainder:
-        """What of it still matters to a rank that is about to begin that batch."""
+        """The part of it that matters to a rank that is about to begin that batch."""
         return Remainder(
             tuple(one for one in self.passed if (one.epoch, max(one.following)) > (epoch, number)),
             tuple(one for one in self.begun if (one.epoch, one.number) >= (epoch, number)),
@@ -73,7 +73,7 @@ class Remainder:
 
     @classmethod
     def of(cls, state: Mapping[str, Any] | None) -> Remainder:
-        """What `state` gave."""
+        """From the result of `state`."""
         if not state:
             return cls()
         passed = (RankProgress(one["epoch"], one["base"], tuple(one["following"])) for one in state["passed"])
@@ -95,7 +95,7 @@ def left_by(states: Sequence[Mapping[str, Any]], batches: Callable[[int], int]) 
     places = [following(state["dataset"], rank) for rank, state in enumerate(states)]
     passed = []
     for epoch in range(min(epochs), max(epochs) + 1):
-        # If each was continued by itself their bases differ, by multiples of their number.
+        # If each rank was continued by itself, their bases differ by multiples of their number.
         base = min(
             (int(state["dataset"]["base"]) for state, at in zip(states, epochs, strict=True) if at == epoch), default=0
         )

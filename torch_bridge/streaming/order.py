@@ -24,7 +24,7 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class OrderSettings(Ordering):
-    """All that the order depends on, beside the shards. Another value of any of them is another order."""
+    """All that the order depends on beside the shards. Another value of any of them gives another order."""
 
     batch_size: int
     """Samples of a batch."""
@@ -44,7 +44,7 @@ class Lane:
     """Blocks of rows, one after the other."""
 
     shards: Indices
-    """The shard of each block, by its place among the shards given."""
+    """The shard of each block, by its index among the given shards."""
     first_rows: Indices
     starts: Indices
     """Where in the lane each block starts, in samples."""
@@ -62,7 +62,7 @@ class SampleBatch:
 
 @dataclass(frozen=True)
 class ShardSpan:
-    """The batches of the epoch outside of which a shard is not read."""
+    """The batches of the epoch between which a shard is read."""
 
     shard: int
     first: int
@@ -89,14 +89,14 @@ class EpochOrder:
         """Batches of the epoch, of all ranks."""
         return sum(self.lane_batches)
 
-    def place(self, number: int) -> tuple[int, int]:
+    def lane_of(self, number: int) -> tuple[int, int]:
         """The lane of a batch, and which of the lane's batches it is."""
         low = bisect_right(range(max(self.lane_batches, default=0) + 1), number, key=self._before) - 1
         alive = [lane for lane, count in enumerate(self.lane_batches) if count > low]
         return alive[number - self._before(low)], low
 
     def number(self, lane: int, turn: int) -> int:
-        """The inverse of `place`."""
+        """The inverse of `lane_of`."""
         return self._before(turn) + sum(count > turn for count in self.lane_batches[:lane])
 
     def numbers(self, base: int, *, rank: int, ranks: int, worker: int, workers: int, skip: int = 0) -> range:
@@ -105,20 +105,20 @@ class EpochOrder:
         return range(first, self.end(base, ranks), ranks * workers)
 
     def taken(self, numbers: range) -> Iterator[SampleBatch]:
-        """These batches. Memory O(window) for each lane that they are of; nothing is computed for what lies between."""
+        """These batches. Memory O(window) for each of their lanes; nothing is computed for batches between them."""
         shuffled: dict[int, tuple[int, Indices]] = {}
         for number in numbers:
-            lane, turn = self.place(number)
+            lane, turn = self.lane_of(number)
             yield self._batch(number, lane, turn, shuffled)
 
     def end(self, base: int, ranks: int) -> int:
-        """The number behind the last batch that is read by ranks that began at `base`."""
+        """One past the last batch that ranks read that began at `base`."""
         left_out = (self.batches - base) % ranks if self.settings.drop_last and base < self.batches else 0
         return self.batches - left_out
 
     def spans(self, numbers: range | None = None) -> list[ShardSpan]:
-        """When each shard is read, by first use. `numbers`: by who reads these batches alone, in ascending order; a
-        shard that none of them is of has no span then.
+        """When each shard is read, in the order of first use. With `numbers`, ascending: by a reader of these batches
+        only; shards that none of them needs have no span.
         """
         numbers = range(self.batches) if numbers is None else numbers
         size, window = self.settings.batch_size, self.settings.window if self.settings.shuffle else 1
@@ -135,12 +135,14 @@ class EpochOrder:
         return sorted(listed, key=lambda span: (span.first, span.last, span.shard))
 
     def _among(self, numbers: range, lane: int, first: int, last: int) -> list[int]:
-        """The first and the last of `numbers` among the batches [first, last] of a lane; none if none is."""
+        """The first and the last of `numbers` among the batches [first, last] of a lane; empty if there is none."""
         if first > last:
             return []
         found: list[int] = []
         begins = sorted({first, *(count for count in self.lane_batches if first < count <= last)})
-        for begin, end in pairwise([*begins, last + 1]):  # as long as the same lanes give batches: numbers in steps
+        for begin, end in pairwise(
+            [*begins, last + 1]
+        ):  # while the same lanes give batches, the numbers have a fixed step
             step = sum(count > begin for count in self.lane_batches)
             start = self.number(lane, begin)
             found += _common(numbers, range(start, start + step * (end - begin), step))
@@ -152,29 +154,29 @@ class EpochOrder:
     def _batch(self, number: int, index: int, turn: int, shuffled: dict[int, tuple[int, Indices]]) -> SampleBatch:
         lane, settings = self.lanes[index], self.settings
         start = turn * settings.batch_size
-        places = np.arange(start, min(start + settings.batch_size, lane.rows))
+        positions = np.arange(start, min(start + settings.batch_size, lane.rows))
         if settings.shuffle:
-            windows = places // settings.window
+            windows = positions // settings.window
             for window in sorted(set(windows.tolist())):
                 if shuffled.get(index, (-1,))[0] != window:
                     shuffled[index] = (window, self._window(index, window))
                 mine = windows == window
-                places[mine] = shuffled[index][1][places[mine] - window * settings.window]
-        blocks = np.searchsorted(lane.starts, places, side="right") - 1
-        return SampleBatch(number, lane.shards[blocks], lane.first_rows[blocks] + places - lane.starts[blocks])
+                positions[mine] = shuffled[index][1][positions[mine] - window * settings.window]
+        blocks = np.searchsorted(lane.starts, positions, side="right") - 1
+        return SampleBatch(number, lane.shards[blocks], lane.first_rows[blocks] + positions - lane.starts[blocks])
 
     def _window(self, lane: int, window: int) -> Indices:
         start = window * self.settings.window
-        places = np.arange(start, min(start + self.settings.window, self.lanes[lane].rows))
-        return _generator(self.settings, 1, lane, window).permutation(places)
+        positions = np.arange(start, min(start + self.settings.window, self.lanes[lane].rows))
+        return _generator(self.settings, 1, lane, window).permutation(positions)
 
 
 def _common(some: range, others: range) -> list[int]:
-    """The first and the last number that both ranges have, which ascend; none if there is none."""
+    """The first and the last number that two ascending ranges share; empty if there is none."""
     apart = gcd(some.step, others.step)
     if not some or not others or (some.start - others.start) % apart:
         return []
-    every = some.step // apart  # of the others, so many have one in common
+    every = some.step // apart  # every so many of the others are shared
     turn = (some.start - others.start) // apart * pow(others.step // apart, -1, every) % every
     least, most = max(some[0], others[0]), min(some[-1], others[-1])
     first = others.start + others.step * turn

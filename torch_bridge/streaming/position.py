@@ -15,7 +15,7 @@ _SAME = ("batch_size", "seed", "shuffle", "lanes", "block_rows", "window", "drop
 
 @dataclass(frozen=True)
 class ReaderId:
-    """Whose turn a batch is: this rank's and worker's place among all."""
+    """This rank and worker among all."""
 
     rank: int = 0
     ranks: int = 1
@@ -25,7 +25,7 @@ class ReaderId:
 
 @dataclass(frozen=True)
 class ReaderPosition:
-    """All batches before `base` are done; from there on all take turns, and this one has done `own`."""
+    """All batches before `base` are read; from there on all readers take turns, and this one has read `own`."""
 
     base: int = 0
     own: int = 0
@@ -33,14 +33,14 @@ class ReaderPosition:
 
 @dataclass(frozen=True)
 class EpochPosition:
-    """Where in which epoch."""
+    """A position in an epoch."""
 
     epoch: int
     position: ReaderPosition = ReaderPosition()
 
 
 def saved(
-    position: ReaderPosition, turn: ReaderId, settings: OrderSettings, shards: Mapping[str, str]
+    position: ReaderPosition, reader: ReaderId, settings: OrderSettings, shards: Mapping[str, str]
 ) -> dict[str, Any]:
     """JSON-able. `shards`: content id by name."""
     return {
@@ -50,16 +50,16 @@ def saved(
         "shards": dict(shards),
         "base": position.base,
         "own": position.own,
-        "ranks": turn.ranks,
-        "worker": turn.worker,
-        "workers": turn.workers,
+        "ranks": reader.ranks,
+        "worker": reader.worker,
+        "workers": reader.workers,
     }
 
 
 def continued(
-    state: Mapping[str, Any], turn: ReaderId, settings: OrderSettings, shards: Mapping[str, str]
+    state: Mapping[str, Any], reader: ReaderId, settings: OrderSettings, shards: Mapping[str, str]
 ) -> ReaderPosition:
-    """Where to go on. Raises InvalidParamsError that names what differs if no exact continuation exists."""
+    """The position to continue at. Raises InvalidParamsError, which names the difference, if none is exact."""
     if state.get("version") != VERSION:
         raise InvalidParamsError(f"the state has version {state.get('version')}, this release reads {VERSION}")
     for name in _SAME:
@@ -76,9 +76,10 @@ def continued(
         )
     if state["workers"] == 1:
         return ReaderPosition(int(state["base"]) + int(state["own"]) * int(state["ranks"]))
-    if (state["ranks"], state["workers"], state["worker"]) != (turn.ranks, turn.workers, turn.worker):
+    if (state["ranks"], state["workers"], state["worker"]) != (reader.ranks, reader.workers, reader.worker):
         raise InvalidParamsError(
             f"the state is one of worker {state['worker']} of {state['workers']} on {state['ranks']} ranks, this is "
-            f"worker {turn.worker} of {turn.workers} on {turn.ranks}: for other numbers save state_at(batches) instead"
+            f"worker {reader.worker} of {reader.workers} on {reader.ranks}: for others save "
+            "state_at(batches) instead"
         )
     return ReaderPosition(int(state["base"]), int(state["own"]))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute  # `take` needs it, and would else load it between an epoch's first rows
+import pyarrow.compute  # `take` needs it, and would otherwise import it between an epoch's first rows
 import pyarrow.parquet as pq
 
 from protocol.errors import InvalidParamsError, InvalidShardError
@@ -17,7 +17,7 @@ from torch_bridge.streaming.order import Indices
 
 
 class DecodedGroups:
-    """Row groups that stay decoded in memory, of all files together: the longest unused go first.
+    """Row groups that stay decoded in memory, of all files together; the least recently used are dropped first.
 
     The one that was decoded last stays even if it alone is above `limit_bytes`.
     """
@@ -41,18 +41,18 @@ class DecodedGroups:
         while self.size_bytes > self._limit_bytes and len(self._tables) > 1:
             self.size_bytes -= self._tables.popitem(last=False)[1].nbytes
 
-    def forget(self, path: Path) -> None:
+    def drop(self, path: Path) -> None:
         for key in [key for key in self._tables if key[0] == path]:
             self.size_bytes -= self._tables.pop(key).nbytes
 
 
 class RowReader:
-    """One open file. `groups`: where its decoded row groups are kept. `rows`: what its manifest promised."""
+    """One open file. `groups` keeps its decoded row groups. `rows`: the row count of its manifest."""
 
     def __init__(
         self, path: Path, columns: Sequence[str] | None = None, *, groups: DecodedGroups, rows: int | None = None
     ) -> None:
-        """Raises InvalidShardError if the file is damaged or has other rows, InvalidParamsError for a column."""
+        """Raises InvalidShardError if the file is damaged or has another row count, InvalidParamsError for a column."""
         self._path, self._groups = path, groups
         self._columns = None if columns is None else list(columns)
         try:
@@ -71,21 +71,21 @@ class RowReader:
             self._file.close()
             raise InvalidShardError(
                 f"{path.name} has {self._starts[-1]} rows by its footer, and its manifest says {rows}: "
-                "the data set has to be published again with the rows that it has"
+                "publish the data set again with its real row counts"
             )
 
     def take(self, rows: Indices) -> pa.Table:
         """The rows in the order asked for. Raises InvalidShardError if the file is damaged."""
         groups = np.searchsorted(self._starts, rows, side="right") - 1
-        parts, places = [], []
+        parts, positions = [], []
         for group in sorted(set(groups.tolist())):
             mine = np.flatnonzero(groups == group)
             parts.append(_chosen(self._group(group), rows[mine] - self._starts[group]))
-            places.append(mine)
-        return assembled(parts, places)
+            positions.append(mine)
+        return assembled(parts, positions)
 
     def close(self) -> None:
-        self._groups.forget(self._path)
+        self._groups.drop(self._path)
         self._file.close()
 
     def _group(self, group: int) -> pa.Table:
@@ -99,15 +99,15 @@ class RowReader:
         return table
 
 
-def assembled(parts: Sequence[pa.Table], places: Sequence[Indices]) -> pa.Table:
-    """One table of several, of which `places` says where each row goes."""
+def assembled(parts: Sequence[pa.Table], positions: Sequence[Indices]) -> pa.Table:
+    """One table of several; `positions` says where each row of each goes."""
     if len(parts) == 1:
         return parts[0]
-    return _chosen(pa.concat_tables(parts), np.argsort(np.concatenate(places)))
+    return _chosen(pa.concat_tables(parts), np.argsort(np.concatenate(positions)))
 
 
 def _chosen(table: pa.Table, rows: Indices) -> pa.Table:
-    """Rows that follow each other, as all do if nothing is shuffled, are not copied."""
+    """Rows that follow each other, as all do without a shuffle, are not copied."""
     first, count = int(rows[0]), len(rows)
     if np.array_equal(rows, np.arange(first, first + count)):
         return table.slice(first, count)
@@ -116,9 +116,9 @@ def _chosen(table: pa.Table, rows: Indices) -> pa.Table:
 
 def as_arrays(table: pa.Table) -> dict[str, object]:
     """Columns of numbers as numpy arrays [rows], fixed-size binary of W bytes as uint8 [rows, W], those with nulls and
-    all others as lists. Arrays can be written to: a DataLoader makes tensors of them.
+    all others as lists. Arrays are writeable: a DataLoader makes tensors of them.
 
-    Fixed-size binary of one row group is not copied: who writes to it writes to the table.
+    Fixed-size binary of one row group is not copied: a write to it changes the table.
     """
     return {name: _column(table.column(name)) for name in table.column_names}
 
@@ -136,7 +136,7 @@ def _column(column: pa.ChunkedArray) -> object:
 
 
 def _fixed_size(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
-    """[rows, width], in the column's own memory where it is one chunk that may be written to."""
+    """[rows, width], in the column's own memory if it is one writeable chunk."""
     width, arrays = column.type.byte_width, []
     for chunk in column.chunks:
         values = np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * width, chunk.offset * width)
@@ -145,4 +145,4 @@ def _fixed_size(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
 
 
 def _damaged(path: Path, error: Exception) -> InvalidShardError:
-    return InvalidShardError(f"{path.name} cannot be read: {error}; it has to be fetched again")
+    return InvalidShardError(f"{path.name} cannot be read: {error}; fetch it again")

@@ -1,4 +1,4 @@
-"""Rows of the shards that one iteration reads: waited for, opened, brought anew if they are damaged, left behind."""
+"""The rows of the shards that one iteration reads: it waits for a shard, opens it, fetches a damaged one again."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from torch_bridge.streaming.settings import Buffering
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.1
 _TELL_AFTER_S = 2.0
-_BROUGHT_ANEW = 3
-"""How often one shard is brought anew in an iteration, on a disk that damages it again and again."""
+_FETCHED_AGAIN = 3
+"""How often one shard is fetched again in an iteration, on a disk that damages it each time."""
 
 
 class ShardRows:
-    """Not for several threads at once. `entries`: what the shards of a batch are places in."""
+    """Not thread-safe. The shards of a batch are indices in `entries`."""
 
     def __init__(
         self,
@@ -41,45 +41,45 @@ class ShardRows:
         self._open: dict[int, RowReader] = {}
 
     def table(self, batch: SampleBatch) -> pa.Table:
-        """The batch's rows in its order. Raises what `wait_for_shard` does for a shard that does not come."""
-        parts, places = [], []
+        """The batch's rows in its order. Raises as `wait_for_shard` for a shard that does not come."""
+        parts, positions = [], []
         for shard in sorted(set(batch.shards.tolist())):
             mine = np.flatnonzero(batch.shards == shard)
             parts.append(self._take(shard, batch.rows[mine]))
-            places.append(mine)
-        return assembled(parts, places)
+            positions.append(mine)
+        return assembled(parts, positions)
 
-    def leave(self, shard: int) -> None:
-        """Nothing of it is read again in this iteration."""
-        self._shut(shard)
+    def past(self, shard: int) -> None:
+        """This iteration reads no more rows of the shard."""
+        self._close(shard)
         self._downloader.consumed(self._entries[shard])
 
     def close(self) -> None:
         for shard in list(self._open):
-            self._shut(shard)
+            self._close(shard)
 
     def _take(self, shard: int, rows: Indices) -> pa.Table:
         entry = self._entries[shard]
-        for anew in range(_BROUGHT_ANEW + 1):
+        for again in range(_FETCHED_AGAIN + 1):
             path = None if shard in self._open else self._downloader.wait_for_shard(entry, self._timeout_s)
             try:
                 if path is not None:
                     self._open[shard] = RowReader(path, self._columns, groups=self._groups, rows=entry.rows)
                 return self._open[shard].take(rows)
             except InvalidShardError as error:
-                self._shut(shard)
-                if anew == _BROUGHT_ANEW:
+                self._close(shard)
+                if again == _FETCHED_AGAIN:
                     raise
                 self._downloader.distrust(entry, error.message)
         raise AssertionError("the loop returns or raises")
 
-    def _shut(self, shard: int) -> None:
+    def _close(self, shard: int) -> None:
         if shard in self._open:
             self._open.pop(shard).close()
 
 
 def start(downloader: StreamingDownloader, *, patient: bool, what: dict[str, Any]) -> None:
-    """Start it; an earlier iteration that is ending is waited for, if `patient`. Raises ShardInUseError."""
+    """Start a downloader. If `patient`, wait for an earlier iteration that is closing. Raises ShardInUseError."""
     began, is_told = time.monotonic(), False
     while True:
         try:
@@ -89,10 +89,10 @@ def start(downloader: StreamingDownloader, *, patient: bool, what: dict[str, Any
             if not patient or waited_s > LEAVING_S:
                 raise ShardInUseError(
                     f"an iteration over this data set is still open as reader {what['reader']!r} of run "
-                    f"{what['run']!r}: let go of its iterator (`del`) before the next one begins, or give the second "
+                    f"{what['run']!r}: delete its iterator (`del`) before the next one begins, or give the second "
                     f"data set a run= of its own ({error.message})"
                 ) from None
             if waited_s > _TELL_AFTER_S and not is_told:
                 is_told = True
-                _log.warning("waiting for an iteration that ends: %s", error.message)
+                _log.warning("waiting for an iteration that is closing: %s", error.message)
             time.sleep(_LOOK_S)

@@ -1,9 +1,9 @@
 """TextLoader: documents of a text column as token batches without padding, and a state after each that continues it.
 
 Each document is tokenised and follows a BOS token; all of them form one run of tokens, which batches cut. A state names
-the documents that the oldest unread token came with, and how many of their tokens are read: it stays small whatever
-lies in the buffer, and a continued loader tokenises those documents again. The states of all ranks together are
-continued by any number of ranks (`redealt`).
+the documents of the oldest unread token, and how many of their tokens are read: it stays small whatever is in the
+buffer, and a continued loader tokenises those documents again. Any number of ranks can continue from the states of all
+ranks together (`elastic_resume`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CHECKED = 16
 
 @dataclass
 class _Documents:
-    """Tokens of documents that came together."""
+    """Tokens of documents of one batch of the data set."""
 
     before: dict[str, Any]
     """The data set's state before they were taken."""
@@ -42,11 +42,11 @@ class _Documents:
 
 
 class TextLoader:
-    """Iterates `(inputs, targets, state)`: int64 tensors (batch_rows, row_tokens), where `targets` is one token ahead.
+    """Iterates `(inputs, targets, state)`: int64 tensors (batch_rows, row_tokens); `targets` is one token ahead.
 
-    `dataset`: batches of it are tokenised together; it gives the order, the rank and the epoch. `column`: of text;
-    nulls are left out. `epochs`: read those below it; None: for ever. The last tokens of the last epoch are
-    dropped if they fill no batch. One iteration at a time.
+    `dataset`: its batches are tokenised together; it gives the order, the rank and the epoch. `column` holds text;
+    nulls are skipped. `epochs`: read epochs below it; None: without end. Tokens of the last epoch that fill no batch
+    are dropped. One iteration at a time.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class TextLoader:
         self._left = Remainder()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The next iteration goes on behind the batch that `state` came with, which this rank among as many saved.
+        """The next iteration continues after the batch that `state` came with; this rank among as many ranks saved it.
 
-        Raises InvalidParamsError if that is not possible exactly, and says why.
+        Raises InvalidParamsError if it cannot continue exactly, and says why.
         """
         here = [self._dataset.ranks.rank, self._dataset.ranks.world_size]
         if [state["rank"], state["dataset"]["ranks"]] != here:
@@ -87,8 +87,8 @@ class TextLoader:
         self._left = Remainder(earlier.passed, (begun, *others))
 
     def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from the states of all ranks, in their order, that came with one step: each document goes on where it
-        was, on some rank. As many ranks as there were give the batches that would have come.
+        """Continue from the states of all ranks, in their order, of one step: each document continues where it was, on
+        some rank. The same number of ranks yields the batches that would have come.
 
         Raises InvalidParamsError as `load_state_dict` does.
         """

@@ -157,7 +157,7 @@ def test_bombs_and_broken_archives_are_told(tmp_path: Path) -> None:
         half = ArchiveFiles(folder_of(tmp_path / f"half{number}", {name: body[: len(body) // 2]}), [name])
         with pytest.raises(InvalidShardError, match="archive"):
             list(dataset(half, tmp_path / f"half-cache{number}"))
-    with pytest.raises(InvalidParamsError, match="no archive"):
+    with pytest.raises(InvalidParamsError, match="not an archive"):
         ArchiveFiles(folder_of(tmp_path / "origin0", {}), ["a.rar"])
 
 

@@ -56,7 +56,7 @@ def test_continued_anywhere_with_other_numbers(order: EpochOrder, data: st.DataO
 def test_no_shard_is_read_outside_its_span(order: EpochOrder) -> None:
     spans = {span.shard: span for span in order.spans()}
     for number, batch in read(order, 0, 1, 1).items():
-        assert order.number(*order.place(number)) == number
+        assert order.number(*order.lane_of(number)) == number
         assert all(spans[shard].first <= number <= spans[shard].last for shard, _ in batch)
 
 

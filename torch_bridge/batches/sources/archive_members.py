@@ -23,7 +23,7 @@ from torch_bridge.core.store import Store
 
 COPY_BYTES = 1 << 20
 HEADER_BYTES = 1 << 20
-"""Of what a tar may say of one member beside its header: long names, pax records. tarfile reads it into memory."""
+"""Limit of a tar's extended headers of one member (long names, pax records), which tarfile reads into memory."""
 Kind = Literal["tar", "zip", "tar.gz", "tar.bz2", "tar.xz", "tar.zst"]
 _KINDS: dict[str, Kind] = {
     ".tar": "tar",
@@ -44,11 +44,11 @@ def kind_of(key: str) -> Kind:
     for ending, kind in _KINDS.items():
         if key.lower().endswith(ending):
             return kind
-    raise InvalidParamsError(f"{key!r} is no archive that can be read here: their names end in {', '.join(_KINDS)}")
+    raise InvalidParamsError(f"{key!r} is not an archive that can be read here: their names end in {', '.join(_KINDS)}")
 
 
 class BoundedTarInfo(tarfile.TarInfo):
-    """Refuses extended headers above HEADER_BYTES: compressed, a kilobyte may claim gigabytes of them."""
+    """Refuses extended headers above HEADER_BYTES: a compressed kilobyte may claim gigabytes of them."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         extended = (
@@ -64,7 +64,7 @@ class BoundedTarInfo(tarfile.TarInfo):
 
 
 def is_file(member: tarfile.TarInfo, what: str, *, skip_others: bool) -> bool:
-    """Whether a member is a file to be given; a folder is none. Raises InvalidShardError, see `expect_harmless`."""
+    """Whether a member is a file, not a folder. Raises InvalidShardError, see `expect_harmless`."""
     if member.isdir():
         return False
     plain = member.isreg() and not member.issparse()
@@ -103,7 +103,7 @@ def refused(what: str, name: str, why: str) -> InvalidShardError:
 
 
 class MemberStream:
-    """The regular files of a compressed tar, once, from its begin."""
+    """The regular files of a compressed tar, read once from its beginning."""
 
     def __init__(self, store: Store, key: str, kind: Kind, *, skip_others: bool = False) -> None:
         self.key = key
@@ -119,25 +119,25 @@ class MemberStream:
         )
 
     def until(self, stop: threading.Event) -> None:
-        """From now on it is read for a fetch that this event ends."""
+        """From now on reading ends when this event is set."""
         self._raw.stop = stop
 
     def __iter__(self) -> Iterator[tuple[int, tarfile.TarInfo]]:
         while (member := self._tar.next()) is not None:
-            self._tar.members = []  # type: ignore[attr-defined]  # it would keep all that it has seen
+            self._tar.members = []  # type: ignore[attr-defined]  # it would keep all members
             if is_file(member, self._what, skip_others=self._skip_others):
                 self.at += 1
                 yield self.at - 1, member
 
     def open(self, member: tarfile.TarInfo) -> IO[bytes]:
-        """The bytes of the member that was given last."""
+        """The bytes of the last member."""
         found = self._tar.extractfile(member)
         if found is None:
-            raise InvalidShardError(f"{self.key!r}: {member.name!r} is no file")
+            raise InvalidShardError(f"{self.key!r}: {member.name!r} is not a file")
         return found
 
     def close(self) -> None:
-        """Let go of the connection; nothing happens in another process, whose it is not."""
+        """Close the connection; does nothing in another process, which does not own it."""
         if self.process == os.getpid():
             self._tar.close()
             self._plain.close()
@@ -164,7 +164,7 @@ def _unpacked(raw: StreamedFile, kind: Kind) -> IO[bytes]:
 
 
 def copy(member: IO[bytes], out: IO[bytes], file: RemoteFile, stop: threading.Event, on_bytes: OnBytes) -> None:
-    """All bytes of a member, never more than were declared. Raises InvalidShardError if it has more or fewer."""
+    """Copy a member, at most the declared bytes. Raises InvalidShardError if it has more or fewer."""
     done = 0
     while data := member.read(min(COPY_BYTES, file.size + 1 - done)):
         if stop.is_set():
@@ -176,17 +176,17 @@ def copy(member: IO[bytes], out: IO[bytes], file: RemoteFile, stop: threading.Ev
         on_bytes(len(data))
     if done != file.size:
         raise InvalidShardError(
-            f"{file.key!r} unpacks to {'more' if done > file.size else done} bytes, declared are {file.size}: the "
-            "archive is damaged or made to harm; it is not used"
+            f"{file.key!r} unpacks to {'more' if done > file.size else done} bytes, {file.size} are declared: the "
+            "archive is damaged or malicious; it is not used"
         )
 
 
 @contextmanager
 def translated(what: str) -> Iterator[None]:
-    """Foreign errors as ours."""
+    """Raise InvalidShardError in place of errors of the archive libraries."""
     try:
         yield
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
-        raise InvalidShardError(f"{what} is no whole archive of its kind ({error}): make it again") from error
-    except RuntimeError as error:  # how zipfile refuses encryption and rare compressions
+        raise InvalidShardError(f"{what} is damaged, or not an archive of its kind ({error}): make it again") from error
+    except RuntimeError as error:  # zipfile refuses encryption and rare compressions with it
         raise InvalidShardError(f"{what} cannot be read: {error}") from error

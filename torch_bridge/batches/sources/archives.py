@@ -85,7 +85,7 @@ class ArchiveFiles:
         return any(kind.startswith("tar.") for kind in self._kinds.values())
 
     def list(self, notes: Path) -> Sequence[RemoteFile]:
-        """See FileSource. Raises InvalidShardError for what is no such archive, passes the limits, or has members that
+        """See FileSource. Raises InvalidShardError for what is not such archive, passes the limits, or has members that
         would lead out of a folder: nothing of it is brought then.
         """
         found: list[RemoteFile] = []
@@ -183,7 +183,7 @@ class ArchiveFiles:
     def _next_to(
         self, key: str, number: int, file: RemoteFile, out: IO[bytes], stop: threading.Event, on_bytes: OnBytes
     ) -> None:
-        """Go on to member `number` from where the last fetch has stopped, or from the begin if it lies behind."""
+        """Read on to member `number` from where the last fetch stopped, or from the beginning if it is before that."""
         reading = self._reading
         if reading is None or reading.key != key or reading.at > number or reading.process != os.getpid():
             self._close()

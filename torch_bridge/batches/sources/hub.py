@@ -25,7 +25,7 @@ T = TypeVar("T")
 class HubFiles:
     """The files of a repository, or of a folder in it, all of the commit that the branch meant when they were listed.
 
-    A file's validator is its hash and that commit: what is pushed in the middle of an epoch changes nothing in it.
+    A file's validator is its hash and that commit: a push in the middle of an epoch changes nothing in it.
     huggingface_hub repeats the requests of a listing; the store's RetryPolicy repeats all others.
     """
 

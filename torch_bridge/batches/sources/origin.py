@@ -45,13 +45,13 @@ class OriginFiles:
             stop,
             on_bytes,
         )
-        # The pieces came one by one: they are of one object only if it is the same still.
+        # The ranges came one by one: they are of one object only if it is still the same.
         found = self._store.head(file.key)
         if found.size != file.size or (file.validator and found.etag and _bare(found.etag) != file.validator):
             part.unlink()
             raise OriginCorruptError(
                 f"{self.name}: {file.key!r} is another file than it was when this epoch was listed ({file.size} bytes, "
-                f"ETag {file.validator or 'none'}; now {found.size}, {found.etag}): the next epoch lists anew; leave "
+                f"ETag {file.validator or 'none'}; now {found.size}, {found.etag}): the next epoch lists again; leave "
                 "the files of a running epoch as they are",
                 {"origin": self.name, "key": file.key, "changed": True},
             )

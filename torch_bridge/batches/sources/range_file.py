@@ -1,4 +1,4 @@
-"""An object of a store as a file that is read: with seeks, over ranges, or forward alone; ranges into a file here."""
+"""An object of a store as a file that is read, with seeks or only forward; and its download by ranges."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch_bridge.core.store import Store
 
 BLOCK_BYTES = 1 << 20
 SMALL_BLOCK_BYTES = 64 << 10
-"""For headers that lie far from each other."""
+"""For headers that are far from each other."""
 _BLOCKS = 8
 PIECE_BYTES = 8 << 20
 PIECES_AT_ONCE = 4
 """Of one file."""
 _LOOK_S = 0.2
-"""Whether a fetch is still wanted is looked at so often."""
+"""Seconds between two checks whether a fetch is still wanted."""
 OnBytes = Callable[[int], None]
 Read = Callable[[int, int], Coroutine[Any, Any, bytes]]
 """Bytes [start, end) of an object, exactly as many, on the loop's thread."""
@@ -70,13 +70,13 @@ class RangeFile(io.RawIOBase):
 
 
 class StreamedFile(io.RawIOBase):
-    """Reads an object from its begin to its end, once."""
+    """Reads an object once, from its beginning to its end."""
 
     def __init__(self, chunks: Iterator[bytes], name: str) -> None:
         self._chunks = chunks
         self._name = name
         self.stop: threading.Event | None = None
-        """Set by others when nobody needs it any more: the next read raises CancelledRequestError."""
+        """If it is set, the next read raises CancelledRequestError."""
         self._left = b""
 
     def readable(self) -> bool:
@@ -103,8 +103,8 @@ class StreamedFile(io.RawIOBase):
 
 
 def fetch_pieces(what: str, size: int, target: Path, read: Read, stop: threading.Event, on_bytes: OnBytes) -> Path:
-    """Bring an object's bytes into `target` with .part behind its name, several ranges at once, behind those that are
-    there. Gives that file, whole; whether it is of one object is the caller's to know.
+    """Download an object into `target` with .part behind its name, several ranges at once, after the bytes that it has.
+    Returns that file. The caller has to check that all bytes are of one version of the object.
 
     Raises what `read` raises, CancelledRequestError if `stop` was set, OSError of the disk.
     """

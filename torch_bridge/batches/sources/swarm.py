@@ -34,7 +34,7 @@ class SwarmFiles:
         return [RemoteFile(entry.filename, entry.size, entry.content_id) for entry in self._shards.manifest().shards]
 
     def fetch(self, file: RemoteFile, target: Path, *, stop: threading.Event, on_bytes: OnBytes) -> Path:
-        """See FileSource. The shard lies where its source keeps it, checked against its content id."""
+        """See FileSource. The shard is where its source keeps it, checked against its content id."""
         done = 0
 
         def progress(now: int, _: int) -> None:
@@ -45,8 +45,8 @@ class SwarmFiles:
         return self._shards.fetch(self._entry(file.key), stop=stop, on_progress=progress).path
 
     def release(self, file: RemoteFile) -> None:
-        """See FileSource. It stays if another consumer of this machine holds it; while the node is away, until the
-        next file is given up.
+        """See FileSource. It stays if another consumer of this machine holds it, and, while the node is away, until
+        the next release.
         """
         later, self._later = self._later, []
         for one in (*later, file):

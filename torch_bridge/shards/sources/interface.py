@@ -46,8 +46,8 @@ class ShardSource(Protocol):
         """
 
     def distrust(self, entry: ShardEntry, why: str) -> bool:
-        """Hash a file again that a reader could not read. A wrong one is set aside, and the next `fetch` brings a new one.
-        Returns False for one with the published bytes, which stays.
+        """Hash a file again that a reader could not read. A wrong one is set aside, and the next `fetch` brings a
+        new one. Returns False for one with the published bytes, which stays.
         """
 
     def on_disk(self, entries: Sequence[ShardEntry]) -> list[ShardEntry]:
