@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
+from node.background import FirstErrorGroup
 from node.cli.console import add_row, bytes_progress, err, examples, fail, out, print_json
 from node.cli.options import ConfigFile, O3Endpoint, OriginKeyFile, S3Endpoint
 from node.cli.pull import DEFAULT_NODE, Node, address_of, selector
@@ -172,7 +173,7 @@ async def _at_nodes(manifest: Manifest, nodes: Sequence[NodeEntry], asked: Addre
         async with slots:
             return [copy async for copy in _at_node(address, manifest)]
 
-    async with asyncio.TaskGroup() as group:
+    async with FirstErrorGroup() as group:
         tasks = [group.create_task(look(one)) for one in nodes]
     return [copy for task in tasks for copy in task.result()]
 

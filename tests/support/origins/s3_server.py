@@ -6,14 +6,15 @@ import asyncio
 import contextlib
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from unittest import mock
 
 from node.cli.demo.s3_server import S3Server, running_s3
 from node.origin.core.credentials import Credentials
 from node.origin.settings import OriginSettings
+from tests.support.daemons import shoal
 
 START_S = 40.0
 
@@ -76,8 +77,6 @@ def settings(server: S3Server, *origins: str) -> OriginSettings:
 
 
 def typed(environment: Mapping[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Type a command line."""
-    command = [sys.executable, "-m", "node", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=50, check=False, env=os.environ | dict(environment)
-    )
+    """Run a command line in this process, with these variables of the environment."""
+    with mock.patch.dict(os.environ, environment):
+        return shoal(*map(str, arguments))
