@@ -59,7 +59,7 @@ class CanIdle(Protocol):
 
 @dataclass(frozen=True)
 class ShardsNetwork:
-    """What the shards of a node need of the packages below, and what others are told of the node."""
+    """What the shards of a node need of the packages below, and the port that it announces."""
 
     torrents: TorrentClient
     directory: ProviderDirectory
@@ -126,7 +126,7 @@ class Shards:
         """Begin to scan the shards folder, and go on with it until the context ends.
 
         Returns at once, whatever there is to hash. `fetch_manifest(provider, digest)` asks a provider that `discovery`
-        found for a manifest, and checks it. `rpc_port` is what others are told of this node. What peers do not give
+        found for a manifest, and checks it. `rpc_port` is announced to others. What peers do not give
         comes from `origin`, if there is one.
         """
         settings = await asyncio.to_thread(_with_folders, settings)
@@ -311,7 +311,7 @@ class Shards:
 
 
 def _with_folders(settings: ShardsSettings) -> ShardsSettings:
-    """Make the two folders; their real paths, so that links out of them can be told."""
+    """Make the two folders; with their real paths, since links that lead out of them are refused."""
     settings.shards_dir.mkdir(parents=True, exist_ok=True)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     return replace(settings, shards_dir=settings.shards_dir.resolve(), data_dir=settings.data_dir.resolve())

@@ -14,7 +14,7 @@ before it returns, on the event loop, so that no reader sees half of one.
     hashing       rejected         invalid          the verifier found it wrong
     seeding       rejected         invalid          the swarm, VERIFY or a second reading found it wrong
     downloading   rejected         invalid          it came as its manifest says, and its structure is wrong
-    absent        fetch_started    downloading      a fetch makes room at the path, and begins
+    absent        fetch_started    downloading      a fetch begins, after it set aside what was at the path
     hashing       fetch_started    downloading      the same, over a file that is not known to be the shard
     invalid       fetch_started    downloading      the same, over a wrong one
     downloading   fetch_finished   seeding          every byte is checked, and it is seeded
@@ -22,7 +22,7 @@ before it returns, on the event loop, so that no reader sees half of one.
     hashing       evicted          absent           this node deleted the file
     seeding       evicted          absent           the same
     invalid       evicted          absent           the same
-    hashing       gone             absent           somebody else deleted or moved it
+    hashing       gone             absent           it was deleted or moved by others
     seeding       gone             absent           the same
     invalid       gone             absent           the same
 
@@ -212,7 +212,7 @@ class Catalog:
         return self._replace("rejected", known, replace(known, state="invalid", error=error, fingerprint=fingerprint))
 
     def fetch_started(self, known: ShardFile | None, path: Path, shard: Shard) -> ShardFile | None:
-        """From now on a fetch writes this file, and nobody else decides what it is."""
+        """From now on a fetch writes this file, and no other part decides what it is."""
         return self._replace("fetch_started", known, ShardFile(path, "downloading", shard.entry.kind, None, shard))
 
     def fetch_finished(self, known: ShardFile, fingerprint: Fingerprint) -> ShardFile | None:
@@ -293,7 +293,7 @@ class Catalog:
         return True
 
     def manifest_released(self, known: LocalManifest) -> bool:
-        """The folder has this manifest no longer. False if it was replaced or released meanwhile."""
+        """The folder does not have this manifest any more. False if it was replaced or released meanwhile."""
         if self._folders.get(known.folder) is not known:
             return False
         self._release_folder(known)

@@ -34,16 +34,16 @@ class DiskSpace:
         self._min_free = min_free
         self._free = free
         self._open: dict[Path, int] = {}
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
     @asynccontextmanager
     async def reserved(self, path: Path, size: int) -> AsyncIterator[None]:
-        """Hold room for `size` bytes, to come to `path` or its part files, for the length of the block.
+        """Reserve `size` bytes for `path` and its part files, for the length of the block.
 
         What an earlier try left on the disk is not counted again. Raises InsufficientDiskError if the rest does not
         fit beside what other downloads were promised and what the node keeps free.
         """
-        async with self._turn:
+        async with self._lock:
             free, needed, promised = await asyncio.to_thread(self._count, path, size, dict(self._open))
             if needed > 0 and free - promised - needed < self._min_free:
                 raise InsufficientDiskError(

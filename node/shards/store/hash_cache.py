@@ -166,7 +166,7 @@ def _open(path: Path) -> sqlite3.Connection:
 
 
 def _believed(size: int, content_id: bytes, piece_layer: bytes) -> ContentHash | None:
-    """The row, if its piece layer leads to its content id (BEP 52): a wrong one would seed what nobody can check."""
+    """The row, if its piece layer leads to its content id (BEP 52): a wrong one would seed what no peer can check."""
     if len(content_id) != 32 or not is_piece_layer(piece_layer, size, content_id.hex()):
         return None
     return ContentHash(size, ContentId(content_id.hex()), piece_layer)

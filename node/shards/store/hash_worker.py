@@ -80,12 +80,12 @@ Answer = Advance | Done | Changed | Refused | Unreadable
 def do(job: Job, answers: BinaryIO) -> Answer:
     """Do one job; `Advance` goes straight to `answers`, the last answer is returned."""
     path = Path(os.fsdecode(job.path))
-    told = time.monotonic()
+    reported_at = time.monotonic()
 
     def advance(bytes_done: int) -> None:
-        nonlocal told
-        if time.monotonic() - told >= job.progress_s:
-            told = time.monotonic()
+        nonlocal reported_at
+        if time.monotonic() - reported_at >= job.progress_s:
+            reported_at = time.monotonic()
             write_frame(answers, msgspec.msgpack.encode(Advance(bytes_done)))
 
     try:

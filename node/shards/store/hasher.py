@@ -49,7 +49,7 @@ class Hasher:
         self._progress_s = progress_s
         """How often a job tells how far it is."""
         self._process: asyncio.subprocess.Process | None = None
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._closed = False
         self.hashed_bytes = 0
         """Of files hashed since the start."""
@@ -86,7 +86,7 @@ class Hasher:
         await self._stop()
 
     async def _run(self, job: Job, progress: Callable[[int], None] | None) -> Done:
-        async with self._turn:
+        async with self._lock:
             for attempt in (1, 2):
                 try:
                     answer = await self._ask(job, progress)
@@ -150,7 +150,7 @@ class Hasher:
             return
         if process.stdin is not None:
             process.stdin.close()
-        if process.returncode is None and self._turn.locked():
+        if process.returncode is None and self._lock.locked():
             process.kill()
         try:
             async with asyncio.timeout(_STOP_S):

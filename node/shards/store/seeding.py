@@ -33,11 +33,11 @@ class Seeding:
         self._swarm = swarm
         self._cache = cache
         self._copies: dict[InfoHash, dict[Path, Seed]] = {}
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
     async def start(self, seed: Seed, piece_layer: bytes) -> None:
         """Seed a good file. Raises ShoalError if the swarm refuses it."""
-        async with self._turn:
+        async with self._lock:
             copies = self._copies.setdefault(seed.torrent.info_hash, {})
             if not copies:
                 await self._swarm.seed(seed.torrent, seed.path, piece_layer)
@@ -48,11 +48,11 @@ class Seeding:
         self._copies.setdefault(seed.torrent.info_hash, {})[seed.path] = seed
 
     async def stop(self, file: ShardFile | Seed) -> None:
-        """Seed this file no longer; a copy of it takes over. Does nothing if it is not seeded, or was replaced."""
+        """Stop to seed this file; a copy of it takes over. Does nothing if it is not seeded, or was replaced."""
         if file.torrent is None:
             return
         info_hash = file.torrent.info_hash
-        async with self._turn:
+        async with self._lock:
             copies = self._copies.get(info_hash, {})
             seeded = copies.get(file.path)
             if seeded is None or seeded.fingerprint != file.fingerprint:

@@ -177,7 +177,7 @@ class Verifier:
         await self._seeding.stop(file)
 
     async def prune(self, root: Path, present: set[Path]) -> None:
-        """Forget the hashes of files under `root` that are no longer there."""
+        """Forget the hashes of files under `root` that are not there any more."""
         await asyncio.to_thread(self._cache.keep_only, root, present)
 
 
