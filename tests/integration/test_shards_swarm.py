@@ -128,7 +128,7 @@ async def test_a_downloader_killed_in_the_middle_goes_on(tmp_path: Path) -> None
     size = 32_000_000
     write_model(tmp_path / "a" / "shards" / "tiny", n_shards=1, size=size)
     network: Network = {}
-    async with open_node(tmp_path / "a", network, upload_limit=16_000_000) as a:
+    async with open_node(tmp_path / "a", network, upload_limit=12_000_000) as a:
         await a.shards.settled()
         (signed,) = a.shards.manifests()
         (tmp_path / "signed.json").write_bytes(msgspec.json.encode(signed))
@@ -188,7 +188,7 @@ async def test_a_seed_whose_file_was_changed_is_noticed_and_withdrawn(tmp_path: 
     network: Network = {}
     async with (
         open_node(tmp_path / "a", network) as a,
-        open_node(tmp_path / "b", network, bootstrap=(a,), restart_s=1.5, stall_timeout_s=3.0) as b,
+        open_node(tmp_path / "b", network, bootstrap=(a,), restart_s=1.0, stall_timeout_s=2.0) as b,
     ):
         await a.shards.settled()
         path = a.shards_dir / "tiny" / "shard-0.gguf"

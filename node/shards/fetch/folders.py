@@ -45,17 +45,17 @@ class ManifestFolders:
         prepare = partial(prepare_folder, self._shards_dir, shard.signed, self._catalog.folders())
         # The catalog has the folder also if the fetch is cancelled meanwhile, so that `remove_unused` finds it. If the
         # scanner was quicker, the catalog has it already.
-        held = await to_the_end_then(prepare, lambda held: self._catalog.manifest_held(None, held))
-        return held.folder
+        local = await to_the_end_then(prepare, lambda local: self._catalog.manifest_held(None, local))
+        return local.folder
 
     async def remove_unused(self, digest: ManifestDigest, is_used: Callable[[], bool]) -> None:
         """Remove the folder of a fetched manifest if nothing else is in it and no fetch is about to use it."""
         async with self._lock:
             folder = self._catalog.folder_of(digest)
-            held = self._catalog.manifest_in(folder) if folder else None
-            if held and held.fetched and not is_used():
-                await to_the_end_then(partial(remove_if_empty, held.folder), partial(self._removed, held))
+            local = self._catalog.manifest_in(folder) if folder else None
+            if local and local.fetched and not is_used():
+                await to_the_end_then(partial(remove_if_empty, local.folder), partial(self._removed, local))
 
-    def _removed(self, held: LocalManifest, is_gone: bool) -> None:
+    def _removed(self, local: LocalManifest, is_gone: bool) -> None:
         if is_gone:
-            self._catalog.manifest_released(held)
+            self._catalog.manifest_released(local)

@@ -25,9 +25,7 @@ async def test_what_goes_on_in_the_background_is_bounded(tmp_path: Path) -> None
         await asyncio.sleep(0)  # they have begun
         rules = PathRules(tmp_path / "data", tmp_path / "shards", loopback=True)
         nothing = cast(Any, None)
-        handlers = PublishHandlers(
-            nothing, SigningKey.generate(), rules, (), nothing, background, asyncio.Semaphore(1)
-        )  # fmt: skip
+        handlers = PublishHandlers(nothing, SigningKey.generate(), rules, (), nothing, background, asyncio.Semaphore(1))
         with pytest.raises(BusyError, match="background"):
             await handlers.publish(PublishParams(path=str(file), wait=False), nothing)
         assert background.requests == MAX_BACKGROUND
