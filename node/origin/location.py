@@ -62,7 +62,7 @@ class OriginLocation:
             yield await self.store()
         finally:
             self._readers -= 1
-            if self._retired and self.idle:
+            if self._retired and self.is_idle:
                 await self.close()
 
     async def store(self) -> ObjectStore:
@@ -79,7 +79,7 @@ class OriginLocation:
         return self._store
 
     @property
-    def idle(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether nothing is read from it at the moment."""
         return not self._readers
 

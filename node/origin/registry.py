@@ -201,8 +201,8 @@ class OriginRegistry:
 
     async def _tidy(self) -> None:
         """Close the retired locations that are not read from any more."""
-        idle = [location for location in self._retired if location.idle]
-        self._retired = [location for location in self._retired if not location.idle]
+        idle = [location for location in self._retired if location.is_idle]
+        self._retired = [location for location in self._retired if not location.is_idle]
         for location in idle:
             await location.close()
 

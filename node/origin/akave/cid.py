@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable
 
 BLOCK_BYTES = 1_000_000
 BLOCKS_PER_CHUNK = 32
@@ -76,14 +75,6 @@ class RootCid:
         else:
             self._chunks.append((_cid(*_node(_FILE, self._blocks)), sum(size for _, size in self._blocks)))
         self._blocks = []
-
-
-def root_cid_of(parts: Iterable[bytes | bytearray | memoryview]) -> str:
-    """The root CID of the concatenation of the parts."""
-    root = RootCid()
-    for part in parts:
-        root.update(part)
-    return root.text()
 
 
 def same_cid(one: str, other: str) -> bool:

@@ -1,4 +1,4 @@
-"""The native Akave store, over the labelled stand-in of the SDK (tests/akavesdk_standin)."""
+"""The native Akave store, over the labelled stand-in of the SDK (tests/support/akavesdk_standin)."""
 
 import asyncio
 import functools
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from node.origin.akave.cid import CHUNK_BYTES, root_cid_of
+from node.origin.akave.cid import CHUNK_BYTES
 from node.origin.akave.sdk import FIXED_NODE
 from node.origin.akave.store import open_akave_store
 from node.origin.core.credentials import Credentials, Secret
@@ -34,6 +34,7 @@ from protocol.errors import (
     OriginUnavailableError,
 )
 from tests.support.origins.akave_parts import BUCKET, NODE, PRIVATE_KEY, akave_store, loaded, settings, standin_network
+from tests.support.origins.root_cid import root_cid_of
 from tests.support.waiting import eventually
 
 SMALL = random.Random(1).randbytes(5000)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from node.origin.akave.cid import BLOCK_BYTES, CHUNK_BYTES, RootCid, root_cid_of, same_cid
+from node.origin.akave.cid import BLOCK_BYTES, CHUNK_BYTES, RootCid, same_cid
+from tests.support.origins.root_cid import root_cid_of
 
 # random.Random(size).randbytes(size) -> root CID
 FROM_THE_SDK = {

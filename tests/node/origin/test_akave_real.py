@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from node.origin.akave.cid import BLOCK_BYTES, CHUNK_BYTES, root_cid_of, same_cid
+from node.origin.akave.cid import BLOCK_BYTES, CHUNK_BYTES, same_cid
 from protocol.errors import OriginExistsError, OriginNotFoundError, OriginUnavailableError
 from tests.support.origins.akave_local_node import World, local_akave
 from tests.support.origins.akave_parts import STANDIN, akave_store, loaded
+from tests.support.origins.root_cid import root_cid_of
 
 # The SDK, web3 and protobuf warn of their own old age; with filterwarnings = error that would be a failure.
 pytestmark = [pytest.mark.akavesdk, pytest.mark.filterwarnings("ignore")]

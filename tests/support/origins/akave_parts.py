@@ -1,4 +1,4 @@
-"""The labelled stand-in of the akavesdk (tests/akavesdk_standin), put where the real one would be."""
+"""The labelled stand-in of the akavesdk (tests/support/akavesdk_standin), in place of the real one."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from akave_network import CHUNK, File
 
-from node.origin.akave.cid import root_cid_of
+from tests.support.origins.root_cid import root_cid_of
 
 
 class SDKError(Exception):
