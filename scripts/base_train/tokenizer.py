@@ -15,5 +15,5 @@ def tokenise(texts: list[str]) -> list[NDArray[np.uint8]]:
 
 
 def text_of(tokens: list[int]) -> str:
-    """The text again; what is no UTF-8 is marked, BOS left out."""
+    """The text again; what is not UTF-8 is marked, BOS left out."""
     return bytes(token for token in tokens if token != BOS).decode("utf-8", "replace")
