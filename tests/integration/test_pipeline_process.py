@@ -41,7 +41,7 @@ from tests.support.pipeline.nodes import (
 from tests.support.waiting import OwnPauses
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-LONG = "Once upon a time, in a land far away, there lived a curious fox who counted every star. " * 3
+LONG = "Once upon a time, in a land far away, there lived a curious fox who counted every star. " * 2
 
 
 @pytest.fixture(scope="module")

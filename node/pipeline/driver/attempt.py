@@ -163,7 +163,7 @@ class Attempt:
         params = TokenizeParams(model=self._request.model, prompt=self._request.prompt, messages=self._request.messages)
         return (await self._call(0, "TOKENIZE", params, TokenizeResult)).tokens
 
-    async def start(self, n_positions: int, prompt: bytes, drawn: Sequence[int]) -> None:
+    async def start(self, n_positions: int, prompt: bytes, sampled: Sequence[int]) -> None:
         """Open the session on every stage, then start it on every stage, on the first one last."""
         stages, request = self._plan.stages, self._request
         key = secrets.token_bytes(32)
@@ -191,8 +191,8 @@ class Attempt:
                 stage=number,
                 next_ticket=tickets[(number + 1) % len(stages)],
                 tokens=prompt if number == 0 else b"",
-                replay=np.asarray(drawn, "<i4").tobytes() if number == 0 else b"",
-                max_tokens=request.max_tokens - len(drawn),
+                replay=np.asarray(sampled, "<i4").tobytes() if number == 0 else b"",
+                max_tokens=request.max_tokens - len(sampled),
             )
             await self._call(number, "START_SESSION", params, Empty)
 

@@ -90,7 +90,7 @@ class Engine:
         return shard.info
 
     def unload(self, shard_id: int) -> None:
-        """Free a shard. Sequences stay open; what they cached in it is gone."""
+        """Free a shard, and the KV caches in it. Sequences stay open."""
         shard = self._shard(shard_id)
         vocabulary = self._vocabularies.pop(shard_id, None)
         if vocabulary is not None:

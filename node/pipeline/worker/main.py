@@ -167,7 +167,7 @@ def _end_with_parent(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        sys.exit("the daemon that started this engine process is gone")
+        sys.exit("the daemon that started this engine process has ended")
 
 
 if __name__ == "__main__":
