@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import stat
-import tempfile
 import threading
 import time
 import weakref
@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import BinaryIO, Literal
 
 from protocol.errors import CancelledRequestError
 
@@ -57,18 +57,16 @@ def invalid_path(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_file(path: Path, durability: Durability = "process", *, mode: int = 0o644) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, durability: Durability = "process", *, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Open a new file that takes the name `path` if the block ends well, and is removed if it does not.
 
-    `mode` is the permission of the new file. Raises OSError.
+    `mode` is the permission of the new file, less the process's umask. Raises OSError.
     """
-    fd, name = tempfile.mkstemp(prefix=f".{path.name[:100]}-", suffix=TEMPORARY_SUFFIX, dir=path.parent)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name[:60]}-{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(fd, "wb") as file:
-            yield cast(BinaryIO, file)
-            file.flush()
-            os.fchmod(file.fileno(), mode)
+            yield file
         replace_file(temporary, path, durability)
     except BaseException:
         with suppress(FileNotFoundError):
@@ -76,7 +74,7 @@ def atomic_file(path: Path, durability: Durability = "process", *, mode: int = 0
         raise
 
 
-def atomic_write(path: Path, data: bytes | str, durability: Durability = "process", *, mode: int = 0o644) -> None:
+def atomic_write(path: Path, data: bytes | str, durability: Durability = "process", *, mode: int = 0o666) -> None:
     """Replace the file at `path` by one that holds `data`; text is written as UTF-8. Raises OSError."""
     with atomic_file(path, durability, mode=mode) as file:
         file.write(data.encode() if isinstance(data, str) else data)

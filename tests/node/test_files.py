@@ -165,3 +165,12 @@ def test_a_folder_can_be_locked_and_nothing_is_written_into_it(tmp_path: Path) -
     assert second.try_acquire()
     second.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_file_has_the_permissions_that_the_umask_leaves(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        atomic_write(tmp_path / "new", b"bytes")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640

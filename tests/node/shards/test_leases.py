@@ -179,4 +179,4 @@ class LeasesOverTime(RuleBasedStateMachine):
 
 
 TestLeasesOverTime = LeasesOverTime.TestCase
-TestLeasesOverTime.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestLeasesOverTime.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -21,7 +21,7 @@ def node(number: int) -> NodeId:
     return NodeId(hashlib.sha256(f"node {number}".encode()).hexdigest())
 
 
-nodes = st.sets(st.integers(0, 10_000), min_size=1, max_size=6).map(lambda found: {node(n) for n in found})
+nodes = st.sets(st.integers(0, 10_000), min_size=1, max_size=12).map(lambda found: {node(n) for n in found})
 
 
 def assignment_of(own: NodeId, blocks: int) -> BlockAssignment:
@@ -36,7 +36,7 @@ def assignments(of: set[NodeId], blocks: int) -> dict[NodeId, BlockAssignment]:
     return found
 
 
-@given(nodes, st.integers(1, 40))
+@given(nodes, st.integers(1, 80))
 def test_every_block_has_exactly_one_owner(of: set[NodeId], blocks: int) -> None:
     taken = [block for assignment in assignments(of, blocks).values() for block in assignment.own_blocks()]
     assert sorted(taken) == list(range(blocks))
@@ -59,7 +59,7 @@ def test_the_blocks_of_a_lost_node_spread_over_the_others() -> None:
     assert all(heirs.count(node(n)) > 5 for n in range(1, 5))
 
 
-@given(nodes, st.integers(1, 40))
+@given(nodes, st.integers(1, 80))
 def test_a_node_begins_with_what_it_wins_of_most_others(of: set[NodeId], blocks: int) -> None:
     for own, assignment in assignments(of, blocks).items():
         alone = assignment_of(own, blocks)
