@@ -1,4 +1,4 @@
-"""O3Client over the labelled stand-in of the akavesdk (tests/support/akavesdk_standin); buckets; what torch_bridge exports."""
+"""O3Client over the stand-in of the akavesdk (tests/support/akavesdk_standin); buckets; what torch_bridge exports."""
 
 from __future__ import annotations
 
