@@ -126,7 +126,7 @@ def parse_commit_key(key: str) -> CommitKey | None:
 def encode_commit(commit: Commit, key: SigningKey, min_bytes: int) -> tuple[str, str, bytes]:
     """The commit object's name, its digest and its bytes: with spaces up to `min_bytes`, a store's least size.
 
-    Raises InvalidParamsError where it is above MAX_COMMIT_BYTES.
+    Raises InvalidParamsError if it is above MAX_COMMIT_BYTES.
     """
     body = msgspec.json.encode(
         _Body(

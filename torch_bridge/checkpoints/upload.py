@@ -67,7 +67,7 @@ def take_snapshot(
 def _copied(tensor: torch.Tensor, spare: torch.Tensor | None) -> torch.Tensor:
     if spare is not None and (spare.shape, spare.dtype) == (tensor.shape, tensor.dtype):
         return spare.copy_(tensor.detach())
-    # Contiguous, so that its memory goes to the origin as it lies.
+    # Contiguous, so that its memory can be sent as it is.
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 

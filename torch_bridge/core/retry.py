@@ -101,7 +101,7 @@ class RetryPolicy:
             with attempt:
                 tries, count = tries + 1, count + 1
                 return await call(count)
-        raise AssertionError("stamina goes on until a try succeeds or its error is raised")
+        raise AssertionError("stamina continues until a try succeeds or its error is raised")
 
 
 def may_pass(error: Exception) -> bool:

@@ -221,7 +221,7 @@ class ChunkCache:
     def _warn(self, error: OSError) -> None:
         if not self._warned:
             self._warned = True
-            _log.warning("the cache in %s cannot be used (%s): reads go on without it", self.folder, error)
+            _log.warning("the cache in %s cannot be used (%s): reads continue without it", self.folder, error)
 
     def _discard(self, name: str) -> None:
         with self._guarded(), self._locked() as lock, suppress(FileNotFoundError):

@@ -169,8 +169,8 @@ class RangeReader:
     def _name(self, item: ListedObject, index: int) -> str:
         """The name of a chunk's file, of the origin, the object, its version and the size of chunks."""
         if (known := self._names.get(item.key)) is None:
-            told = repr((self.store.url, item.key, item.etag, item.size, self.chunk_bytes)).encode()
-            known = self._names[item.key] = hashlib.blake2b(told, digest_size=16).hexdigest()
+            identity = repr((self.store.url, item.key, item.etag, item.size, self.chunk_bytes)).encode()
+            known = self._names[item.key] = hashlib.blake2b(identity, digest_size=16).hexdigest()
         return f"{known}-{index}"
 
     def _fill(self, missing: dict[str, _Chunk], fill: Callable[[str, bytes], None]) -> None:

@@ -186,7 +186,7 @@ def _common(some: range, others: range) -> list[int]:
 
 
 def open_at_once(spans: Sequence[ShardSpan]) -> int:
-    """The most shards whose spans a batch lies in."""
+    """The most shards that one batch is in the spans of."""
     turns = sorted([(span.first, 1) for span in spans] + [(span.last + 1, -1) for span in spans])
     return max(accumulate((turn for _, turn in turns), initial=0))
 

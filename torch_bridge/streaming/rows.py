@@ -1,4 +1,4 @@
-"""Rows of a parquet file by their number, reading only the columns and row groups that they lie in."""
+"""Rows of a parquet file by their number, reading only the columns and row groups that have them."""
 
 from __future__ import annotations
 

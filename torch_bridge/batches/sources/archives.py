@@ -97,7 +97,7 @@ class ArchiveFiles:
             if rows is None:
                 rows = [list(row) for row in self._members(key, kind, info.size)]
                 write_json(note, rows)
-            # Where a plain tar's member lies is in its validator, beside the archive's version.
+            # The validator holds the offset of a plain tar's member, beside the archive's version.
             for name, size, mark in rows:
                 if size > 0 and (not self._suffixes or name.endswith(self._suffixes)):
                     found.append(RemoteFile(f"{key}{INSIDE}{name}", size, f"{mark}@{version.identity}"))
@@ -122,7 +122,7 @@ class ArchiveFiles:
         """See FileSource."""
 
     def read(self, key: str) -> bytes:
-        """See FileSource; a key without an archive's name lies beside the archives."""
+        """See FileSource; a key without an archive's name is beside the archives."""
         return OriginFiles(self._store).read(key)
 
     def _split(self, key: str) -> tuple[str, str]:

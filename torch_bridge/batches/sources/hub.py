@@ -51,7 +51,7 @@ class HubFiles:
         ]
 
     def fetch(self, file: RemoteFile, target: Path, *, stop: threading.Event, on_bytes: OnBytes) -> Path:
-        """See FileSource. Several ranges at once, of the commit in the validator; goes on with what is there."""
+        """See FileSource. Several ranges at once, of the commit in the validator; continues an earlier fetch."""
         commit = file.validator.partition("@")[2]
 
         async def read(start: int, end: int) -> bytes:

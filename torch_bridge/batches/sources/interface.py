@@ -31,7 +31,7 @@ class FileSource(Protocol):
 
     def fetch(self, file: RemoteFile, target: Path, *, stop: threading.Event, on_bytes: OnBytes) -> Path:
         """Bring a file here. Returns where it is: at `target`, or where the source itself keeps it. It is complete or
-        absent; `target` with `.part` behind its name is what a fetch that was broken off may go on with.
+        absent; `target` with `.part` behind its name holds the bytes of an interrupted fetch, to be continued.
 
         Raises OriginNotFoundError if it has vanished, OriginCorruptError if it is another one than was listed,
         CancelledRequestError if `stop` was set, OSError of the disk, or another OriginError.

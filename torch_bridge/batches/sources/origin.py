@@ -36,7 +36,7 @@ class OriginFiles:
         ]
 
     def fetch(self, file: RemoteFile, target: Path, *, stop: threading.Event, on_bytes: OnBytes) -> Path:
-        """See FileSource. Several ranges at once; goes on with what an earlier fetch has left."""
+        """See FileSource. Several ranges at once; continues an earlier fetch."""
         part = fetch_pieces(
             f"{self.name}: {file.key!r}",
             file.size,

@@ -102,7 +102,7 @@ class CheckpointIndex(msgspec.Struct, frozen=True):
 
 
 def index_folder(checkpoint_id: str) -> str:
-    """Where the indices of a checkpoint lie. Raises InvalidParamsError for a name that not every store takes."""
+    """The folder of the indices of a checkpoint. Raises InvalidParamsError for a name that not every store takes."""
     parts = checkpoint_id.split("/")
     if not all(_COMPONENT.fullmatch(part) and part.strip(".") for part in parts):
         raise InvalidParamsError(
@@ -113,7 +113,7 @@ def index_folder(checkpoint_id: str) -> str:
 
 
 def parse_index_key(key: str, folder: str) -> IndexKey | None:
-    """Read the name of an index that lies in `folder` itself; None for anything else."""
+    """Read the name of an index in `folder` itself; None for anything else."""
     found = _STAMPED.fullmatch(key.removeprefix(folder))
     return IndexKey(int(found[1]), ContentId(found[2]), key) if found else None
 
