@@ -83,9 +83,14 @@ class Module:
         return ast.parse(self.text)
 
     @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """All of the tree, in the order of ast.walk."""
+        return list(ast.walk(self.tree))
+
+    @cached_property
     def classes(self) -> list[ast.ClassDef]:
         """All classes of the module, those in functions and other classes too."""
-        return [node for node in ast.walk(self.tree) if isinstance(node, ast.ClassDef)]
+        return [node for node in self.nodes if isinstance(node, ast.ClassDef)] if "class " in self.text else []
 
     @property
     def public_classes(self) -> list[ast.ClassDef]:
@@ -137,7 +142,7 @@ class Project:
         return {name: set(self._imports(module)) - {name} for name, module in self.modules.items()}
 
     def _imports(self, module: Module) -> Iterator[str]:
-        for node in ast.walk(module.tree):
+        for node in module.nodes:
             if isinstance(node, ast.Import):
                 yield from (alias.name for alias in node.names if alias.name in self.modules)
             elif isinstance(node, ast.ImportFrom) and node.module:
@@ -403,8 +408,8 @@ def renames(project: Project) -> Iterator[Violation]:
     for module in [*project.modules.values(), *project.programs]:
         if module.name in RENAMES:
             continue
-        awaited = {id(node.value) for node in ast.walk(module.tree) if isinstance(node, ast.Await)}
-        for node in ast.walk(module.tree):
+        awaited = {id(node.value) for node in module.nodes if isinstance(node, ast.Await)}
+        for node in module.nodes:
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or id(node) in awaited:
                 continue
             if node.func.attr not in ("replace", "rename") or _name(node.func.value) == "dataclasses":
@@ -457,8 +462,9 @@ def _circle(graph: dict[str, list[str]]) -> list[str]:
 def words(project: Project) -> Iterator[Violation]:
     """Words of scripts/tools/word_list.txt stand in no code and on no page; tests are left out."""
     for path, text in project.prose.items():
-        for number, line in enumerate(text.splitlines(), 1):
-            for pattern, instead in project.words:
+        found = [(pattern, instead) for pattern, instead in project.words if pattern.search(text)]
+        for number, line in enumerate(text.splitlines() if found else [], 1):
+            for pattern, instead in found:
                 if match := pattern.search(line):
                     yield Violation(f"{path}:{number}", "word", f"{match[0]!r}", f"write {instead}")
 
