@@ -95,7 +95,7 @@ def test_a_stream_that_the_parent_began_is_refused_in_the_child_and_goes_on_in_t
     first = next(stream)
 
     def child() -> str:
-        with pytest.raises(RuntimeError, match="another process"):
+        with pytest.raises(RuntimeError, match="process that this one was forked from"):
             list(stream)
         return read_in_every_way(bucket)
 
