@@ -144,7 +144,7 @@ def test_two_iterations_at_once_are_refused_in_words(server: S3Server, tmp_path:
     data = numbers(source_at(server, tmp_path))
     first, second = iter(data), iter(data)
     next(first)
-    with pytest.raises(ShardInUseError, match="let go of its iterator"):
+    with pytest.raises(ShardInUseError, match="delete its iterator"):
         next(second)
     first.close()  # type: ignore[attr-defined]
     assert sorted(flat(ids(data))) == ALL
