@@ -47,6 +47,9 @@ class Download:
         self._clock = clock
         self._watchdog = Watchdog(settings.stall_s, clock.now())
         self._handle: Handle | None = None
+        """To use; None while the torrent is added or restarted."""
+        self._in_session: Handle | None = None
+        """To take out at the end, at whatever step that comes."""
         self._have: set[int] = set()
         self._status: TorrentStatus | None = None
         self._peers: dict[PeerAddress, None] = {}  # in the order in which they became known
@@ -232,6 +235,7 @@ class Download:
             have=have,
             exchange_peers=not self._watchdog.careful,
         )
+        self._in_session = handle
         self._status = status = await handle.status()
         self._have = {index for index, has in enumerate(status.pieces or ()) if has}
         self._handle = handle
@@ -262,6 +266,7 @@ class Download:
             resume = await handle.resume_data()
         self._layer.is_new_to_session = False
         await self._session.remove(handle)
+        self._in_session = None
         self._offers.answer_all(kept=False)
         self._watchdog.restarted(self._clock.now())
         await self._add(resume, have=have)
@@ -280,8 +285,9 @@ class Download:
     async def _leave(self, *, clean: bool) -> None:
         """Take the torrent out. After a clean stop, what was received is continued without a check."""
         self._ready.clear()  # `run` sets it: a caller that gives a piece meanwhile gets the download's own error
-        handle, self._handle = self._handle, None
-        if handle:
+        self._handle = None
+        if handle := self._in_session:
+            self._in_session = None
             resume = await handle.resume_data(self._settings.stop_timeout_s) if clean else b""
             await self._session.remove(handle)
             with contextlib.suppress(OSError):

@@ -318,6 +318,41 @@ async def test_a_download_that_is_cancelled_at_once_is_gone(tmp_path: Path):
         await again.verified()
 
 
+@pytest.mark.parametrize("step", ["status", "resume_data"])
+async def test_a_download_that_is_cancelled_at_any_step_leaves_no_torrent_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+):
+    """`status` is asked for when the torrent was just added, `resume_data` when the download is restarted."""
+    source = source_of(tmp_path, 1_000_000)
+    reached = asyncio.Event()
+    real = getattr(Handle, step)
+
+    async def held_open(handle: Handle, *args: float) -> object:
+        if not reached.is_set():
+            reached.set()
+            await asyncio.sleep(30)
+        return await real(handle, *args)
+
+    async with node(tmp_path) as swarm:
+        monkeypatch.setattr(Handle, step, held_open)
+        path = tmp_path / "here" / source.path.name
+        path.parent.mkdir()
+        download = await swarm.download(source.torrent, path)
+        if step == "resume_data":
+            await download.ready()
+            assert download._handle is not None
+            restarting = asyncio.create_task(download._restart(download._handle))
+            await reached.wait()
+            restarting.cancel()
+        await asyncio.wait_for(reached.wait(), 10)
+        await download.cancel(delete=True)
+        assert swarm.stats().torrents == 0
+        again = await swarm.download(source.torrent, path, source.hashed.piece_layer)
+        for piece in again.missing_pieces():
+            assert await again.add_piece(piece.index, source.piece(piece.index))
+        await again.verified()
+
+
 async def test_who_gives_a_piece_while_a_failed_download_is_taken_out_hears_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
