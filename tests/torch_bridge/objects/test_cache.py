@@ -152,7 +152,7 @@ def write_and_read(folder: Path, seed: int) -> int:
     """Chunks by chance, until it is killed or done; AssertionError for one that is not whole."""
     cache, chance = ChunkCache(folder, 6 * COST), random.Random(seed)
     found = 0
-    for _ in range(150):
+    for _ in range(300):
         name = f"a-{chance.randrange(20)}"
         if (data := read(cache, name)) is None:
             for claim in cache.claim({name: CHUNK}):

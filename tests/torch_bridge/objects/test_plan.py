@@ -1,4 +1,4 @@
-"""What needs no disk: chunk_slices of ranges, runs of chunks, what leaves the cache, sizes in words."""
+"""What needs no disk: slices of ranges, runs of chunks, what leaves the cache, sizes in words."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from torch_bridge.streaming.order import EpochOrder, OrderSettings
 
 orders = st.builds(
     EpochOrder,
-    st.lists(st.integers(0, 50), max_size=6).map(tuple),
+    st.lists(st.integers(0, 90), max_size=6).map(tuple),
     st.builds(
         OrderSettings,
         batch_size=st.integers(1, 9),
