@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -13,7 +15,28 @@ from node.clock import Clock
 _PAUSE_S = 0.001
 """Of real time before each step: threads and sockets get on."""
 _LONGEST_STEP_S = 0.25
-"""What a thread works on for longer than a pause is not overtaken by much."""
+_THREADS_WAIT_S = 0.5
+"""Of real time: so long a step waits for the threads of the loop, which do not follow this clock."""
+
+
+class _CountingExecutor(ThreadPoolExecutor):
+    """Counts what it was given and has not ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+        self.busy = 0
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        with self._lock:
+            self.busy += 1
+        future = super().submit(fn, *args, **kwargs)
+        future.add_done_callback(self._ended)
+        return future
+
+    def _ended(self, _: Future[Any]) -> None:
+        with self._lock:
+            self.busy -= 1
 
 
 class MovedClock(Clock):
@@ -24,6 +47,7 @@ class MovedClock(Clock):
         self._wall_offset = time.time() - self._now
         self._sleepers: list[tuple[float, asyncio.Future[None]]] = []
         self._timeouts: list[tuple[float, asyncio.Timeout]] = []
+        self._threads: _CountingExecutor | None = None
 
     def now(self) -> float:
         return self._now
@@ -78,7 +102,7 @@ class MovedClock(Clock):
 
     async def _step(self, end: float) -> None:
         """Go to the next moment at which something is due, at the latest to `end`."""
-        await asyncio.sleep(_PAUSE_S)
+        await self._let_others_work()
         due = [when for when, _ in (*self._sleepers, *self._timeouts) if when > self._now]
         self._now = min([*due, end, self._now + _LONGEST_STEP_S])
         for when, sleeping in self._sleepers:
@@ -89,6 +113,18 @@ class MovedClock(Clock):
                 with suppress(RuntimeError):  # it has ended
                     timeout.reschedule(asyncio.get_running_loop().time())
         self._timeouts = [(when, timeout) for when, timeout in self._timeouts if when > self._now]
+
+    async def _let_others_work(self) -> None:
+        """Give tasks and sockets a moment, and threads the time that they need, within a bound."""
+        if self._threads is None:
+            self._threads = _CountingExecutor()
+            asyncio.get_running_loop().set_default_executor(self._threads)
+        await asyncio.sleep(_PAUSE_S)
+        give_up_at = time.monotonic() + _THREADS_WAIT_S
+        while self._threads.busy and time.monotonic() < give_up_at:
+            await asyncio.sleep(_PAUSE_S)
+            if not self._threads.busy:
+                await asyncio.sleep(_PAUSE_S)  # what waited for the thread goes on, perhaps with the next
 
 
 class LeapingClock(Clock):
