@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import os
+from collections.abc import Iterable, Mapping
 from typing import Annotated
 
 import typer
 
-from node.cli import check_o3, demo, publish, pull, remote, serve, split, verify
 from node.cli.console import examples, fail
 from node.config import ConfigError
 from protocol.errors import ShoalError
@@ -23,27 +24,20 @@ EPILOG = (
         'shoal generate 127.0.0.1:7400 --prompt "Why is the sky blue?"',
     )
 )
-app = typer.Typer(
-    name=PROGRAM,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # its boxes leave a third of an 80-column line for the text
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Shoal: puts model and data shards onto machines peer to peer, and runs models across them.",
-    epilog=EPILOG,
-)
-app.command("serve", epilog=serve.EPILOG)(serve.serve)
-app.command("split", epilog=split.EXAMPLES)(split.split)
-app.command("publish", epilog=publish.EXAMPLES)(publish.publish)
-app.command("pull", epilog=pull.EXAMPLES)(pull.pull)
-app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
-app.command("call", epilog=remote.CALL_EXAMPLES)(remote.call)
-app.command("nodes", epilog=remote.NODES_EXAMPLES)(remote.nodes)
-app.command("status", epilog=remote.STATUS_EXAMPLES)(remote.status)
-app.command("generate", epilog=remote.GENERATE_EXAMPLES)(remote.generate)
-app.command("check-o3", epilog=check_o3.EXAMPLES)(check_o3.check_o3)
-app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
-
-_COMMANDS = tuple(command.name for command in app.registered_commands if command.name)
+_COMMANDS: Mapping[str, tuple[str, str]] = {
+    "serve": ("node.cli.serve", "EPILOG"),
+    "split": ("node.cli.split", "EXAMPLES"),
+    "publish": ("node.cli.publish", "EXAMPLES"),
+    "pull": ("node.cli.pull", "EXAMPLES"),
+    "verify": ("node.cli.verify", "EXAMPLES"),
+    "call": ("node.cli.remote", "CALL_EXAMPLES"),
+    "nodes": ("node.cli.remote", "NODES_EXAMPLES"),
+    "status": ("node.cli.remote", "STATUS_EXAMPLES"),
+    "generate": ("node.cli.remote", "GENERATE_EXAMPLES"),
+    "check-o3": ("node.cli.check_o3", "EXAMPLES"),
+    "demo": ("node.cli.demo", "EXAMPLES"),
+}
+"""By name: the module with a function of that name, and its examples. Only what is typed is imported."""
 _OF_ALL = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 
 
@@ -53,7 +47,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     *,
     version: Annotated[
@@ -61,6 +54,24 @@ def _options(
     ] = False,
 ) -> None:
     """Options of all commands."""
+
+
+def build_app(names: Iterable[str] = tuple(_COMMANDS)) -> typer.Typer:
+    """The program with these commands."""
+    app = typer.Typer(
+        name=PROGRAM,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # its boxes leave a third of an 80-column line for the text
+        context_settings={"help_option_names": ["-h", "--help"]},
+        help="Shoal: puts model and data shards onto machines peer to peer, and runs models across them.",
+        epilog=EPILOG,
+    )
+    app.callback()(_options)
+    for name in names:
+        module_name, epilog = _COMMANDS[name]
+        module = importlib.import_module(module_name)
+        app.command(name, epilog=getattr(module, epilog))(getattr(module, name.replace("-", "_")))
+    return app
 
 
 def run(argv: list[str]) -> None:
@@ -71,8 +82,9 @@ def run(argv: list[str]) -> None:
         near = difflib.get_close_matches(argv[0], _COMMANDS, 1)
         meant = f"did you mean {near[0]}? " if near else ""
         fail(f"there is no command {argv[0]!r}; {meant}the commands are: {', '.join(_COMMANDS)}", code=2)
+    is_completion = f"_{PROGRAM.upper()}_COMPLETE" in os.environ
     try:
-        app(argv, prog_name=PROGRAM)
+        build_app([argv[0]] if argv[0] in _COMMANDS and not is_completion else _COMMANDS)(argv, prog_name=PROGRAM)
     except ConfigError as error:
         fail(error, code=2)
     except ShoalError as error:

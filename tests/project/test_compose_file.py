@@ -12,7 +12,7 @@ import pytest
 import typer
 import yaml
 
-from node.cli.app import app
+from node.cli.app import build_app
 from node.config import ENV_PREFIX, Settings
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def test_networks_lead_nowhere_and_only_the_origin_is_outside_the_swarm() -> Non
 def test_node_takes_its_flags_and_is_advertised_under_its_own_name(name: str) -> None:
     command = SERVICES[name]["command"]
     assert command[0] == "serve"
-    serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    serve = typer.main.get_command(build_app()).commands["serve"]  # type: ignore[attr-defined]
     known = {option for parameter in serve.params for option in parameter.opts}
     assert set(flags_of(command)) <= known
     assert command[command.index("--advertise") + 1] == name

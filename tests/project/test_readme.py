@@ -20,7 +20,7 @@ import click
 import pytest
 import typer.main
 
-from node.cli.app import app
+from node.cli.app import build_app
 from tests.support.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,7 +108,7 @@ def test_the_first_block_activates_the_environment() -> None:
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_command_line_has_a_command_and_options_that_exist(words: list[str]) -> None:
     """Those too that need another machine or a credential."""
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(build_app())
     assert isinstance(group, click.Group) or hasattr(group, "commands")
     if words in (["--help"], ["--version"]):
         return
