@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import gc
 import importlib.util
 import os
 import shutil
@@ -70,6 +71,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next(places, len(LONGEST_FIRST))
 
     items.sort(key=rank)
+
+
+def pytest_collection_finish() -> None:
+    # What was collected stays: the garbage collector need not go through it, and through torch, again and again.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
