@@ -328,7 +328,7 @@ class _Availability:
     async def pieces(self, handle: Handle | None) -> frozenset[int]:
         """The pieces that some connected peer has."""
         now = self._clock.now()
-        if handle and now >= self._due:
+        if handle and (now >= self._due or not self._pieces):  # a first peer that has some is not missed
             self._due = now + self._ask_every_s
             with contextlib.suppress(ShoalError):  # the torrent is being restarted, or has just ended
                 counts = await handle.availability()

@@ -38,6 +38,7 @@ CHAT = {
     "messages": [{"role": "user", "content": "Name three fish."}],
     "max_tokens": TOKENS,
 }
+SHORT = {"task_type": "ai_inference", "model": "smol", "prompt": "1 2", "max_tokens": 2}
 LONG = {"task_type": "ai_inference", "model": "smol", "prompt": "1 2 3 4", "max_tokens": 400, "stream": True}
 
 
@@ -242,7 +243,7 @@ def test_bad_tasks_are_refused_and_the_pipeline_goes_on(
 ) -> None:
     with pytest.raises(error):
         cluster[0].call("EXECUTE_TASK", CHAT | change)
-    assert cluster[0].call("EXECUTE_TASK", CHAT | {"max_tokens": 2})["tokens"]
+    assert cluster[0].call("EXECUTE_TASK", SHORT)["tokens"]
     assert all(stage["sessions"] == 0 for stage in cluster[0].call("STATUS")["stages"])
 
 
@@ -269,7 +270,7 @@ def test_cancel_ends_a_generation(cluster: list[Daemon]) -> None:
 def test_a_loaded_shard_is_not_evicted(cluster: list[Daemon]) -> None:
     with pytest.raises(ShardInUseError):
         cluster[1].call("EVICT_SHARD", {"model": "smol", "shard_id": 1})
-    assert cluster[0].call("EXECUTE_TASK", CHAT | {"max_tokens": 2})["tokens"]
+    assert cluster[0].call("EXECUTE_TASK", SHORT)["tokens"]
 
 
 def test_without_auto_load_a_missing_shard_is_an_error_that_says_what_to_do(cluster: list[Daemon]) -> None:
