@@ -1,4 +1,4 @@
-"""LOAD_SHARD, FETCH_SHARD, UNLOAD_SHARD, EVICT_SHARD, LIST_FILES and GET_MANIFEST: one idea, a shard's way into memory.
+"""LOAD_SHARD, FETCH_SHARD, UNLOAD_SHARD, EVICT_SHARD, LIST_FILES and GET_MANIFEST: the way of a shard into memory.
 
 `ShardLoader` has a shard here, checked, and loaded, for whoever asks: fetching is the work of node.shards, loading that
 of node.pipeline; their order, the memory check between them and the announcement afterwards are here.
