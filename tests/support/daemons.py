@@ -1,4 +1,4 @@
-"""Real daemons, `python -m node serve`, for tests: started on free loopback ports, always ended."""
+"""Real daemons, as `python -m node serve` runs them, for tests: on free loopback ports, always ended."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 
 from node.cli import main
 from protocol.sync_client import SyncClient
+from tests.support.daemon_forks import ForkedProcess
 
 READY_S = 30.0
 CRASHES = {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
@@ -28,7 +28,7 @@ class Daemon:
     """One running node."""
 
     home: Path
-    process: subprocess.Popen[bytes]
+    process: ForkedProcess
     ready: dict[str, Any]
     signals: set[int] = field(default_factory=set)
     """Sent by `end`."""
@@ -67,15 +67,13 @@ class Daemon:
 def daemon(home: Path, *arguments: str, bootstrap: Daemon | None = None, **environment: str) -> Iterator[Daemon]:
     """Start a node and wait for its ready line. A node that crashes fails the test, with the end of its log."""
     home.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "node", "serve", "--data-dir", str(home), "--threads", "1", "--ctx-size", "512"]
+    command = ["serve", "--data-dir", str(home), "--threads", "1", "--ctx-size", "512"]
     for port in ("rpc", "dht", "bt", "http"):
         command += [f"--{port}-port", "0"]
     if bootstrap:
         command += ["--bootstrap", f"127.0.0.1:{bootstrap.ports['dht']}"]
     with (home / "node.log").open("ab") as log:
-        process = subprocess.Popen(
-            [*command, *arguments], stdout=subprocess.PIPE, stderr=log, env=os.environ | environment
-        )
+        process = ForkedProcess([*command, *arguments], log, os.environ | environment)
     node = Daemon(home, process, {})
     try:
         assert process.stdout is not None
