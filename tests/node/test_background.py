@@ -23,31 +23,40 @@ async def fail_when_cancelled(error: Exception) -> None:
 
 
 async def test_a_task_that_fails_ends_the_block_and_is_raised_as_it_is() -> None:
-    with pytest.raises(KeyError, match="task"):
+    async def run() -> None:
         async with FirstErrorGroup() as group:
             group.create_task(fail(KeyError("task")))
             await asyncio.sleep(60)
+
+    with pytest.raises(KeyError, match="task"):
+        await run()
 
 
 async def test_an_error_of_the_block_comes_out_though_a_task_fails_while_it_is_cancelled(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with pytest.raises(KeyError, match="block"):
+    async def run() -> None:
         async with FirstErrorGroup() as group:
             group.create_task(fail_when_cancelled(OSError("later")))
             await asyncio.sleep(0)
             raise KeyError("block")
+
+    with pytest.raises(KeyError, match="block"):
+        await run()
     assert "later" in caplog.text
 
 
 async def test_a_task_that_failed_first_comes_out_though_the_block_fails_while_it_is_cancelled() -> None:
-    with pytest.raises(OSError, match="first"):
+    async def run() -> None:
         async with FirstErrorGroup() as group:
             group.create_task(fail(OSError("first")))
             try:
                 await asyncio.sleep(60)
             finally:
                 raise KeyError("block")
+
+    with pytest.raises(OSError, match="first"):
+        await run()
 
 
 async def test_the_first_of_two_tasks_comes_out_with_its_cause() -> None:
@@ -57,10 +66,13 @@ async def test_the_first_of_two_tasks_comes_out_with_its_cause() -> None:
         except OSError as err:
             raise KeyError("effect") from err
 
-    with pytest.raises(KeyError, match="effect") as caught:
+    async def run() -> None:
         async with FirstErrorGroup() as group:
             group.create_task(fail_when_cancelled(OSError("later")))
             group.create_task(caused())
+
+    with pytest.raises(KeyError, match="effect") as caught:
+        await run()
     assert isinstance(caught.value.__cause__, OSError)
 
 
@@ -94,11 +106,14 @@ async def test_an_error_in_a_background_context_comes_out_as_it_is_and_its_work_
         finally:
             ended.set()
 
-    with pytest.raises(KeyError):
+    async def run() -> None:
         async with Background.open() as background:
             background.start(work(), name="work")
             await asyncio.sleep(0)
             raise KeyError("block")
+
+    with pytest.raises(KeyError):
+        await run()
     assert ended.is_set()
 
 

@@ -45,9 +45,14 @@ def test_a_second_holder_is_refused_by_process_id_and_a_killed_one_lets_go(tmp_p
 def test_a_block_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "kept.json"
     atomic_write(path, "old", "name")
-    with pytest.raises(KeyError), atomic_file(path, "name") as file:
-        file.write(b"half")
-        raise KeyError
+
+    def fail_in_the_middle() -> None:
+        with atomic_file(path, "name") as file:
+            file.write(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_in_the_middle()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["kept.json"]
 
