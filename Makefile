@@ -12,9 +12,9 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(VENV)/.model
 	@$(BIN)/python -m node demo
 
-# A worker more than two cores: most tests wait for sockets and time-outs more than they compute.
+# Two workers more than two cores: most tests wait for sockets and time-outs more than they compute.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 4 --dist loadfile
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile

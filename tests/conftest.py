@@ -7,6 +7,7 @@ import datetime
 import gc
 import importlib.util
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import execnet
 import hypothesis
 import pytest
 from cryptography import x509
@@ -23,7 +25,9 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from node.cli.demo.s3_server import S3Server
 from node.files import FileLock
 from node.formats.split import split_gguf
+from tests.support.gguf.first_layers import write_first_layers
 from tests.support.origins.s3_server import s3_server
+from tests.support.worker_forks import WorkerForks
 
 LONGEST_FIRST = (
     "tests/integration/test_pipeline_process.py",
@@ -65,6 +69,16 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[execnet.XSpec]) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="shoal-tests-"))
+    forks = WorkerForks(folder)
+    for spec in specs:
+        spec.python = shlex.join(forks.interpreter)
+    config.add_cleanup(lambda: shutil.rmtree(folder))
+    config.add_cleanup(forks.close)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def rank(item: pytest.Item) -> int:
         places = (number for number, start in enumerate(LONGEST_FIRST) if item.nodeid.startswith(start))
@@ -96,23 +110,42 @@ def smollm2() -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def smollm2_shards(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with three shards of it and their manifest, one for all workers. Copy it before a node gets it."""
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that one worker makes, for all of them."""
     run = tmp_path_factory.getbasetemp()
-    folder = (run.parent if os.environ.get("PYTEST_XDIST_WORKER") else run) / "smollm2-shards"
+    folder = (run.parent if os.environ.get("PYTEST_XDIST_WORKER") else run) / name
     with FileLock(folder.with_suffix(".lock")).held():
-        if not (folder / "manifest.json").exists():  # written last
+        if not folder.with_suffix(".made").exists():
             folder.mkdir(exist_ok=True)
-            split_gguf(smollm2, folder, shards=3, name="smol")
+            make(folder)
+            folder.with_suffix(".made").touch()
     return folder
 
 
+@pytest.fixture(scope="session")
+def smollm2_shards(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three shards of it and their manifest."""
+    return made_once(tmp_path_factory, "smollm2-shards", lambda to: split_gguf(smollm2, to, shards=3, name="smol"))
+
+
+@pytest.fixture(scope="session")
+def six_layers(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of six of its thirty layers: for tests of processes and machines, which any model serves."""
+    folder = made_once(tmp_path_factory, "six-layers", lambda to: write_first_layers(smollm2, to / "model.gguf", 6))
+    return folder / "model.gguf"
+
+
+@pytest.fixture(scope="session")
+def small_shards(six_layers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three shards of the model of six layers and their manifest. Copy it before a node gets it."""
+    return made_once(tmp_path_factory, "small-shards", lambda to: split_gguf(six_layers, to, shards=3, name="smol"))
+
+
 @pytest.fixture
-def shards_copy(smollm2_shards: Path, tmp_path: Path) -> Path:
+def shards_copy(small_shards: Path, tmp_path: Path) -> Path:
     """A data directory whose shards folder holds them."""
     home = tmp_path / "seed"
-    shutil.copytree(smollm2_shards, home / "shards" / "smol")
+    shutil.copytree(small_shards, home / "shards" / "smol")
     return home
 
 

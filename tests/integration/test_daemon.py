@@ -40,11 +40,11 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 
 @pytest.fixture(scope="module")
-def node(smollm2_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+def node(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A node with the shards of `smol`, half a model and no parquet; tests take away again what they add."""
     home = tmp_path_factory.mktemp("seed")
     shards = home / "shards"
-    shutil.copytree(smollm2_shards, shards / "smol")
+    shutil.copytree(small_shards, shards / "smol")
     whole = (shards / "smol" / "shard-1.gguf").read_bytes()
     (shards / "cut.gguf").write_bytes(whole[: len(whole) // 2])
     (shards / "junk.parquet").write_bytes(b"PAR1 nothing PAR1")

@@ -45,8 +45,8 @@ LONG = "Once upon a time, in a land far away, there lived a curious fox who coun
 
 
 @pytest.fixture(scope="module")
-def slices(smollm2_shards: Path) -> Slices:
-    return read_slices(smollm2_shards)
+def slices(small_shards: Path) -> Slices:
+    return read_slices(small_shards)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -57,8 +57,8 @@ async def hosts() -> AsyncIterator[list[StageNode]]:
 
 
 @pytest.fixture(scope="module")
-def whole() -> Iterator[WholeModel]:
-    model = WholeModel()
+def whole(six_layers: Path) -> Iterator[WholeModel]:
+    model = WholeModel(six_layers)
     yield model
     model.close()
 

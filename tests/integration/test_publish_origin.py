@@ -38,11 +38,11 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 @pytest.fixture(scope="module")
-def model(s3: S3Server, smollm2_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def model(s3: S3Server, small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `publish --json` says of a model that lies at o3://shards/models and nowhere else."""
     home = tmp_path_factory.mktemp("publisher")
     said = typed(
-        credentials(s3), "publish", smollm2_shards, "--data-dir", home, "--origin", "o3://shards/models/",
+        credentials(s3), "publish", small_shards, "--data-dir", home, "--origin", "o3://shards/models/",
         "--only-origin", "--json",
     )  # fmt: skip
     assert said.returncode == 0, said.stderr

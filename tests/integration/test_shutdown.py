@@ -24,9 +24,9 @@ TASK = {"task_type": "ai_inference", "model": "smol", "prompt": "1 2 3 4", "max_
 
 
 @pytest.fixture(scope="module")
-def slow_seed(smollm2_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+def slow_seed(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     home = tmp_path_factory.mktemp("slow")
-    shutil.copytree(smollm2_shards, home / "shards" / "smol")
+    shutil.copytree(small_shards, home / "shards" / "smol")
     with daemon(home, "--upload-limit", str(UPLOAD_BYTES_S)) as node:
         wait_until(lambda: [file["state"] for file in node.files().values()] == ["seeding"] * 3)
         yield node
@@ -148,9 +148,9 @@ def test_a_shutdown_in_the_middle_of_a_generation(shards_copy: Path, stuck: bool
 
 @pytest.mark.slow
 @pytest.mark.timeout(110)
-def test_a_provider_that_died_is_named_in_time(slow_seed: Daemon, smollm2_shards: Path, tmp_path: Path) -> None:
+def test_a_provider_that_died_is_named_in_time(slow_seed: Daemon, small_shards: Path, tmp_path: Path) -> None:
     """Its record outlives it, so it is still found; and the manifest is here, so only the shard is missing."""
-    shutil.copytree(smollm2_shards, tmp_path / "a" / "shards" / "smol")
+    shutil.copytree(small_shards, tmp_path / "a" / "shards" / "smol")
     with daemon(tmp_path / "a") as first, daemon(tmp_path / "b", bootstrap=first) as node:
         node.call("FETCH_SHARD", {"model": "smol", "shard_id": 1})
         first.process.kill()

