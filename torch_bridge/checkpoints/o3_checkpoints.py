@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, Self
 
 import msgspec
 import torch
@@ -21,6 +21,7 @@ from protocol.ids import ContentId, NodeId
 from protocol.signing import SigningKey
 from protocol.sync_client import SyncClient
 from torch_bridge.checkpoints.commit import Commit, checked_position, checked_run_id
+from torch_bridge.checkpoints.loading import StateOf, load_all
 from torch_bridge.checkpoints.parts import Part
 from torch_bridge.checkpoints.restore import DAMAGE, CheckpointNotFoundError, commits, missing_part, read_state
 from torch_bridge.checkpoints.state import rng_state, set_rng_state
@@ -31,18 +32,6 @@ from torch_bridge.core.store import Store
 log = logging.getLogger(__name__)
 
 KEY_FILENAME = "checkpoints.key"
-
-
-class Stateful(Protocol):
-    """A model, optimizer, scheduler or loader."""
-
-    def state_dict(self) -> Any: ...
-
-    def load_state_dict(self, state_dict: Any) -> Any: ...
-
-
-StateOf: TypeAlias = "Stateful | MutableMapping[str, Any]"
-"""An object with a state, or the state itself: a dict, which a restore clears and fills."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +154,10 @@ class O3CheckpointManager:
     ) -> Checkpoint:
         """Load the newest complete checkpoint, or the newest one of `epoch`, into the given objects.
 
-        No object is changed before all parts are here and checked. Raises CheckpointNotFoundError; for an
-        `epoch` one of `restore.DAMAGE` if it is not complete; OriginError if the origin does not answer;
-        InvalidParamsError if a state is asked for that was not saved.
+        No object is changed before all parts are here and checked; if one of them does not take its state, all of them
+        are as they were. Raises CheckpointNotFoundError; for an `epoch` one of `restore.DAMAGE` if it is not complete;
+        OriginError if the origin does not answer; InvalidParamsError if a state is asked for that was not saved;
+        what the objects' own `load_state_dict` raises.
         """
         self._expect_usable()
         self.wait()
@@ -179,12 +169,7 @@ class O3CheckpointManager:
                 f"{found.key} holds {', '.join(sorted(found.state))}, and no {' and no '.join(lacking)}: load it"
                 " without, or save it with the next checkpoint"
             )
-        for name, one in wanted.items():
-            if isinstance(one, MutableMapping):
-                one.clear()
-                one.update(found.state[name])
-            else:
-                one.load_state_dict(found.state[name])
+        load_all(wanted, found.state)
         if restore_rng and "rng" in found.state:
             set_rng_state(found.state["rng"])
         return found

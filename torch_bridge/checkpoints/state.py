@@ -1,8 +1,9 @@
 """A training state without pickle: nested state as named tensors and JSON, and the state of random generators.
 
-A state dict holds dicts (keys: strings and integers), lists, tuples, numbers, strings, bytes, None and tensors. All but
-the tensors goes into the structure: a JSON value in which a value that JSON does not have is `{"$": kind, ...}`. A
-tensor is its name there, which is its path: `model/conv1.weight`, `optimizer/state/0/exp_avg`.
+A state dict holds dicts, OrderedDicts and Counters (keys: strings and integers), lists, tuples, numbers, strings,
+bytes, None and tensors, and each comes back as the type that it was. All but the tensors goes into the structure: a
+JSON value in which a value that JSON does not have is `{"$": kind, ...}`. A tensor is its name there, which is its
+path: `model/conv1.weight`, `optimizer/state/0/exp_avg`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import base64
 import math
 import random
 import sys
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -23,6 +25,12 @@ Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | Non
 
 _TAG = "$"
 _MAX_DEPTH = 64
+_MAX_INTEGER_BITS = 14_000
+"""Python reads no decimal number of more than 4,300 digits."""
+_MAPPINGS: dict[type, str] = {dict: "dict", OrderedDict: "OrderedDict", Counter: "Counter"}
+_TYPES = {name: kind for kind, name in _MAPPINGS.items()}
+_METADATA = "_metadata"
+"""What `Module.state_dict` sets on its OrderedDict: the version of each layer's state."""
 
 
 class UnsayableStateError(TypeError):
@@ -72,8 +80,12 @@ def _encoded(value: object, path: str, tensors: dict[str, torch.Tensor], depth: 
         return _encoded_tensor(value, path, tensors)
     # Exact types: a subclass (an enum, numpy's float64) would come back as another type.
     kind = type(value)
-    if value is None or kind in (bool, int, str):
+    if isinstance(value, int) and value.bit_length() > _MAX_INTEGER_BITS:
+        raise UnsayableStateError(f"{path!r} is an integer of {value.bit_length()} bits: keep it as bytes")
+    if value is None or kind in (bool, int):
         return value  # type: ignore[return-value]
+    if kind is str:
+        return _encoded_text(str(value))
     if kind is float:
         number: float = value  # type: ignore[assignment]
         return number if math.isfinite(number) else {_TAG: "float", "v": repr(number)}
@@ -105,18 +117,39 @@ def _encoded_tensor(value: torch.Tensor, path: str, tensors: dict[str, torch.Ten
     return {_TAG: "tensor", "v": path}
 
 
+def _encoded_text(value: str) -> Json:
+    """Names of files, for one, may hold bytes that are no UTF-8: Python keeps them as surrogates."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return {_TAG: "str", "v": base64.b64encode(value.encode("utf-8", "surrogatepass")).decode("ascii")}
+    return value
+
+
 def _encoded_mapping(value: Mapping[Any, Any], path: str, tensors: dict[str, torch.Tensor], depth: int) -> Json:
+    kind = _MAPPINGS.get(type(value))
+    if kind is None:
+        raise UnsayableStateError(
+            f"{path!r} is a {type(value).__module__}.{type(value).__qualname__}, which would come back as a dict; a"
+            " checkpoint holds dict, OrderedDict and Counter: turn it into one (`dict(...)`)"
+        )
     for key in value:
         if type(key) not in (str, int):
             raise UnsayableStateError(f"{path!r} has the key {key!r}; a checkpoint's keys are strings and integers")
-    encoded = [(key, _encoded(item, _join(path, key), tensors, depth + 1)) for key, item in value.items()]
-    if all(type(key) is str for key in value) and _TAG not in value:
-        return dict(encoded)
-    return {_TAG: "dict", "v": [[key, item] for key, item in encoded]}
+    keys = [key if type(key) is int else _encoded_text(key) for key in value]
+    items = [_encoded(item, _join(path, key), tensors, depth + 1) for key, item in value.items()]
+    plain = {key: item for key, item in zip(keys, items, strict=True) if isinstance(key, str)}
+    if kind == "dict" and len(plain) == len(items) and _TAG not in plain:
+        return plain
+    encoded: dict[str, Json] = {_TAG: kind, "v": [[key, item] for key, item in zip(keys, items, strict=True)]}
+    if metadata := getattr(value, _METADATA, None):
+        encoded["metadata"] = _encoded(metadata, _join(path, _METADATA), tensors, depth + 1)
+    return encoded
 
 
 def _join(path: str, key: str | int) -> str:
-    return f"{path}/{key}" if path else str(key)
+    said = str(key).encode("utf-8", "backslashreplace").decode()
+    return f"{path}/{said}" if path else said
 
 
 def _decoded(encoded: Json, tensors: Mapping[str, torch.Tensor], depth: int) -> Any:
@@ -140,8 +173,16 @@ def _decoded(encoded: Json, tensors: Mapping[str, torch.Tensor], depth: int) -> 
                 raise InvalidStructureError(f"bytes in the checkpoint's structure are not base64: {error}") from error
         case {"$": "tuple", "v": list(items)}:
             return tuple(_decoded(item, tensors, depth + 1) for item in items)
-        case {"$": "dict", "v": list(pairs)}:
-            return dict(_decoded_pair(pair, tensors, depth) for pair in pairs)
+        case {"$": "str", "v": str(text)}:
+            try:
+                return base64.b64decode(text, validate=True).decode("utf-8", "surrogatepass")
+            except ValueError as error:
+                raise InvalidStructureError(f"a string in the checkpoint's structure is damaged: {error}") from error
+        case {"$": str(kind), "v": list(pairs), **more} if kind in _TYPES:
+            found = _TYPES[kind](dict(_decoded_pair(pair, tensors, depth) for pair in pairs))
+            if "metadata" in more:
+                setattr(found, _METADATA, _decoded(more["metadata"], tensors, depth + 1))
+            return found
         case {"$": kind}:
             raise InvalidStructureError(f"the checkpoint's structure has a value of the unknown kind {kind!r}")
         case dict():
@@ -155,6 +196,8 @@ def _decoded_pair(pair: Json, tensors: Mapping[str, torch.Tensor], depth: int) -
     match pair:
         case [str() | int() as key, item] if not isinstance(key, bool):
             return key, _decoded(item, tensors, depth + 1)
+        case [{"$": "str"} as key, item]:
+            return _decoded(key, tensors, depth + 1), _decoded(item, tensors, depth + 1)
     raise InvalidStructureError(
         f"the checkpoint's structure has a dict with the entry {pair!r:.80}, which is not a key and a value"
     )

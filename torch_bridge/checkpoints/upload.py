@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 
 from node.files import FileLock
 from node.origin.interface import ObjectStore
@@ -27,9 +28,16 @@ from protocol.errors import OriginCorruptError, OriginExistsError, OriginNotFoun
 from protocol.ids import ContentId, ShardId
 from protocol.manifest import Manifest, ShardEntry, sign_manifest
 from protocol.signing import SigningKey
-from torch_bridge.checkpoints.commit import Commit, commit_folder, encode_commit, parse_commit_key
-from torch_bridge.checkpoints.parts import PART_BYTES, Part, in_order, laid_out, pack
-from torch_bridge.checkpoints.state import FlatState, flatten
+from torch_bridge.checkpoints.commit import (
+    Commit,
+    InvalidCommitError,
+    commit_folder,
+    decode_commit,
+    encode_commit,
+    parse_commit_key,
+)
+from torch_bridge.checkpoints.parts import PART_BYTES, DamagedPartError, Part, in_order, laid_out, pack, unpack
+from torch_bridge.checkpoints.state import FlatState, InvalidStructureError, flatten, rebuild
 from torch_bridge.core.loop_thread import loop_thread
 from torch_bridge.core.store import Store
 
@@ -106,12 +114,13 @@ def upload(
     key: SigningKey,
     damaged: AbstractSet[ContentId] = frozenset(),
 ) -> Commit:
-    """Upload the missing parts, then their manifest, and last the commit.
+    """Upload the missing parts, read them back, then write their manifest, and last the commit.
 
     `damaged`: parts that the origin is known to have with other bytes; they are written again. Each object is retried
     by itself: an outage costs the objects under way, however long the save took before.
 
-    Raises OriginError.
+    Raises OriginError; OriginCorruptError if the origin gives back other bytes than it was given; UnreadableCommitError
+    if the commit would not read back as this state.
     """
     entries = _send_parts(store, parts, damaged)
     signed = sign_manifest(Manifest(name=manifest_name(snapshot), kind="dataset", shards=entries), key)
@@ -131,8 +140,28 @@ def upload(
         publisher=key.node_id,
     )
     name, digest, body = encode_commit(commit, key, _Limits.of(store).min_object_bytes)
+    _expect_readable(name, body, commit, parts)
     store.put(name, body, if_absent=True)
     return replace(commit, key=name, digest=digest)
+
+
+class UnreadableCommitError(ValueError):
+    """Raised when a commit that is about to be written could not be loaded. Nothing was committed."""
+
+
+def _expect_readable(name: str, body: bytes, commit: Commit, parts: Mapping[str, Part]) -> None:
+    """Read the commit as `load_checkpoint` will. Raises UnreadableCommitError."""
+    named = parse_commit_key(name)
+    tensors = {tensor: torch.empty(0) for part in parts.values() for tensor in part.names}
+    try:
+        assert named is not None
+        read = decode_commit(body, named, commit.run_id, frozenset({commit.publisher}))
+        rebuild(read.structure, tensors)
+        same = read.structure == commit.structure and read.manifest.manifest == commit.manifest.manifest
+    except (InvalidCommitError, InvalidStructureError) as err:
+        raise UnreadableCommitError(f"the checkpoint {name} was not committed: it could not be loaded: {err}") from err
+    if not same:
+        raise UnreadableCommitError(f"the checkpoint {name} was not committed: it would be loaded as another state")
 
 
 class _Limits(NamedTuple):
@@ -182,6 +211,20 @@ def _send(store: Store, part: Part, limits: _Limits, *, is_damaged: bool) -> Non
     except OriginExistsError:  # another saver wrote the same content a moment ago
         if not _is_there(store, key, part, limits):
             raise
+    _read_back(store, key, part)
+
+
+def _read_back(store: Store, key: str, part: Part) -> None:
+    """Raises OriginCorruptError, after the object was deleted, if the origin has other bytes than it was given."""
+    try:
+        unpack(store.get_range(key, 0, part.size), part.content_id)
+    except (DamagedPartError, SafetensorError) as err:
+        store.delete(key)
+        raise OriginCorruptError(
+            f"{store.url} gave back other bytes of {key} than it was given, and the checkpoint was not committed: "
+            f"save again, and check that store's disk ({err})",
+            {"origin": store.url, "key": key},
+        ) from err
 
 
 def _is_there(store: Store, key: str, part: Part, limits: _Limits) -> bool:
