@@ -14,7 +14,7 @@ from protocol.errors import InvalidParamsError
 from torch_bridge.batches.consumer_epoch import ConsumerEpoch, Decode
 from torch_bridge.batches.folder import ConsumerFolder
 from torch_bridge.batches.journal import ConsumerJournal, Done, lowest_epoch, positions, read_state, state_of
-from torch_bridge.batches.metadata import Metadata, MetadataOf
+from torch_bridge.batches.metadata import Metadata, MetadataOf, Records
 from torch_bridge.batches.plan import RemoteFile
 from torch_bridge.batches.settings import BatchSettings, consumer_of
 from torch_bridge.batches.sources.hub import HubFiles
@@ -66,6 +66,7 @@ class StreamingBatchDataset(IterableDataset[Any]):
         epochs_per_subset: int = 1,
         metadata: Metadata = None,
         metadata_column: str | None = None,
+        metadata_records: Records = "one",
         decode: Decode | None = None,
         seed: int = 0,
         shuffle: bool = True,
@@ -78,6 +79,7 @@ class StreamingBatchDataset(IterableDataset[Any]):
     ) -> None:
         """`source`: a URL, reached by `client`; a Store; or OriginFiles, HubFiles, ArchiveFiles, SwarmFiles.
         `cache_dir` belongs to this data set on this machine. Nothing is fetched before the first sample.
+        `metadata_records="list"`: a file's metadata is the list of its records, one or more; else two are an error.
 
         Raises InvalidParamsError for a setting out of its range.
         """
@@ -97,7 +99,7 @@ class StreamingBatchDataset(IterableDataset[Any]):
             on_missing=on_missing,
             keep_free_bytes=byte_count(keep_free_bytes),
         )
-        self._metadata = MetadataOf(metadata, metadata_column)
+        self._metadata = MetadataOf(metadata, metadata_column, metadata_records)
         self._decode = decode
         self._ranks = ranks or Ranks.found()
         self._epoch: int | None = None

@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from node.files import atomic_write
 from protocol.errors import InvalidParamsError
@@ -19,18 +19,24 @@ NAME_COLUMNS = ("file_name", "filename", "file", "key", "path", "name", "id")
 """The fields of a record that may name its file; the first that exists does."""
 Metadata = str | Mapping[str, Any] | Callable[[str], Any] | None
 """A key at the source (.json, .jsonl, .csv, .parquet), a dict, or a function of a file's key."""
+Records = Literal["one", "list"]
+"""Whether a file has one record, or a list of them."""
 
 
 class MetadataOf:
     """Called with a file, it returns the file's metadata; None if there is none."""
 
-    def __init__(self, metadata: Metadata, column: str | None = None) -> None:
+    def __init__(self, metadata: Metadata, column: str | None = None, records: Records = "one") -> None:
         """`column`: the field of a record that names its file; else the first of NAME_COLUMNS."""
+        if records not in ("one", "list"):
+            raise InvalidParamsError(f"metadata_records is 'one' or 'list', not {records!r}")
+        self._records = records
         self.at_source = metadata if isinstance(metadata, str) else None
         self._column = column
         self._ask = metadata if callable(metadata) else None
         self._table: dict[str, Any] | None = dict(metadata) if isinstance(metadata, Mapping) else None
-        self._by_name: dict[str, Any] = {}
+        self._by_name: dict[str, str | tuple[str, str]] = {}
+        """The table's key by name, and by name without ending; two keys if more than one has it."""
         self._indexed = False
 
     def load(self, source: FileSource, notes: Path) -> None:
@@ -42,12 +48,14 @@ class MetadataOf:
             kept = notes / f"metadata-{hashlib.sha256(self.at_source.encode()).hexdigest()[:24]}"
             if not kept.exists():
                 atomic_write(kept, source.read(self.at_source))
-            self._table = read_table(self.at_source, kept.read_bytes(), self._column)
+            self._table = read_table(self.at_source, kept.read_bytes(), self._column, self._records)
         if self._table is not None and not self._indexed:
-            for name, value in sorted(self._table.items(), key=lambda item: item[0].count("/")):
-                path = PurePosixPath(name)
-                self._by_name.setdefault(path.name, value)
-                self._by_name.setdefault(path.stem, value)
+            for key in self._table:
+                path = PurePosixPath(key)
+                for name in {path.name, path.stem} - self._table.keys():
+                    first = self._by_name.setdefault(name, key)
+                    if first != key:
+                        self._by_name[name] = (first if isinstance(first, str) else first[0], key)
             self._indexed = True
 
     def __call__(self, file: RemoteFile) -> Any:
@@ -56,13 +64,26 @@ class MetadataOf:
         if self._table is None:
             return None
         path = PurePosixPath(file.key)
-        if file.key in self._table:
-            return self._table[file.key]
-        return self._by_name.get(path.name, self._by_name.get(path.stem))
+        for name in (file.key, path.name, path.stem):
+            if name in self._table:
+                return self._table[name]
+            found = self._by_name.get(name)
+            if isinstance(found, tuple):
+                raise InvalidParamsError(
+                    f"{file.key} has the metadata of {found[0]} or of {found[1]}: name files in the metadata by their "
+                    "whole key"
+                )
+            if found is not None:
+                return self._table[found]
+        return None
 
 
-def read_table(name: str, data: bytes, column: str | None = None) -> dict[str, Any]:
-    """Metadata by file name, out of a file whose ending says what it is."""
+def read_table(name: str, data: bytes, column: str | None = None, how: Records = "one") -> dict[str, Any]:
+    """Metadata by file name, out of a file whose ending says what it is: a record, or a list of them.
+
+    Raises InvalidParamsError for another kind of file, records that name no file, and, if each file has `one`, for two
+    records of a file.
+    """
     ending = PurePosixPath(name).suffix.lower()
     records: Any
     try:
@@ -83,7 +104,7 @@ def read_table(name: str, data: bytes, column: str | None = None) -> dict[str, A
             raise InvalidParamsError(f"metadata={name!r}: its name must end in .json, .jsonl, .csv, .tsv or .parquet")
     except (ValueError, OSError) as error:
         raise InvalidParamsError(f"metadata={name!r} cannot be read as {ending}: {error}") from error
-    table = {}
+    table: dict[str, Any] = {}
     for number, record in enumerate(records):
         fields = (column,) if column else NAME_COLUMNS
         named = next((one for one in fields if isinstance(record, dict) and record.get(one)), None)
@@ -91,5 +112,11 @@ def read_table(name: str, data: bytes, column: str | None = None) -> dict[str, A
             raise InvalidParamsError(
                 f"metadata={name!r}: record {number} names no file in {', '.join(fields)}: give metadata_column="
             )
-        table[str(record[named])] = record
+        if how == "list":
+            table.setdefault(str(record[named]), []).append(record)
+        elif table.setdefault(str(record[named]), record) is not record:
+            raise InvalidParamsError(
+                f"metadata={name!r}: record {number} is the second of {record[named]!r}: metadata_records='list' gives "
+                "each file the list of its records"
+            )
     return table

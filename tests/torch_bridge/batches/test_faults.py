@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import time
 from collections.abc import Callable
@@ -11,16 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 from torch.utils.data import DataLoader
 
 from protocol.errors import InsufficientDiskError, InvalidParamsError
 from tests.support.bridge.batches import SIZE, bodies, bytes_here, dataset, folder_of
 from tests.support.bridge.o3_client import in_fork
-from torch_bridge.batches.metadata import MetadataOf, read_table
-from torch_bridge.batches.plan import RemoteFile
 from torch_bridge.batches.sources.origin import OriginFiles
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]  # servers and processes of their own
@@ -106,35 +100,3 @@ def test_a_line_of_the_log_for_each_batch_says_what_limits(
     assert len(lines) == 3
     assert "batch 3 of 3: 1 files" in lines[-1]
     assert files.report().limit == "download"
-
-
-def test_tables_of_every_kind() -> None:
-    rows = [{"file_name": "a.mp4", "text": "one"}, {"file_name": "b/c.mp4", "text": "two"}]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["file_name", "text"])
-    writer.writeheader()
-    writer.writerows(rows)
-    packed = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), packed)
-    kinds = {
-        "m.json": b'[{"file_name": "a.mp4", "text": "one"}, {"file_name": "b/c.mp4", "text": "two"}]',
-        "m.jsonl": b'{"file_name": "a.mp4", "text": "one"}\n\n{"file_name": "b/c.mp4", "text": "two"}\n',
-        "m.csv": text.getvalue().encode(),
-        "m.parquet": packed.getvalue(),
-    }
-    for name, data in kinds.items():
-        assert read_table(name, data) == {"a.mp4": rows[0], "b/c.mp4": rows[1]}, name
-    assert read_table("m.json", b'{"a.mp4": "one"}') == {"a.mp4": "one"}
-    assert read_table("m.csv", b"clip,text\na,one\n", "clip") == {"a": {"clip": "a", "text": "one"}}
-    for name, data in {"m.txt": b"", "m.json": b"{", "m.jsonl": b'{"text": "one"}', "m.parquet": b"PAR1"}.items():
-        with pytest.raises(InvalidParamsError, match="metadata="):
-            read_table(name, data)
-
-
-def test_metadata_is_found_by_key_then_name_then_stem() -> None:
-    files = [RemoteFile(key, 1) for key in ("x/a.mp4", "y/a.mp4", "z/b.mp4", "c.mp4")]
-    table = MetadataOf({"x/a.mp4": 1, "a.mp4": 2, "b": 3})
-    table.load(None, Path())  # type: ignore[arg-type]
-    assert [table(file) for file in files] == [1, 2, 3, None]
-    assert MetadataOf(len)(files[3]) == 5
-    assert MetadataOf(None)(files[0]) is None
