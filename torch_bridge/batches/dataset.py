@@ -46,7 +46,7 @@ class StreamingBatchDataset(IterableDataset[Any]):
 
     Each worker of each rank is a consumer: it takes every n-th file of the epoch, fetches and deletes it, so that no
     file is downloaded twice. `cache_size` and `max_bytes` are for the machine and divided among its consumers. The
-    ranks come from torch.distributed or the environment of torchrun.
+    ranks come from torch.distributed or the environment of torchrun, when an iteration begins.
 
     Consumed files are recorded in the cache folder after every sample; a new process continues after the last sample
     that was followed by a request for another. `epoch` is the epoch of an interrupted run; a finished epoch yields
@@ -101,7 +101,7 @@ class StreamingBatchDataset(IterableDataset[Any]):
         )
         self._metadata = MetadataOf(metadata, metadata_column, metadata_records)
         self._decode = decode
-        self._ranks = ranks or Ranks.found()
+        self._ranks = ranks
         self._epoch: int | None = None
         self._given: tuple[int, Done] | None = None
         self._session: ConsumerEpoch | None = None
@@ -156,7 +156,7 @@ class StreamingBatchDataset(IterableDataset[Any]):
                 "give decode=, or samples_ahead=(prefetch_factor + 1) x batch_size"
             )
         used_for: dict[str, str | int] = {"source": self.source.name, "seed": self.settings.seed}
-        folder = ConsumerFolder(self.folder, consumer_of(self._ranks), used_for)
+        folder = ConsumerFolder(self.folder, consumer_of(self._ranks or Ranks.found()), used_for)
         with ClosingStack() as held:
             held.enter_context(folder.held())
             progress = ConsumerJournal(folder)
@@ -194,7 +194,8 @@ class StreamingBatchDataset(IterableDataset[Any]):
         return files
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_running": None, "_session": None}
+        # A worker that is spawned for an iteration does not have its training process's torch.distributed.
+        return self.__dict__ | {"_running": None, "_session": None, "_ranks": self._ranks or Ranks.known()}
 
 
 def _files_of(store: Store) -> FileSource:

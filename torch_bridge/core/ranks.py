@@ -31,16 +31,46 @@ class Ranks:
 
     @classmethod
     def found(cls) -> Ranks:
-        """From torch.distributed or the environment that torchrun sets. If neither says which ranks are on this
+        """From torch.distributed, or the environment that torchrun sets, as they are now. Trainers such as Lightning
+        set them up after data sets were made, so ask when an iteration begins. If neither says which ranks are on this
         machine, all are taken to be here: that keeps within the disk's limit.
-        """
-        import torch.distributed as dist
 
-        if dist.is_available() and dist.is_initialized():
+        Raises InvalidParamsError if the environment says that there are other processes, and not which one this is.
+        """
+        if distributed():
+            import torch.distributed as dist
+
             rank, world = dist.get_rank(), dist.get_world_size()
         else:
-            rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        local = os.environ.get("LOCAL_RANK"), os.environ.get("LOCAL_WORLD_SIZE")
-        if local[0] is None or local[1] is None:
+            rank, world = _number("RANK"), _number("WORLD_SIZE") or 1
+            if rank is None and world > 1:
+                raise InvalidParamsError(
+                    f"WORLD_SIZE is {world} and RANK is not set, so every process would read the samples of rank 0: "
+                    "call torch.distributed.init_process_group before the first batch, start by torchrun, or give "
+                    "ranks=Ranks(...)"
+                )
+            rank = rank or 0
+        local_rank, local_world = _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE")
+        if local_rank is None or local_world is None:
             return cls(rank, world, rank, world)
-        return cls(rank, world, int(local[0]), int(local[1]))
+        return cls(rank, world, local_rank, local_world)
+
+    @classmethod
+    def known(cls) -> Ranks | None:
+        """The same, but None as long as nothing says which process this is."""
+        return cls.found() if distributed() or "RANK" in os.environ else None
+
+
+def distributed() -> bool:
+    """Whether torch.distributed is set up in this process."""
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
+
+
+def _number(name: str) -> int | None:
+    value = os.environ.get(name)
+    try:
+        return None if value is None else int(value)
+    except ValueError:
+        raise InvalidParamsError(f"the environment variable {name} must be a whole number, not {value!r}") from None

@@ -33,8 +33,9 @@ class StreamingShardDataset(IterableDataset[Any]):
     `source`: where shards come from. `batch_size`: samples. `columns`: None for all. `transform`: gets a dict of numpy
     arrays (numbers) and lists (other types), and its result is yielded. `validation_shard`: its file name; it is
     fetched first, stays on disk, and is not trained on. `ranks`: this process among all; None: from torch.distributed
-    or the environment. A shard is deleted when all ranks of this machine have read it. `run`: another name for a second
-    data set over the same shards on this machine. `ordering` and `buffering`: docs/training/streaming_dataset.md.
+    or the environment, when an iteration begins. A shard is deleted when all ranks of this machine have read it. `run`:
+    another name for a second data set over the same shards on this machine. `ordering` and `buffering`:
+    docs/training/streaming_dataset.md.
 
     Raises InvalidParamsError for a shard without a row count in the manifest; while it is read, InvalidShardError for a
     file that has another row count, or cannot be read although it is as it was published.
@@ -57,7 +58,7 @@ class StreamingShardDataset(IterableDataset[Any]):
         self._source, self._columns, self._transform = source, columns, transform
         self._settings = OrderSettings(**asdict(ordering or Ordering()), batch_size=batch_size, seed=seed)
         self._buffering = buffering or Buffering()
-        self.ranks = ranks or Ranks.found()
+        self._ranks = ranks
         self._run, self._validation = run, validation_shard
         entries = sorted(source.manifest().shards, key=lambda entry: entry.filename)
         if validation_shard and validation_shard not in {entry.filename for entry in entries}:
@@ -76,6 +77,11 @@ class StreamingShardDataset(IterableDataset[Any]):
     def epoch(self) -> int:
         """The epoch of the last `set_epoch` or loaded state."""
         return int(self._epoch)
+
+    @property
+    def ranks(self) -> Ranks:
+        """As given, or as they are now. Raises InvalidParamsError as `Ranks.found` does."""
+        return self._ranks or Ranks.found()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch. It starts at its first batch; the epoch of a loaded state continues where that was saved.
@@ -207,7 +213,8 @@ class StreamingShardDataset(IterableDataset[Any]):
         return downloader
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reading": None}
+        # A worker that is spawned for an iteration does not have its training process's torch.distributed.
+        return {**self.__dict__, "_reading": None, "_ranks": self._ranks or Ranks.known()}
 
     def _turn(self) -> ReaderId:
         info = get_worker_info()
