@@ -120,7 +120,7 @@ def test_a_value_that_only_pickle_could_keep_is_refused_by_name(store: Store, va
 
 
 def test_unchanged_tensors_are_not_put_again(store: Store, tmp_path: Path) -> None:
-    state = {"frozen": torch.randn(1000), "trained": torch.randn(1000), "twin": torch.ones(1000)}
+    state = {"frozen": torch.randn(20_000), "trained": torch.randn(20_000), "twin": torch.ones(20_000)}
     state["other twin"] = state["twin"].clone()
     save(store, state)
     before = {item.key: item.modified_s for item in store.list("shards/")}
@@ -198,3 +198,29 @@ def test_async_save(store: Store) -> None:
     found = {"w": torch.zeros(1000), "step": 0}
     dcp.load(found, storage_reader=O3StorageReader(store, "run"))
     assert same(found, state)
+
+
+def test_many_small_tensors_take_few_objects_and_each_comes_back(tmp_path: Path) -> None:
+    state = {f"layer{number:04d}": torch.full((200 + number,), float(number)) for number in range(300)}
+    state |= {"scalar": torch.tensor(3.0), "large": torch.arange(400_000)}
+    store = O3Client().at(f"file://{tmp_path}")
+    dcp.save(dict(state), storage_writer=O3StorageWriter(store, "a"))
+    objects = [info for info in store.list() if info.key.startswith("shards/")]
+    assert len(objects) == 2, "one for the large tensor, one for all small ones"
+    back = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    dcp.load(back, storage_reader=O3StorageReader(store, "a"))
+    assert all(torch.equal(back[name], state[name]) for name in state)
+    one = {"layer0150": torch.zeros(350)}
+    dcp.load(one, storage_reader=O3StorageReader(store, "a"))
+    assert torch.equal(one["layer0150"], state["layer0150"])
+
+
+def test_small_tensors_are_packed_up_to_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch_bridge.checkpoints.dcp.writer.PACK_BYTES", 10_000)
+    state = {f"layer{number}": torch.randn(1_000) for number in range(7)}
+    store = O3Client().at(f"file://{tmp_path}")
+    dcp.save(dict(state), storage_writer=O3StorageWriter(store, "a"))
+    assert len([info for info in store.list() if info.key.startswith("shards/")]) == 3
+    back = {name: torch.zeros(1_000) for name in state}
+    dcp.load(back, storage_reader=O3StorageReader(store, "a"))
+    assert all(torch.equal(back[name], state[name]) for name in state)

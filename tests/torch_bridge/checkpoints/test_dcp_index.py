@@ -66,7 +66,7 @@ def test_it_comes_back_as_it_was() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": "shoal-dcp-2"},
+        {"format": "shoal-dcp-3"},
         {"entries": []},
         {"dtype": "load"},
         {"dtype": "__class__"},
@@ -78,6 +78,7 @@ def test_it_comes_back_as_it_was() -> None:
         {"at": {"type": "pickle", "body": ""}},
         {"at": {"type": "inline", "body": "A" * 4096}},
         {"at": {"type": "object", "content_id": "../../secret", "size": 1}},
+        {"at": {"type": "range", "content_id": "0" * 64, "size": 10, "offset": 4, "length": 7}},
         {"planner_data": {"$": "tensor", "v": "x"}},
         {"planner_data": {"$": "call", "v": "os.system"}},
     ],

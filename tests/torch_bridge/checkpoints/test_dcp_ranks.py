@@ -111,5 +111,5 @@ def test_what_one_process_saved_two_ranks_load_and_the_other_way_round(tmp_path:
     assert state["step"] == 13
     for name, tensor in whole().items():
         assert torch.equal(state["model"][name], tensor), name
-    # Only the halves of `rows` and `columns` are new: `one` lies with the first rank, `same` with either, both whole.
-    assert len({item.key for item in store.list("shards/")} - uncut) == 4
+    # What each rank wrote is small, and lies together.
+    assert len({item.key for item in store.list("shards/")} - uncut) == RANKS

@@ -1,7 +1,7 @@
 """The index of a distributed checkpoint: torch.distributed.checkpoint's `Metadata` as one JSON object, and back.
 
     dcp/<checkpoint id>/<13 digits>-<content id>.json     by the milliseconds since 1970; never written twice
-    shards/<content id>                                   what the index names: one tensor or value each
+    shards/<content id>                                   what the index names: one tensor or value, or many small ones
 
 No pickle: the index is typed JSON, checked against the content id in its name before it is read.
 """
@@ -68,7 +68,20 @@ class StoredObject(msgspec.Struct, frozen=True, tag="object"):
     size: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
 
 
-Stored = InlineBytes | StoredObject
+class StoredRange(msgspec.Struct, frozen=True, tag="range"):
+    """Bytes [offset, offset + length) of an object of `size` bytes at `shards/<content id>`."""
+
+    content_id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    size: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
+    offset: Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+    length: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
+
+    def __post_init__(self) -> None:
+        if self.offset + self.length > self.size:
+            raise ValueError(f"bytes {self.offset} to {self.offset + self.length} of an object of {self.size}")
+
+
+Stored = InlineBytes | StoredObject | StoredRange
 
 
 class TensorChunk(msgspec.Struct, frozen=True):
@@ -94,7 +107,8 @@ class PlainEntry(msgspec.Struct, frozen=True, tag="value"):
 
 
 class CheckpointIndex(msgspec.Struct, frozen=True):
-    format: Literal["shoal-dcp-1"]
+    format: Literal["shoal-dcp-1", "shoal-dcp-2"]
+    """The first has no ranges."""
     planner_data: Any
     """As state.py writes it."""
     entries: dict[str, TensorEntry | PlainEntry]
@@ -150,7 +164,7 @@ def encode_index(metadata: Metadata, stored: Mapping[MetadataIndex, Stored]) -> 
         raise UnsayableStateError(
             f"the planner keeps tensors as its own data ({', '.join(flat.tensors)}); give it none"
         )
-    index = CheckpointIndex(format="shoal-dcp-1", planner_data=flat.structure, entries=entries)
+    index = CheckpointIndex(format="shoal-dcp-2", planner_data=flat.structure, entries=entries)
     return msgspec.json.encode(index).ljust(MIN_OBJECT_BYTES)
 
 

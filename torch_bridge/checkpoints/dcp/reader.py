@@ -19,6 +19,8 @@ from protocol.ids import ContentId
 from torch_bridge.checkpoints.dcp.index import (
     InlineBytes,
     Stored,
+    StoredObject,
+    StoredRange,
     decode_index,
     index_folder,
     is_checkpoint_id,
@@ -110,18 +112,22 @@ class O3StorageReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read what this rank needs, each object once."""
-        wanted: dict[Stored, list[ReadItem]] = {}
+        wanted: dict[InlineBytes | StoredObject, list[tuple[ReadItem, Stored]]] = {}
         for item in plan.items:
-            wanted.setdefault(self._metadata.storage_data[item.storage_index], []).append(item)
+            at: Stored = self._metadata.storage_data[item.storage_index]
+            whole = StoredObject(at.content_id, at.size) if isinstance(at, StoredRange) else at
+            wanted.setdefault(whole, []).append((item, at))
         with ThreadPoolExecutor(self._concurrency, "dcp-read") as pool:
-            for at, body in in_order(pool, lambda at: self._read(at, wanted[at][0]), wanted, self._concurrency):
-                for item in wanted[at]:
-                    self._load(item, body, planner, inline=isinstance(at, InlineBytes))
+            read = in_order(pool, lambda whole: self._read(whole, wanted[whole][0][0]), wanted, self._concurrency)
+            for whole, body in read:
+                for item, at in wanted[whole]:
+                    part = body[at.offset : at.offset + at.length] if isinstance(at, StoredRange) else body
+                    self._load(item, part, planner, inline=isinstance(at, InlineBytes))
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _read(self, at: Stored, item: ReadItem) -> bytes:
+    def _read(self, at: InlineBytes | StoredObject, item: ReadItem) -> bytes:
         if isinstance(at, InlineBytes):
             return at.body
         key = shard_key(ContentId(at.content_id))

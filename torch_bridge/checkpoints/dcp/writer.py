@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import accumulate
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
@@ -20,8 +22,8 @@ from torch_bridge.checkpoints.dcp.index import (
     INLINE_BYTES,
     MAX_INDEX_BYTES,
     InlineBytes,
-    Stored,
     StoredObject,
+    StoredRange,
     encode_index,
     index_folder,
     is_checkpoint_id,
@@ -30,6 +32,9 @@ from torch_bridge.checkpoints.dcp.index import (
 from torch_bridge.checkpoints.dcp.items import body_of
 from torch_bridge.checkpoints.parts import IN_FLIGHT, content_id_of, in_order
 from torch_bridge.core.store import Store
+
+PACKED_BELOW = 64 << 10
+PACK_BYTES = 8 << 20
 
 
 class O3StorageWriter(StorageWriter):
@@ -66,14 +71,11 @@ class O3StorageWriter(StorageWriter):
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Put this rank's items, those that the store does not have."""
-
-        def write(item: WriteItem) -> WriteResult:
-            body = body_of(item, planner)
-            return WriteResult(item.index, len(body), self._keep(body))
-
+        """Put this rank's items, those that the store does not have; small ones together."""
         with ThreadPoolExecutor(self._concurrency, "dcp-write") as pool:
-            results = [result for _, result in in_order(pool, write, plan.items, self._concurrency)]
+            made = in_order(pool, lambda item: body_of(item, planner), plan.items, self._concurrency)
+            kept = in_order(pool, self._keep, _packed(made), self._concurrency)
+            results = [result for _, of_object in kept for result in of_object]
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -94,20 +96,48 @@ class O3StorageWriter(StorageWriter):
         self._store.put(f"{self._folder}{version}.json", body, if_absent=True)
         self.version = version
 
-    def _keep(self, body: bytes) -> Stored:
-        if len(body) <= INLINE_BYTES:
-            return InlineBytes(body)
-        kept = StoredObject(content_id_of(body), len(body))
+    def _keep(self, packed: _Packed) -> list[WriteResult]:
+        if all(len(body) <= INLINE_BYTES for _, body in packed):
+            return [WriteResult(item.index, len(body), InlineBytes(body)) for item, body in packed]
+        whole = b"".join(body for _, body in packed)
+        kept = StoredObject(content_id_of(whole), len(whole))
         key = shard_key(ContentId(kept.content_id))
         try:
             there = self._store.head(key).size
         except OriginNotFoundError:
             there = None
-        if there is None or there < len(body):
+        if there is None or there < len(whole):
             with suppress(OriginExistsError):  # another rank has the same tensor, and was first
-                self._store.put(key, body, if_absent=there is None)
-        return kept
+                self._store.put(key, whole, if_absent=there is None)
+        if len(packed) == 1:
+            return [WriteResult(packed[0][0].index, len(whole), kept)]
+        starts = accumulate((len(body) for _, body in packed), initial=0)
+        return [
+            WriteResult(item.index, len(body), StoredRange(kept.content_id, kept.size, start, len(body)))
+            for (item, body), start in zip(packed, starts, strict=False)
+        ]
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return is_checkpoint_id(os.fspath(checkpoint_id))
+
+
+_Packed = tuple[tuple[WriteItem, bytes], ...]
+"""Items of one object, one after the other."""
+
+
+def _packed(made: Iterable[tuple[WriteItem, bytes]]) -> Iterator[_Packed]:
+    """Small items together, in their order: an origin takes as long for a small object as for a megabyte."""
+    small: list[tuple[WriteItem, bytes]] = []
+    size = 0
+    for item, body in made:
+        if len(body) <= INLINE_BYTES or len(body) > PACKED_BELOW:
+            yield ((item, body),)
+            continue
+        small.append((item, body))
+        size += len(body)
+        if size >= PACK_BYTES:
+            yield tuple(small)
+            small, size = [], 0
+    if small:
+        yield tuple(small)
