@@ -16,7 +16,6 @@ from protocol.errors import (
 
 _DENIED_CODES = {
     "AccessDenied",
-    "AuthorizationHeaderMalformed",
     "ExpiredToken",
     "InvalidAccessKeyId",
     "InvalidToken",
@@ -25,6 +24,15 @@ _DENIED_CODES = {
     "TokenRefreshRequired",
 }
 """S3 answers some of them with 400."""
+_REGION_CODES = (
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraintException",
+    "IncorrectEndpoint",
+    "PermanentRedirect",
+    "TemporaryRedirect",
+)
+"""A request is signed for a region, and S3 answers these if the bucket is in another."""
+_ARCHIVED_CODES = ("InvalidObjectState", "ObjectNotInActiveTierError")
 _RETRY_CODES = {"InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown", "TooManyRequests"}
 _CODE = re.compile(r"[A-Za-z]{3,40}")
 
@@ -78,6 +86,10 @@ def status_error(
 
 
 def _meaning(status: int, code: str, credentials: str) -> tuple[type[OriginError], str]:
+    if code in _REGION_CODES or (status in (301, 307) and not code):
+        return OriginError, "the bucket is in another region: set AWS_REGION, or the endpoint of its region"
+    if code in _ARCHIVED_CODES:
+        return OriginError, "the object is archived (Glacier): restore a readable copy of it first, then ask again"
     if status in (401, 403, 407) or code in _DENIED_CODES:
         return OriginDeniedError, _access_advice(code, credentials)
     if status in (404, 410):
