@@ -127,7 +127,7 @@ def stream(source: OriginSource, total: int, rows: int, use: DiskUse, arguments:
         source,
         batch_size=100,
         ordering=Ordering(lanes=2, block_rows=rows, window=rows),
-        buffering=Buffering(buffer_size=2, max_buffer=4, decoded_bytes=10_000_000),
+        buffering=Buffering(buffer_size=2, max_buffer=4),
     )
     loader = DataLoader(data, batch_size=None, num_workers=arguments.workers, persistent_workers=arguments.workers > 0)
     wrong = []

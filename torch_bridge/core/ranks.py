@@ -42,14 +42,14 @@ class Ranks:
 
             rank, world = dist.get_rank(), dist.get_world_size()
         else:
-            rank, world = _number("RANK"), _number("WORLD_SIZE") or 1
-            if rank is None and world > 1:
+            found, world = _number("RANK"), _number("WORLD_SIZE") or 1
+            if found is None and world > 1:
                 raise InvalidParamsError(
                     f"WORLD_SIZE is {world} and RANK is not set, so every process would read the samples of rank 0: "
                     "call torch.distributed.init_process_group before the first batch, start by torchrun, or give "
                     "ranks=Ranks(...)"
                 )
-            rank = rank or 0
+            rank = found or 0
         local_rank, local_world = _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE")
         if local_rank is None or local_world is None:
             return cls(rank, world, rank, world)

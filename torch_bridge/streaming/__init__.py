@@ -5,7 +5,9 @@ text_loader     TextLoader: token batches of a text column
 settings        Ordering and Buffering
 order           pure: the order of an epoch, and who reads which batch
 position        where a reader stands in an epoch, saved and continued
+epoch           the epoch, and who has read it, in memory that workers share
 elastic_resume  pure: what another number of ranks has to read after a restart
 shard_rows      the rows of all shards that one iteration reads
-rows            the rows of one parquet file
+rows            the rows of one parquet file, each row group decoded once
+schema          one schema for all shards; columns as numpy arrays
 """

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from protocol.errors import InvalidParamsError
@@ -18,20 +18,24 @@ from torch_bridge.core.ranks import Ranks
 from torch_bridge.shards.downloader import StreamingDownloader
 from torch_bridge.shards.sources.interface import ShardSource
 from torch_bridge.shards.status import StreamingStatus
-from torch_bridge.streaming.order import EpochOrder, OrderSettings, ShardSpan, open_at_once
+from torch_bridge.streaming.epoch import SharedEpoch
+from torch_bridge.streaming.order import EpochOrder, OrderSettings, RowSpan, ShardSpan, open_at_once
 from torch_bridge.streaming.position import EpochPosition, ReaderId, ReaderPosition, continued, saved
-from torch_bridge.streaming.rows import DecodedGroups, RowReader, as_arrays
+from torch_bridge.streaming.rows import ShardDecoder
+from torch_bridge.streaming.schema import DataColumns, as_arrays
 from torch_bridge.streaming.settings import Buffering, Ordering
 from torch_bridge.streaming.shard_rows import ShardRows, start
 
+_log = logging.getLogger(__name__)
 Transform = Callable[[dict[str, Any]], Any]
 
 
 class StreamingShardDataset(IterableDataset[Any]):
     """Yields batches: use it with `DataLoader(dataset, batch_size=None, num_workers=...)`.
 
-    `source`: where shards come from. `batch_size`: samples. `columns`: None for all. `transform`: gets a dict of numpy
-    arrays (numbers) and lists (other types), and its result is yielded. `validation_shard`: its file name; it is
+    `source`: where shards come from. `batch_size`: samples. `columns`: None for all. `nulls`: what stands for a missing
+    value, by column; without it NaN in floats, an error in other arrays, None in lists. `transform`: gets a dict of
+    numpy arrays and lists (see `as_arrays`), and its result is yielded. `validation_shard`: its file name; it is
     fetched first, stays on disk, and is not trained on. `ranks`: this process among all; None: from torch.distributed
     or the environment, when an iteration begins. A shard is deleted when all ranks of this machine have read it. `run`:
     another name for a second data set over the same shards on this machine. `ordering` and `buffering`:
@@ -48,6 +52,7 @@ class StreamingShardDataset(IterableDataset[Any]):
         batch_size: int,
         seed: int = 0,
         columns: Sequence[str] | None = None,
+        nulls: Mapping[str, Any] | None = None,
         transform: Transform | None = None,
         validation_shard: str | None = None,
         ordering: Ordering | None = None,
@@ -55,8 +60,7 @@ class StreamingShardDataset(IterableDataset[Any]):
         ranks: Ranks | None = None,
         run: str = "default",
     ) -> None:
-        self._source, self._columns, self._transform = source, columns, transform
-        self._settings = OrderSettings(**asdict(ordering or Ordering()), batch_size=batch_size, seed=seed)
+        self._source, self._columns, self._transform = source, DataColumns(columns, nulls), transform
         self._buffering = buffering or Buffering()
         self._ranks = ranks
         self._run, self._validation = run, validation_shard
@@ -65,18 +69,30 @@ class StreamingShardDataset(IterableDataset[Any]):
             raise InvalidParamsError(f"no shard {validation_shard} in the data set: name one of its files")
         self._entries = tuple(entry for entry in entries if entry.filename != validation_shard)
         self._rows = tuple(_rows(entry) for entry in self._entries)
+        ordering = ordering or Ordering()
+        size_bytes = sum(entry.size for entry in self._entries)
+        block_rows, window = ordering.fitted(size_bytes / max(1, sum(self._rows)))
+        fitted = asdict(ordering) | {"block_rows": block_rows, "window": window}
+        self._settings = OrderSettings(**fitted, batch_size=batch_size, seed=seed)
         self._contents = {entry.filename: str(entry.content_id) for entry in self._entries}
-        # In shared memory: persistent workers see set_epoch.
-        self._epoch: torch.Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._shared = SharedEpoch()
         self._position: EpochPosition | None = None
-        self._loaded = False
+        self._loaded = 0
+        """The number of a loaded state; 0: none."""
+        self._read: Literal["", "mine", "all"] = ""
+        """Of a loaded state: whether this reader, or all of them, had read their epoch."""
         self._open = 0
         self._reading: StreamingDownloader | None = None
 
     @property
     def epoch(self) -> int:
-        """The epoch of the last `set_epoch` or loaded state."""
-        return int(self._epoch)
+        """The epoch of the last iteration, `set_epoch` or loaded state."""
+        return self._shared.number
+
+    def __len__(self) -> int:
+        """Batches of this rank in this epoch, from its beginning. It may differ by a few from epoch to epoch."""
+        ranks = self.ranks
+        return len(self.order().numbers(0, rank=ranks.rank, ranks=ranks.world_size, worker=0, workers=1))
 
     @property
     def ranks(self) -> Ranks:
@@ -86,13 +102,14 @@ class StreamingShardDataset(IterableDataset[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch. It starts at its first batch; the epoch of a loaded state continues where that was saved.
 
-        Workers see it when their next iteration begins, persistent ones too.
+        Without it, epochs follow each other: one that was read to its end is followed by the next, one that was left
+        begins again. Workers see it when their next iteration begins, persistent ones too.
         """
         if epoch < 0:
             raise InvalidParamsError(f"epoch {epoch} must not be negative")
         if epoch != self.epoch:
-            self._epoch.fill_(epoch)
-            self._position, self._loaded = None, False
+            self._position, self._loaded = None, 0
+        self._shared.choose(epoch)
 
     def status(self) -> StreamingStatus | None:
         """Of the downloader of this process's iteration; None if there is none."""
@@ -105,8 +122,8 @@ class StreamingShardDataset(IterableDataset[Any]):
     def state_dict(self) -> dict[str, Any]:
         """The state after the last batch that this process yielded. In a worker it is that worker's own.
 
-        After an epoch's last batch it is the end of the epoch: continued, it yields nothing, and `set_epoch` begins
-        the next one.
+        After an epoch's last batch it is the end of the epoch: continued, the next epoch begins, or nothing is yielded
+        if `set_epoch` chose the same epoch.
         """
         position = self._position or EpochPosition(self.epoch)
         return saved(position.position, self._turn(), replace(self._settings, epoch=position.epoch), self._contents)
@@ -116,49 +133,83 @@ class StreamingShardDataset(IterableDataset[Any]):
 
         For a plain DataLoader with workers, and to continue with other numbers of workers or ranks.
         """
-        position = self._position or EpochPosition(self.epoch)
-        turn, settings = ReaderId(self.ranks.rank, self.ranks.world_size), replace(self._settings, epoch=position.epoch)
-        return saved(ReaderPosition(position.position.base, batches), turn, settings, self._contents)
+        began = EpochPosition(self.epoch, ReaderPosition(self._shared.base))
+        if self._loaded and self._position is not None and not self._shared.is_taken(self._loaded):
+            began = self._position
+        turn, settings = ReaderId(self.ranks.rank, self.ranks.world_size), replace(self._settings, epoch=began.epoch)
+        return saved(ReaderPosition(began.position.base, batches), turn, settings, self._contents)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The next iteration continues from the state; the one after it starts its epoch from the beginning.
+        """The next iteration continues from the state, or, if its epoch was read, begins the next one; the one after it
+        starts its epoch from the beginning.
 
         A state of a finished epoch does not undo a `set_epoch` to a later one. Raises InvalidParamsError if the state
         cannot be continued exactly, and says why.
         """
         turn, epoch = self._turn(), int(state["epoch"])
         position = continued(state, turn, self._settings, self._contents)
-        order = self.order(epoch)
-        if turn.workers == 1 and epoch < self.epoch and position.base + turn.rank >= order.end(0, 1):
-            return
-        self._epoch.fill_(max(epoch, self.epoch) if get_worker_info() else epoch)
-        self._position, self._loaded = EpochPosition(epoch, position), True
+        read = not self._numbers(self.order(epoch), position, turn)
+        loaded, chosen = self._shared.load(turn.worker, finished=read), self._shared.chosen
+        if get_worker_info() is None:
+            self._shared.continue_at(epoch if chosen is None or not read else max(epoch, chosen))
+        self._position, self._loaded = EpochPosition(epoch, position), loaded
+        self._read = "" if not read else "all" if turn.workers == 1 else "mine"
+        if read and chosen is not None and chosen > epoch:
+            self._position, self._read = self._after(self._position, turn, chosen), ""
+
+    @staticmethod
+    def _numbers(order: EpochOrder, position: ReaderPosition, turn: ReaderId) -> range:
+        worker = (turn.worker - position.first_worker) % turn.workers
+        return order.numbers(
+            position.base, rank=turn.rank, ranks=turn.ranks, worker=worker, workers=turn.workers, skip=position.own
+        )
+
+    def _after(self, read: EpochPosition, turn: ReaderId, epoch: int) -> EpochPosition:
+        """The beginning of another epoch, after one that all workers have read."""
+        base = read.position.base
+        given = self.order(read.epoch).numbers(base, rank=turn.rank, ranks=turn.ranks, worker=0, workers=1)
+        first = (read.position.first_worker + len(given)) % turn.workers
+        return EpochPosition(epoch, ReaderPosition(first_worker=first))
 
     def validation_batches(self) -> Iterator[Any]:
         """Batches of the validation shard in its own order, the same on every rank; it is fetched if it is not here."""
         entry = next((entry for entry in self._source.manifest().shards if entry.filename == self._validation), None)
         if entry is None:
             raise InvalidParamsError("no validation shard: name its file by validation_shard=")
-        groups = DecodedGroups(self._buffering.decoded_bytes)
-        reader = RowReader(self._source.fetch(entry).path, self._columns, groups=groups, rows=entry.rows)
-        try:
-            for first in range(0, _rows(entry), self._settings.batch_size):
-                end = min(first + self._settings.batch_size, _rows(entry))
-                yield self._transformed(reader.take(np.arange(first, end)))
-        finally:
-            reader.close()
+        rows, size = _rows(entry), self._settings.batch_size
+        batches = [RowSpan(first, min(size, rows - first), 0, first // size) for first in range(0, rows, size)]
+        with closing(ShardDecoder(self._source.fetch(entry).path, self._columns, batches, rows=rows)) as decoder:
+            for batch in batches:
+                yield self._transformed(decoder.take(batch))
 
     def __iter__(self) -> Iterator[Any]:
-        if self._position is None or not self._loaded:
-            self._position = EpochPosition(self.epoch)
-        self._loaded = False  # a state is continued once
-        return self._batches(self._position, self._turn())
+        turn = self._turn()
+        if self._position is None or not self._shared.take(self._loaded, turn.worker):
+            self._position = EpochPosition(self._shared.begin(turn.worker, turn.workers))
+        else:
+            if self._read == "all" or (self._read == "mine" and self._shared.all_finished(turn.workers)):
+                if self._shared.chosen is None:
+                    self._position = self._after(self._position, turn, self._position.epoch + 1)
+                else:
+                    self._shared.leave_nothing()
+            self._shared.begin(turn.worker, turn.workers, self._position.epoch, self._position.position.base)
+        if self._shared.nothing_left:
+            epoch = self._position.epoch
+            _log.warning(
+                "epoch %d had been read when the loaded state was saved, and set_epoch(%d) chose it again: it yields "
+                "nothing more, and set_epoch(%d) begins the next",
+                epoch,
+                epoch,
+                epoch + 1,
+            )
+            self._position = EpochPosition(epoch, ReaderPosition(self.order(epoch).end(0, turn.ranks)))
+        return self._batches(self._position, turn)
 
     def _batches(self, began: EpochPosition, turn: ReaderId) -> Iterator[Any]:
-        base, own, order = began.position.base, began.position.own, self.order(began.epoch)
-        numbers = order.numbers(
-            base, rank=turn.rank, ranks=turn.ranks, worker=turn.worker, workers=turn.workers, skip=own
-        )
+        order = self.order(began.epoch)
+        numbers = self._numbers(order, began.position, turn)
+        if not numbers:
+            self._shared.finish(turn.worker, began.epoch)
         spans = order.spans(numbers)
         mine = {span.shard for span in spans}
         read = [span.shard for span in order.spans() if span.last < numbers.start and span.shard not in mine]
@@ -168,15 +219,18 @@ class StreamingShardDataset(IterableDataset[Any]):
         start(downloader, patient=not self._open, what={"run": self._run, "reader": _reader(turn)})
         self._open += 1
         self._reading = downloader
-        rows = ShardRows(self._entries, downloader, self._columns, self._buffering)
+        rows = ShardRows(self._entries, downloader, self._columns, order, numbers, self._buffering.shard_timeout_s)
         due = sorted(spans, key=lambda span: span.last, reverse=True)
         with ClosingStack(downloader.stop, rows.close):
             try:
-                for done, batch in enumerate(order.taken(numbers), 1):
-                    while due and due[-1].last < batch.number:
+                for done, number in enumerate(numbers, 1):
+                    while due and due[-1].last < number:
                         rows.past(due.pop().shard)
-                    given = self._transformed(rows.table(batch))
-                    self._position = EpochPosition(began.epoch, ReaderPosition(base, own + done))
+                    given = self._transformed(rows.table(number))
+                    own = replace(began.position, own=began.position.own + done)
+                    self._position = EpochPosition(began.epoch, own)
+                    if done == len(numbers):
+                        self._shared.finish(turn.worker, began.epoch)
                     yield given
                 while due:
                     rows.past(due.pop().shard)

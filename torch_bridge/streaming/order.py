@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from math import gcd
@@ -17,24 +17,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol.errors import InvalidParamsError
-from torch_bridge.streaming.settings import Ordering
 
 Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class OrderSettings(Ordering):
+class OrderSettings:
     """All that the order depends on beside the shards. Another value of any of them gives another order."""
 
     batch_size: int
     """Samples of a batch."""
     seed: int = 0
     epoch: int = 0
+    shuffle: bool = True
+    lanes: int = 8
+    block_rows: int = 1024
+    window: int = 8192
+    drop_last: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_size < 1:
-            raise InvalidParamsError(f"batch_size must be at least 1, not {self.batch_size}")
+        for name in ("batch_size", "lanes", "block_rows", "window"):
+            if getattr(self, name) < 1:
+                raise InvalidParamsError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.seed < 0 or self.epoch < 0:
             raise InvalidParamsError(f"seed {self.seed} and epoch {self.epoch} must not be negative")
 
@@ -52,12 +56,23 @@ class Lane:
 
 
 @dataclass(frozen=True)
-class SampleBatch:
-    """Batch `number` of the epoch: sample i is row `rows[i]` of shard `shards[i]`."""
+class WindowPart:
+    """Samples [start, stop) of a lane's window, in the order in which batches take them."""
 
-    number: int
-    shards: Indices
-    rows: Indices
+    lane: int
+    window: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, order=True)
+class RowSpan:
+    """Rows of a shard, next to each other, that one window takes."""
+
+    first_row: int
+    rows: int
+    lane: int
+    window: int
 
 
 @dataclass(frozen=True)
@@ -104,12 +119,57 @@ class EpochOrder:
         first = base + rank + ranks * (worker + workers * skip)
         return range(first, self.end(base, ranks), ranks * workers)
 
-    def taken(self, numbers: range) -> Iterator[SampleBatch]:
-        """These batches. Memory O(window) for each of their lanes; nothing is computed for batches between them."""
-        shuffled: dict[int, tuple[int, Indices]] = {}
-        for number in numbers:
-            lane, turn = self.lane_of(number)
-            yield self._batch(number, lane, turn, shuffled)
+    @property
+    def window_rows(self) -> int:
+        """Samples of a window; without a shuffle a batch is one."""
+        return self.settings.window if self.settings.shuffle else self.settings.batch_size
+
+    def parts(self, number: int) -> list[WindowPart]:
+        """The samples of a batch, window after window."""
+        lane, turn = self.lane_of(number)
+        size, rows = self.settings.batch_size, self.window_rows
+        start, end = turn * size, min((turn + 1) * size, self.lanes[lane].rows)
+        return [
+            WindowPart(lane, window, max(start - window * rows, 0), min(end - window * rows, rows))
+            for window in range(start // rows, -(-end // rows))
+        ]
+
+    def mixed(self, lane: int, window: int) -> Indices | None:
+        """The order in which batches take a window's samples, of those that `pieces` gives; None: as they are."""
+        return self._window(lane, window) - window * self.window_rows if self.settings.shuffle else None
+
+    def pieces(self, lane: int, window: int) -> list[tuple[int, RowSpan]]:
+        """The rows of a window, by shard, in the lane's order."""
+        blocks, rows = self.lanes[lane], self.window_rows
+        start, end = window * rows, min((window + 1) * rows, blocks.rows)
+        first = int(np.searchsorted(blocks.starts, start, side="right")) - 1
+        found = []
+        for block in range(first, int(np.searchsorted(blocks.starts, end, side="left"))):
+            at = int(blocks.starts[block])
+            begin, stop = max(at, start), min(self._block_end(lane, block), end)
+            row = int(blocks.first_rows[block]) + begin - at
+            found.append((int(blocks.shards[block]), RowSpan(row, stop - begin, lane, window)))
+        return found
+
+    def pieces_of(self, shard: int, numbers: range) -> list[RowSpan]:
+        """The rows of a shard that the windows of a reader of these batches take, ascending."""
+        found: list[RowSpan] = []
+        rows, size = self.window_rows, self.settings.batch_size
+        for index, lane in enumerate(self.lanes):
+            for block in np.flatnonzero(lane.shards == shard).tolist():
+                start, end = int(lane.starts[block]), self._block_end(index, block)
+                for window in range(start // rows, -(-end // rows)):
+                    first = window * rows // size
+                    last = min((min((window + 1) * rows, lane.rows) - 1) // size, self.lane_batches[index] - 1)
+                    if self._among(numbers, index, first, last):
+                        begin, stop = max(start, window * rows), min(end, (window + 1) * rows)
+                        row = int(lane.first_rows[block]) + begin - start
+                        found.append(RowSpan(row, stop - begin, index, window))
+        return sorted(found)
+
+    def _block_end(self, lane: int, block: int) -> int:
+        starts = self.lanes[lane].starts
+        return int(starts[block + 1]) if block + 1 < len(starts) else self.lanes[lane].rows
 
     def end(self, base: int, ranks: int) -> int:
         """One past the last batch that ranks read that began at `base`."""
@@ -150,20 +210,6 @@ class EpochOrder:
 
     def _before(self, turn: int) -> int:
         return sum(min(count, turn) for count in self.lane_batches)
-
-    def _batch(self, number: int, index: int, turn: int, shuffled: dict[int, tuple[int, Indices]]) -> SampleBatch:
-        lane, settings = self.lanes[index], self.settings
-        start = turn * settings.batch_size
-        positions = np.arange(start, min(start + settings.batch_size, lane.rows))
-        if settings.shuffle:
-            windows = positions // settings.window
-            for window in sorted(set(windows.tolist())):
-                if shuffled.get(index, (-1,))[0] != window:
-                    shuffled[index] = (window, self._window(index, window))
-                mine = windows == window
-                positions[mine] = shuffled[index][1][positions[mine] - window * settings.window]
-        blocks = np.searchsorted(lane.starts, positions, side="right") - 1
-        return SampleBatch(number, lane.shards[blocks], lane.first_rows[blocks] + positions - lane.starts[blocks])
 
     def _window(self, lane: int, window: int) -> Indices:
         start = window * self.settings.window

@@ -29,6 +29,8 @@ class ReaderPosition:
 
     base: int = 0
     own: int = 0
+    first_worker: int = 0
+    """The worker that has the first turn: a StatefulDataLoader that continues asks the one after the last one first."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ def saved(
         "shards": dict(shards),
         "base": position.base,
         "own": position.own,
+        "first_worker": position.first_worker,
         "ranks": reader.ranks,
         "worker": reader.worker,
         "workers": reader.workers,
@@ -82,4 +85,4 @@ def continued(
             f"worker {reader.worker} of {reader.workers} on {reader.ranks}: for others save "
             "state_at(batches) instead"
         )
-    return ReaderPosition(int(state["base"]), int(state["own"]))
+    return ReaderPosition(int(state["base"]), int(state["own"]), int(state.get("first_worker", 0)))

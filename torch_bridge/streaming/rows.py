@@ -1,147 +1,117 @@
-"""Rows of a parquet file by their number, reading only the columns and row groups that have them."""
+"""Rows of one parquet file in pieces: each row group is decoded once, from front to back, a few rows at a time.
+
+Windows of several lanes take pieces of one row group at different times. What one of them takes later is kept from when
+it is decoded to then, so memory follows from the order's lanes and windows, whatever the size of row groups is.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute  # `take` needs it, and would otherwise import it between an epoch's first rows
 import pyarrow.parquet as pq
 
 from protocol.errors import InvalidParamsError, InvalidShardError
-from torch_bridge.streaming.order import Indices
+from torch_bridge.streaming.order import RowSpan
+from torch_bridge.streaming.schema import DataColumns, joined
+
+_DECODED_AT_ONCE = 8 << 20
+"""Bytes of rows, as the footer says; more for one row that is larger."""
+_MOST_ROWS = 8192
+_READ_AT_ONCE = 1 << 20
+"""Bytes of a column chunk: pyarrow reads all of it at once without this."""
 
 
-class DecodedGroups:
-    """Row groups that stay decoded in memory, of all files together; the least recently used are dropped first.
+class ShardDecoder:
+    """One open file, and the pieces of it that will be taken, each once. `rows`: the row count of its manifest."""
 
-    The one that was decoded last stays even if it alone is above `limit_bytes`.
-    """
-
-    def __init__(self, limit_bytes: int) -> None:
-        if limit_bytes < 0:
-            raise InvalidParamsError(f"the memory for row groups must not be negative: {limit_bytes} bytes")
-        self._limit_bytes = limit_bytes
-        self._tables: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
-        self.size_bytes = 0
-
-    def get(self, path: Path, group: int) -> pa.Table | None:
-        table = self._tables.get((path, group))
-        if table is not None:
-            self._tables.move_to_end((path, group))
-        return table
-
-    def keep(self, path: Path, group: int, table: pa.Table) -> None:
-        self._tables[path, group] = table
-        self.size_bytes += table.nbytes
-        while self.size_bytes > self._limit_bytes and len(self._tables) > 1:
-            self.size_bytes -= self._tables.popitem(last=False)[1].nbytes
-
-    def drop(self, path: Path) -> None:
-        for key in [key for key in self._tables if key[0] == path]:
-            self.size_bytes -= self._tables.pop(key).nbytes
-
-
-class RowReader:
-    """One open file. `groups` keeps its decoded row groups. `rows`: the row count of its manifest."""
-
-    def __init__(
-        self, path: Path, columns: Sequence[str] | None = None, *, groups: DecodedGroups, rows: int | None = None
-    ) -> None:
+    def __init__(self, path: Path, columns: DataColumns, pieces: Sequence[RowSpan], *, rows: int | None = None) -> None:
         """Raises InvalidShardError if the file is damaged or has another row count, InvalidParamsError for a column."""
-        self._path, self._groups = path, groups
-        self._columns = None if columns is None else list(columns)
+        self._path, self._columns = path, columns
         try:
-            self._file = pq.ParquetFile(path)
+            self._file = pq.ParquetFile(path, buffer_size=_READ_AT_ONCE)
         except (pa.ArrowException, OSError) as error:
             raise _damaged(path, error) from error
-        absent = set(self._columns or ()) - set(self._file.schema_arrow.names)
-        if absent:
+        try:
+            meta = self._file.metadata
+            self._starts = np.cumsum([0, *(meta.row_group(group).num_rows for group in range(meta.num_row_groups))])
+            if rows is not None and rows != int(self._starts[-1]):
+                raise InvalidShardError(
+                    f"{path.name} has {self._starts[-1]} rows by its footer, and its manifest says {rows}: "
+                    "publish the data set again with its real row counts"
+                )
+            self._names = columns.adopt(self._file.schema_arrow, path.name)
+        except (InvalidShardError, InvalidParamsError):
             self._file.close()
-            raise InvalidParamsError(
-                f"{path.name} has no column {sorted(absent)}; it has {self._file.schema_arrow.names}"
-            )
-        meta = self._file.metadata
-        self._starts = np.cumsum([0, *(meta.row_group(group).num_rows for group in range(meta.num_row_groups))])
-        if rows is not None and rows != int(self._starts[-1]):
-            self._file.close()
-            raise InvalidShardError(
-                f"{path.name} has {self._starts[-1]} rows by its footer, and its manifest says {rows}: "
-                "publish the data set again with its real row counts"
-            )
+            raise
+        self._waiting = deque(sorted(pieces))
+        self._begun: list[pa.Table] = []
+        """Of the first one that waits."""
+        self._whole: dict[RowSpan, pa.Table] = {}
+        self._decoding = self._decoded()
 
-    def take(self, rows: Indices) -> pa.Table:
-        """The rows in the order asked for. Raises InvalidShardError if the file is damaged."""
-        groups = np.searchsorted(self._starts, rows, side="right") - 1
-        parts, positions = [], []
-        for group in sorted(set(groups.tolist())):
-            mine = np.flatnonzero(groups == group)
-            parts.append(_chosen(self._group(group), rows[mine] - self._starts[group]))
-            positions.append(mine)
-        return assembled(parts, positions)
-
-    def close(self) -> None:
-        self._groups.drop(self._path)
-        self._file.close()
-
-    def _group(self, group: int) -> pa.Table:
-        table = self._groups.get(self._path, group)
-        if table is None:
+    def take(self, piece: RowSpan) -> pa.Table:
+        """The rows of a piece. Raises InvalidShardError if the file is damaged."""
+        while piece not in self._whole:
             try:
-                table = self._file.read_row_group(group, columns=self._columns, use_threads=False)
+                start, table = next(self._decoding)
+            except StopIteration:
+                raise KeyError(f"{self._path.name} has no such piece, or it was taken already: {piece}") from None
             except (pa.ArrowException, OSError) as error:
                 raise _damaged(self._path, error) from error
-            self._groups.keep(self._path, group, table)
-        return table
+            self._cut(start, table)
+        return self._whole.pop(piece)
 
+    @property
+    def size_bytes(self) -> int:
+        """Of the rows that are decoded and not taken."""
+        return sum(table.nbytes for table in (*self._whole.values(), *self._begun))
 
-def assembled(parts: Sequence[pa.Table], positions: Sequence[Indices]) -> pa.Table:
-    """One table of several; `positions` says where each row of each goes."""
-    if len(parts) == 1:
-        return parts[0]
-    return _chosen(pa.concat_tables(parts), np.argsort(np.concatenate(positions)))
+    def close(self) -> None:
+        self._decoding.close()
+        self._whole.clear()
+        self._begun.clear()
+        self._file.close()
 
+    def _decoded(self) -> Generator[tuple[int, pa.Table], None, None]:
+        """Rows from the next piece on, with the number of the first: the row groups that hold pieces, one by one."""
+        for group, (start, end) in enumerate(zip(self._starts[:-1].tolist(), self._starts[1:].tolist(), strict=True)):
+            if not self._waiting or self._waiting[0].first_row >= end:
+                continue
+            at = start
+            batches = self._file.iter_batches(
+                batch_size=self._rows_at_once(group), row_groups=[group], columns=self._names, use_threads=False
+            )
+            for batch in batches:
+                if self._waiting[0].first_row < at + batch.num_rows:
+                    yield at, self._columns.table(batch, self._path.name)
+                at += batch.num_rows
+                if not self._waiting or self._waiting[0].first_row >= end:
+                    break
 
-def _chosen(table: pa.Table, rows: Indices) -> pa.Table:
-    """Rows that follow each other, as all do without a shuffle, are not copied."""
-    first, count = int(rows[0]), len(rows)
-    if np.array_equal(rows, np.arange(first, first + count)):
-        return table.slice(first, count)
-    return table.take(pa.array(rows))
+    def _rows_at_once(self, group: int) -> int:
+        found = self._file.metadata.row_group(group)
+        rows, size_bytes = int(found.num_rows), int(found.total_byte_size)
+        return min(_MOST_ROWS, max(1, _DECODED_AT_ONCE * rows // max(1, size_bytes)))
 
-
-def as_arrays(table: pa.Table) -> dict[str, object]:
-    """Columns of numbers as numpy arrays [rows], fixed-size binary of W bytes as uint8 [rows, W], those with nulls and
-    all others as lists. Arrays are writeable: a DataLoader makes tensors of them.
-
-    Fixed-size binary of one row group is not copied: a write to it changes the table.
-    """
-    return {name: _column(table.column(name)) for name in table.column_names}
-
-
-def _column(column: pa.ChunkedArray) -> object:
-    kind = column.type
-    if column.null_count:
-        return column.to_pylist()
-    if pa.types.is_fixed_size_binary(kind):
-        return _fixed_size(column)
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
-        array = column.to_numpy()
-        return array if array.flags.writeable else array.copy()
-    return column.to_pylist()
-
-
-def _fixed_size(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
-    """[rows, width], in the column's own memory if it is one writeable chunk."""
-    width, arrays = column.type.byte_width, []
-    for chunk in column.chunks:
-        values = np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * width, chunk.offset * width)
-        arrays.append(values.reshape(len(chunk), width))
-    return arrays[0] if len(arrays) == 1 and arrays[0].flags.writeable else np.concatenate(arrays)
+    def _cut(self, start: int, table: pa.Table) -> None:
+        """Pieces do not overlap, so they become whole one after the other. A small part is copied: a slice would keep
+        all of `table` in memory.
+        """
+        end = start + table.num_rows
+        while self._waiting and self._waiting[0].first_row < end:
+            piece = self._waiting[0]
+            begin, stop = max(piece.first_row, start), min(piece.first_row + piece.rows, end)
+            part = table.slice(begin - start, stop - begin)
+            self._begun.append(part if 2 * part.num_rows > table.num_rows else part.take(np.arange(part.num_rows)))
+            if stop < piece.first_row + piece.rows:
+                return
+            self._whole[self._waiting.popleft()] = joined(self._begun)
+            self._begun = []
 
 
 def _damaged(path: Path, error: Exception) -> InvalidShardError:

@@ -7,16 +7,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from protocol.errors import InvalidShardError, ShardInUseError
 from protocol.manifest import ShardEntry
 from torch_bridge.shards.downloader import StreamingDownloader
 from torch_bridge.shards.readers import LEAVING_S
-from torch_bridge.streaming.order import Indices, SampleBatch
-from torch_bridge.streaming.rows import DecodedGroups, RowReader, assembled
-from torch_bridge.streaming.settings import Buffering
+from torch_bridge.streaming.order import EpochOrder, RowSpan
+from torch_bridge.streaming.rows import ShardDecoder
+from torch_bridge.streaming.schema import DataColumns, joined
 
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.1
@@ -26,28 +25,32 @@ _FETCHED_AGAIN = 3
 
 
 class ShardRows:
-    """Not thread-safe. The shards of a batch are indices in `entries`."""
+    """The windows of one reader, from the shards that it reads. Not thread-safe.
+
+    Decoded at a time: a window of each lane, and of each open shard what other lanes' windows take soon.
+    """
 
     def __init__(
         self,
         entries: Sequence[ShardEntry],
         downloader: StreamingDownloader,
-        columns: Sequence[str] | None,
-        buffering: Buffering,
+        columns: DataColumns,
+        order: EpochOrder,
+        numbers: range,
+        timeout_s: float | None,
     ) -> None:
-        self._entries, self._downloader = entries, downloader
-        self._columns, self._timeout_s = columns, buffering.shard_timeout_s
-        self._groups = DecodedGroups(buffering.decoded_bytes)
-        self._open: dict[int, RowReader] = {}
+        """`entries`: the shards of the order. `numbers`: the batches that are read, ascending."""
+        self._entries, self._downloader, self._columns = entries, downloader, columns
+        self._order, self._numbers, self._timeout_s = order, numbers, timeout_s
+        self._open: dict[int, ShardDecoder] = {}
+        self._windows: dict[int, tuple[int, pa.Table]] = {}
 
-    def table(self, batch: SampleBatch) -> pa.Table:
+    def table(self, number: int) -> pa.Table:
         """The batch's rows in its order. Raises as `wait_for_shard` for a shard that does not come."""
-        parts, positions = [], []
-        for shard in sorted(set(batch.shards.tolist())):
-            mine = np.flatnonzero(batch.shards == shard)
-            parts.append(self._take(shard, batch.rows[mine]))
-            positions.append(mine)
-        return assembled(parts, positions)
+        parts = self._order.parts(number)
+        return joined(
+            [self._window(part.lane, part.window).slice(part.start, part.stop - part.start) for part in parts]
+        )
 
     def past(self, shard: int) -> None:
         """This iteration reads no more rows of the shard."""
@@ -55,23 +58,42 @@ class ShardRows:
         self._downloader.consumed(self._entries[shard])
 
     def close(self) -> None:
+        self._windows.clear()
         for shard in list(self._open):
             self._close(shard)
 
-    def _take(self, shard: int, rows: Indices) -> pa.Table:
+    def _window(self, lane: int, window: int) -> pa.Table:
+        """In the order in which batches take its rows."""
+        if self._windows.get(lane, (-1,))[0] != window:
+            self._windows.pop(lane, None)  # its memory goes before the next one's comes
+            pieces = self._order.pieces(lane, window)
+            table = joined([self._take(shard, piece) for shard, piece in pieces])
+            mixed = self._order.mixed(lane, window)
+            self._windows[lane] = window, table if mixed is None else table.take(pa.array(mixed))
+        return self._windows[lane][1]
+
+    def _take(self, shard: int, piece: RowSpan) -> pa.Table:
         entry = self._entries[shard]
         for again in range(_FETCHED_AGAIN + 1):
             path = None if shard in self._open else self._downloader.wait_for_shard(entry, self._timeout_s)
             try:
                 if path is not None:
-                    self._open[shard] = RowReader(path, self._columns, groups=self._groups, rows=entry.rows)
-                return self._open[shard].take(rows)
+                    pieces = self._order.pieces_of(shard, self._numbers)
+                    needed = [one for one in pieces if not self._was_taken(one, piece)]
+                    self._open[shard] = ShardDecoder(path, self._columns, needed, rows=entry.rows)
+                return self._open[shard].take(piece)
             except InvalidShardError as error:
                 self._close(shard)
                 if again == _FETCHED_AGAIN:
                     raise
                 self._downloader.distrust(entry, error.message)
         raise AssertionError("the loop returns or raises")
+
+    def _was_taken(self, one: RowSpan, taking: RowSpan) -> bool:
+        """Of a shard that is opened again: a lane takes its rows of it from front to back."""
+        if one.lane == taking.lane:
+            return one.first_row < taking.first_row
+        return one.window <= self._windows.get(one.lane, (-1,))[0]
 
     def _close(self, shard: int) -> None:
         if shard in self._open:

@@ -127,6 +127,7 @@ class TextLoader:
         epochs_without = 0
         while self._epochs is None or self._dataset.epoch < self._epochs:
             epochs_without += 1
+            self._dataset.set_epoch(self._dataset.epoch)  # not the next one, if this one was read
             with closing(iter(self._dataset)) as batches:  # type: ignore[type-var]
                 before = self._dataset.state_dict()
                 for batch in batches:
@@ -148,6 +149,11 @@ class TextLoader:
             self._dataset.set_epoch(self._dataset.epoch + 1)
 
     def _tokens(self, batch: Mapping[str, Any]) -> Tokens:
+        if self._column not in batch:
+            raise InvalidParamsError(
+                f"the data set has no column {self._column!r}; it has {', '.join(batch)}: name the one that holds text "
+                "by column="
+            )
         texts = [text for text in batch[self._column] if text is not None]
         parts: list[Tokens] = []
         for tokens in self._tokenise(texts):

@@ -140,7 +140,7 @@ class LocalParquet(IterableDataset[torch.Tensor]):
         import pyarrow as pa
         from pyarrow import parquet
 
-        from torch_bridge.streaming.rows import as_arrays
+        from torch_bridge.streaming.schema import as_arrays
 
         info = get_worker_info()
         for path in self._paths[info.id :: info.num_workers] if info else self._paths:
@@ -208,7 +208,7 @@ def streaming_shards(job: Job) -> Batches:
 
 OURS: dict[str, tuple[tuple[str, ...], Callable[[Job], Batches]]] = {
     "local files": ((), local),
-    "local parquet": (("pyarrow.parquet", "torch_bridge.streaming.rows"), local_parquet),
+    "local parquet": (("pyarrow.parquet", "torch_bridge.streaming.schema"), local_parquet),
     "O3Dataset": (("torch_bridge.objects.dataset", "node.origin.s3.store"), o3_dataset),
     "StreamingShardDataset": (
         ("torch_bridge.shards.sources.origin", "torch_bridge.streaming.dataset", "node.origin.s3.store"),

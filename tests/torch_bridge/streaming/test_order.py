@@ -22,14 +22,36 @@ orders = st.builds(
     ),
 )
 counts = st.integers(1, 5)
+GOLDEN = [
+    [(0, 1), (0, 4), (0, 0)],
+    [(1, 0), (0, 2), (1, 1)],
+    [(1, 2), (2, 2), (1, 3)],
+    [(0, 3), (2, 4), (2, 0)],
+    [(2, 3)],
+    [(2, 1), (2, 5)],
+]
+
+
+def samples(order: EpochOrder, number: int) -> list[tuple[int, int]]:
+    """Shard and row of each sample of a batch."""
+    found: list[tuple[int, int]] = []
+    for part in order.parts(number):
+        rows = [
+            (shard, piece.first_row + row)
+            for shard, piece in order.pieces(part.lane, part.window)
+            for row in range(piece.rows)
+        ]
+        mixed = order.mixed(part.lane, part.window)
+        found += (rows if mixed is None else [rows[at] for at in mixed])[part.start : part.stop]
+    return found
 
 
 def read(order: EpochOrder, base: int, ranks: int, workers: int) -> dict[int, list[tuple[int, int]]]:
     return {
-        batch.number: list(zip(batch.shards.tolist(), batch.rows.tolist(), strict=True))
+        number: samples(order, number)
         for rank in range(ranks)
         for worker in range(workers)
-        for batch in order.taken(order.numbers(base, rank=rank, ranks=ranks, worker=worker, workers=workers))
+        for number in order.numbers(base, rank=rank, ranks=ranks, worker=worker, workers=workers)
     }
 
 
@@ -75,9 +97,9 @@ def test_a_reader_spans_the_shards_of_its_own_batches(
     )
     spans = {span.shard: span for span in order.spans(numbers)}
     read: dict[int, list[int]] = {}
-    for batch in order.taken(numbers):
-        for shard in batch.shards.tolist():
-            read.setdefault(shard, []).append(batch.number)
+    for number in numbers:
+        for shard, _ in samples(order, number):
+            read.setdefault(shard, []).append(number)
     for shard, found in read.items():
         assert spans[shard].first <= min(found) <= max(found) <= spans[shard].last
     assert {number for span in spans.values() for number in (span.first, span.last)} <= set(numbers)
@@ -85,6 +107,31 @@ def test_a_reader_spans_the_shards_of_its_own_batches(
         assert {shard: (span.first, span.last) for shard, span in spans.items()} == {
             shard: (min(found), max(found)) for shard, found in read.items()
         }
+
+
+@settings(deadline=None)
+@given(orders, counts, counts, st.data())
+def test_a_reader_s_pieces_of_all_shards_are_those_of_its_windows(
+    order: EpochOrder, ranks: int, workers: int, data: st.DataObject
+) -> None:
+    numbers = order.numbers(
+        data.draw(st.integers(0, order.batches)),
+        rank=data.draw(st.integers(0, ranks - 1)),
+        ranks=ranks,
+        worker=data.draw(st.integers(0, workers - 1)),
+        workers=workers,
+    )
+    windows = {(part.lane, part.window) for number in numbers for part in order.parts(number)}
+    of_windows = {(shard, piece) for window in windows for shard, piece in order.pieces(*window)}
+    of_shards = [(shard, piece) for shard in range(len(order.shard_rows)) for piece in order.pieces_of(shard, numbers)]
+    assert len(of_shards) == len(of_windows)
+    assert set(of_shards) == of_windows
+
+
+def test_the_order_is_the_one_of_earlier_releases() -> None:
+    """A state that they saved is continued by this one."""
+    order = EpochOrder((5, 4, 6), OrderSettings(batch_size=3, seed=1, lanes=2, block_rows=2, window=4))
+    assert [samples(order, number) for number in range(order.batches)] == GOLDEN
 
 
 def test_a_reader_of_every_second_lane_fetches_the_shards_of_its_lanes_alone() -> None:

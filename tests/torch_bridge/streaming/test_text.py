@@ -192,3 +192,9 @@ def test_a_rank_without_documents_says_so(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["only one"]}), tmp_path / "shard_00000.parquet")
     with pytest.raises(InvalidParamsError, match="no text for rank 1 of 2"):
         next(iter(loader(tmp_path, epochs=None, ranks=Ranks(1, 2, 0, 1))))
+
+
+def test_a_column_that_is_not_there_is_named(folder: Path) -> None:
+    data = StreamingShardDataset(LocalSource(folder), batch_size=8)
+    with pytest.raises(InvalidParamsError, match="no column 'txt'; it has text"):
+        next(iter(TextLoader(data, as_bytes, bos=BOS, batch_rows=1, row_tokens=8, column="txt")))
