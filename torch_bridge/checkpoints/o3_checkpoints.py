@@ -21,9 +21,9 @@ from protocol.ids import ContentId, NodeId
 from protocol.signing import SigningKey
 from protocol.sync_client import SyncClient
 from torch_bridge.checkpoints.commit import Commit, checked_position, checked_run_id
-from torch_bridge.checkpoints.loading import StateOf, load_all
 from torch_bridge.checkpoints.parts import Part
 from torch_bridge.checkpoints.restore import DAMAGE, CheckpointNotFoundError, commits, missing_part, read_state
+from torch_bridge.checkpoints.rollback import StateOf, load_all
 from torch_bridge.checkpoints.state import rng_state, set_rng_state
 from torch_bridge.checkpoints.upload import Snapshot, own_folder, parts_of, take_snapshot, upload, write_files
 from torch_bridge.core.client import O3Client

@@ -118,7 +118,7 @@ def _encoded_tensor(value: torch.Tensor, path: str, tensors: dict[str, torch.Ten
 
 
 def _encoded_text(value: str) -> Json:
-    """Names of files, for one, may hold bytes that are no UTF-8: Python keeps them as surrogates."""
+    """Names of files, for one, may hold bytes that are not UTF-8: Python keeps them as surrogates."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -178,10 +178,10 @@ def _decoded(encoded: Json, tensors: Mapping[str, torch.Tensor], depth: int) -> 
                 return base64.b64decode(text, validate=True).decode("utf-8", "surrogatepass")
             except ValueError as error:
                 raise InvalidStructureError(f"a string in the checkpoint's structure is damaged: {error}") from error
-        case {"$": str(kind), "v": list(pairs), **more} if kind in _TYPES:
+        case {"$": str(kind), "v": list(pairs)} if kind in _TYPES and isinstance(encoded, dict):
             found = _TYPES[kind](dict(_decoded_pair(pair, tensors, depth) for pair in pairs))
-            if "metadata" in more:
-                setattr(found, _METADATA, _decoded(more["metadata"], tensors, depth + 1))
+            if "metadata" in encoded:
+                setattr(found, _METADATA, _decoded(encoded["metadata"], tensors, depth + 1))
             return found
         case {"$": kind}:
             raise InvalidStructureError(f"the checkpoint's structure has a value of the unknown kind {kind!r}")

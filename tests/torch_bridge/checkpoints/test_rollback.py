@@ -12,7 +12,7 @@ from node.origin.local import FileStore
 from protocol.errors import OriginCorruptError
 from tests.support.bridge.training import RUN, Training, assert_same, in_folder
 from torch_bridge.checkpoints import upload
-from torch_bridge.checkpoints.loading import load_all
+from torch_bridge.checkpoints.rollback import load_all
 from torch_bridge.checkpoints.upload import UnreadableCommitError
 
 
