@@ -7,6 +7,7 @@ to the process, which forks a child that runs CODE, and ends as that child ends.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -100,7 +101,8 @@ def _monitor(request: dict[str, object], descriptors: list[int]) -> None:
     for descriptor in (0, 1, *streams):
         os.close(descriptor)
     _, ended = os.waitpid(pid, 0)
-    os.write(status, b"%d" % (os.waitstatus_to_exitcode(ended) & 0xFF))
+    with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+        os.write(status, b"%d" % (os.waitstatus_to_exitcode(ended) & 0xFF))
     os._exit(0)
 
 
@@ -120,7 +122,6 @@ def _run(code: str, environment: object, folder: str, streams: list[int]) -> Non
 
 
 def _import_what_tests_import() -> None:
-    import contextlib
     import gc
     import importlib
     import pkgutil

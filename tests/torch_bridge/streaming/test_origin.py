@@ -181,11 +181,16 @@ def test_after_an_epoch_the_data_sets_own_state_is_its_end(server: S3Server, tmp
     state = json.loads(json.dumps(data.state_dict()))
     again = numbers(source_at(server, tmp_path))
     again.load_state_dict(state)
+    again.set_epoch(0)
     assert ids(again) == []
     later = numbers(source_at(server, tmp_path))
     later.set_epoch(1)
     later.load_state_dict(state)
-    assert sorted(flat(ids(later))) == ALL
+    second = ids(later)
+    assert sorted(flat(second)) == ALL
+    following = numbers(source_at(server, tmp_path))
+    following.load_state_dict(state)
+    assert ids(following) == second, "without set_epoch the next one begins"
 
 
 def test_killed_in_an_epoch_the_rest_is_exactly_the_rest(
