@@ -81,10 +81,8 @@ ATTACKS: dict[str, Callable[[], bytes]] = {
     "no messagepack": lambda: b"GET / HTTP/1.1\r\n" * 100_000,
     "whole messages, no rpc": lambda: b"\x90" * 20_000,
 }
-BOUND_MIB = {"as much as is taken, never finished": 144}
-"""For all connections together; 64 MiB of half-received requests is what the settings allow. They are there twice while
-their buffers grow, beside 256 KiB that each transport has just read. The others need a few.
-"""
+BOUND_MIB = {"as much as is taken, never finished": 128}
+"""For all connections together; 64 MiB of half-received requests is what the settings allow. The others need a few."""
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -46,6 +46,18 @@ def samples(order: EpochOrder, number: int) -> list[tuple[int, int]]:
     return found
 
 
+def drawn_numbers(data: st.DataObject, order: EpochOrder, ranks: int, workers: int) -> range:
+    """The batches of some reader that continues somewhere."""
+    return order.numbers(
+        data.draw(st.integers(0, order.batches)),
+        rank=data.draw(st.integers(0, ranks - 1)),
+        ranks=ranks,
+        worker=data.draw(st.integers(0, workers - 1)),
+        workers=workers,
+        skip=data.draw(st.integers(0, 2)),
+    )
+
+
 def read(order: EpochOrder, base: int, ranks: int, workers: int) -> dict[int, list[tuple[int, int]]]:
     return {
         number: samples(order, number)
@@ -87,14 +99,7 @@ def test_no_shard_is_read_outside_its_span(order: EpochOrder) -> None:
 def test_a_reader_spans_the_shards_of_its_own_batches(
     order: EpochOrder, ranks: int, workers: int, data: st.DataObject
 ) -> None:
-    numbers = order.numbers(
-        data.draw(st.integers(0, order.batches)),
-        rank=data.draw(st.integers(0, ranks - 1)),
-        ranks=ranks,
-        worker=data.draw(st.integers(0, workers - 1)),
-        workers=workers,
-        skip=data.draw(st.integers(0, 2)),
-    )
+    numbers = drawn_numbers(data, order, ranks, workers)
     spans = {span.shard: span for span in order.spans(numbers)}
     read: dict[int, list[int]] = {}
     for number in numbers:
@@ -114,13 +119,7 @@ def test_a_reader_spans_the_shards_of_its_own_batches(
 def test_a_reader_s_pieces_of_all_shards_are_those_of_its_windows(
     order: EpochOrder, ranks: int, workers: int, data: st.DataObject
 ) -> None:
-    numbers = order.numbers(
-        data.draw(st.integers(0, order.batches)),
-        rank=data.draw(st.integers(0, ranks - 1)),
-        ranks=ranks,
-        worker=data.draw(st.integers(0, workers - 1)),
-        workers=workers,
-    )
+    numbers = drawn_numbers(data, order, ranks, workers)
     windows = {(part.lane, part.window) for number in numbers for part in order.parts(number)}
     of_windows = {(shard, piece) for window in windows for shard, piece in order.pieces(*window)}
     of_shards = [(shard, piece) for shard in range(len(order.shard_rows)) for piece in order.pieces_of(shard, numbers)]
