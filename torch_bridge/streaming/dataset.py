@@ -220,15 +220,14 @@ class StreamingShardDataset(IterableDataset[Any]):
         self._open += 1
         self._reading = downloader
         rows = ShardRows(self._entries, downloader, self._columns, order, numbers, self._buffering.shard_timeout_s)
-        due = sorted(spans, key=lambda span: span.last, reverse=True)
+        due, at = sorted(spans, key=lambda span: span.last, reverse=True), began.position
         with ClosingStack(downloader.stop, rows.close):
             try:
                 for done, number in enumerate(numbers, 1):
                     while due and due[-1].last < number:
                         rows.past(due.pop().shard)
                     given = self._transformed(rows.table(number))
-                    own = replace(began.position, own=began.position.own + done)
-                    self._position = EpochPosition(began.epoch, own)
+                    self._position = EpochPosition(began.epoch, ReaderPosition(at.base, at.own + done, at.first_worker))
                     if done == len(numbers):
                         self._shared.finish(turn.worker, began.epoch)
                     yield given

@@ -7,7 +7,7 @@ that still has samples gives one batch. Ranks and workers take turns over that s
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -56,6 +56,17 @@ class Lane:
 
 
 @dataclass(frozen=True)
+class LaneRounds:
+    """Rounds in which the same lanes give a batch each."""
+
+    first: int
+    """The number of the first batch of the first round."""
+    turn: int
+    """That round's number: how many batches each of the lanes has given before."""
+    lanes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class WindowPart:
     """Samples [start, stop) of a lane's window, in the order in which batches take them."""
 
@@ -92,12 +103,14 @@ class EpochOrder:
     settings: OrderSettings
     lanes: tuple[Lane, ...] = field(init=False)
     lane_batches: tuple[int, ...] = field(init=False)
+    rounds: tuple[LaneRounds, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         lanes = _deal(self.shard_rows, self.settings)
         size, short = self.settings.batch_size, 0 if self.settings.drop_last else self.settings.batch_size - 1
         object.__setattr__(self, "lanes", lanes)
         object.__setattr__(self, "lane_batches", tuple((lane.rows + short) // size for lane in lanes))
+        object.__setattr__(self, "rounds", _rounds(self.lane_batches))
 
     @property
     def batches(self) -> int:
@@ -106,13 +119,14 @@ class EpochOrder:
 
     def lane_of(self, number: int) -> tuple[int, int]:
         """The lane of a batch, and which of the lane's batches it is."""
-        low = bisect_right(range(max(self.lane_batches, default=0) + 1), number, key=self._before) - 1
-        alive = [lane for lane, count in enumerate(self.lane_batches) if count > low]
-        return alive[number - self._before(low)], low
+        rounds = self.rounds[bisect_right(self.rounds, number, key=lambda rounds: rounds.first) - 1]
+        turn, index = divmod(number - rounds.first, len(rounds.lanes))
+        return rounds.lanes[index], rounds.turn + turn
 
     def number(self, lane: int, turn: int) -> int:
         """The inverse of `lane_of`."""
-        return self._before(turn) + sum(count > turn for count in self.lane_batches[:lane])
+        rounds = self.rounds[bisect_right(self.rounds, turn, key=lambda rounds: rounds.turn) - 1]
+        return rounds.first + (turn - rounds.turn) * len(rounds.lanes) + bisect_left(rounds.lanes, lane)
 
     def numbers(self, base: int, *, rank: int, ranks: int, worker: int, workers: int, skip: int = 0) -> range:
         """The batches from `base` on that a rank's worker reads, after the first `skip` of them."""
@@ -208,13 +222,19 @@ class EpochOrder:
             found += _common(numbers, range(start, start + step * (end - begin), step))
         return [found[0], found[-1]] if found else []
 
-    def _before(self, turn: int) -> int:
-        return sum(min(count, turn) for count in self.lane_batches)
-
     def _window(self, lane: int, window: int) -> Indices:
         start = window * self.settings.window
         positions = np.arange(start, min(start + self.settings.window, self.lanes[lane].rows))
         return _generator(self.settings, 1, lane, window).permutation(positions)
+
+
+def _rounds(lane_batches: Sequence[int]) -> tuple[LaneRounds, ...]:
+    found, first, turn = [], 0, 0
+    for until in sorted({count for count in lane_batches if count}):
+        lanes = tuple(lane for lane, count in enumerate(lane_batches) if count > turn)
+        found.append(LaneRounds(first, turn, lanes))
+        first, turn = first + (until - turn) * len(lanes), until
+    return tuple(found)
 
 
 def _common(some: range, others: range) -> list[int]:

@@ -19,7 +19,7 @@ from protocol.errors import InvalidParamsError, InvalidShardError
 from torch_bridge.streaming.order import RowSpan
 from torch_bridge.streaming.schema import DataColumns, joined
 
-_DECODED_AT_ONCE = 8 << 20
+_DECODED_AT_ONCE = 4 << 20
 """Bytes of rows, as the footer says; more for one row that is larger."""
 _MOST_ROWS = 8192
 _READ_AT_ONCE = 1 << 20
@@ -99,19 +99,22 @@ class ShardDecoder:
         return min(_MOST_ROWS, max(1, _DECODED_AT_ONCE * rows // max(1, size_bytes)))
 
     def _cut(self, start: int, table: pa.Table) -> None:
-        """Pieces do not overlap, so they become whole one after the other. A small part is copied: a slice would keep
-        all of `table` in memory.
+        """Pieces do not overlap, so they become whole one after the other. They are slices, which keep all of `table` in
+        memory until the last of them is taken; if they are a small part of it, they are copied.
         """
         end = start + table.num_rows
-        while self._waiting and self._waiting[0].first_row < end:
-            piece = self._waiting[0]
-            begin, stop = max(piece.first_row, start), min(piece.first_row + piece.rows, end)
+        parts: list[tuple[RowSpan, int, int]] = []
+        for piece in self._waiting:
+            if piece.first_row >= end:
+                break
+            parts.append((piece, max(piece.first_row, start), min(piece.first_row + piece.rows, end)))
+        is_mostly_taken = 2 * sum(stop - begin for _, begin, stop in parts) >= table.num_rows
+        for piece, begin, stop in parts:
             part = table.slice(begin - start, stop - begin)
-            self._begun.append(part if 2 * part.num_rows > table.num_rows else part.take(np.arange(part.num_rows)))
-            if stop < piece.first_row + piece.rows:
-                return
-            self._whole[self._waiting.popleft()] = joined(self._begun)
-            self._begun = []
+            self._begun.append(part if is_mostly_taken else part.take(np.arange(part.num_rows)))
+            if stop == piece.first_row + piece.rows:
+                self._whole[self._waiting.popleft()] = joined(self._begun)
+                self._begun = []
 
 
 def _damaged(path: Path, error: Exception) -> InvalidShardError:

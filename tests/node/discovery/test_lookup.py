@@ -70,8 +70,6 @@ async def test_twenty_nodes_find_every_provider_before_and_after_ten_were_killed
         await asyncio.gather(*map(find_all, nodes))
         for node in nodes[:10]:
             kill(node)
-        for node in nodes[13:]:  # three with the default time-out show the bound; the others need not wait as long
-            node._protocol._timeout_s = 0.2
         for node in nodes[10:]:  # one after the other: all at once would be this process's pace
             await find_all(node)
         # And it goes on: who is left takes new records.
