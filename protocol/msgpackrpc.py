@@ -107,6 +107,10 @@ class Decoder:
         """Of the incomplete or failed message, if it is a request's or an answer's."""
         return _peek_msgid(self._buffer)
 
+    def drop(self) -> None:
+        """Give back the memory of the incomplete or failed message; nothing can be fed after it."""
+        self._buffer.clear()
+
     def feed(self, data: bytes) -> Iterator[Message]:
         """Take bytes in and go through the messages that are whole by now.
 

@@ -199,9 +199,11 @@ class Connection:
     async def _refuse(self, error: ShoalError) -> None:
         """Send the error, then close after the peer has had time to read it."""
         _log.info("closing the connection of %s: %s", self.peer, error.message)
+        msgid = self._decoder.msgid
+        self._decoder.drop()  # what was received is not counted any more, so it may not stay either
         with contextlib.suppress(OSError):
             async with self._context.clock.timeout(self._settings.linger_s):
-                await self._send(Response(self._decoder.msgid, error.to_wire(), None))
+                await self._send(Response(msgid, error.to_wire(), None))
                 self._end()
                 self._writer.write_eof()
                 while await self._reader.read(_READ_BYTES):

@@ -77,6 +77,7 @@ ATTACKS: dict[str, Callable[[], bytes]] = {
     "4 GiB of bin": lambda: HEAD + announced(0xC6, (1 << 32) - 1) + bytes(2 * MIB),
     "5 GB in two": lambda: HEAD + b"\x92" + announced(0xC6, 2_500_000_000) * 2,
     "as much as is taken, never finished": lambda: HEAD + announced(0xC6, 8 * MIB - 100) + bytes(7 * MIB),
+    "much, then refused": lambda: HEAD + announced(0xDD, 2) + announced(0xC6, 7 * MIB) + bytes(7 * MIB) + b"\xc1",
     "many empty maps": lambda: HEAD + announced(0xDD, 65_000) + b"\x80" * 64_999,
     "no messagepack": lambda: b"GET / HTTP/1.1\r\n" * 100_000,
     "whole messages, no rpc": lambda: b"\x90" * 20_000,
