@@ -99,8 +99,8 @@ class ShardDecoder:
         return min(_MOST_ROWS, max(1, _DECODED_AT_ONCE * rows // max(1, size_bytes)))
 
     def _cut(self, start: int, table: pa.Table) -> None:
-        """Pieces do not overlap, so they become whole one after the other. They are slices, which keep all of `table` in
-        memory until the last of them is taken; if they are a small part of it, they are copied.
+        """Pieces do not overlap, so they become whole one after the other. They are slices, which keep all of
+        `table` in memory until the last of them is taken; if they are a small part of it, they are copied.
         """
         end = start + table.num_rows
         parts: list[tuple[RowSpan, int, int]] = []
