@@ -23,7 +23,7 @@ _DECODED_AT_ONCE = 4 << 20
 """Bytes of rows, as the footer says; more for one row that is larger."""
 _MOST_ROWS = 8192
 _READ_AT_ONCE = 1 << 20
-"""Bytes of a column chunk: pyarrow reads all of it at once without this."""
+"""Bytes of a column chunk. Without this, and with `pre_buffer`, pyarrow reads all of it at once, 1 GB if it is one."""
 
 
 class ShardDecoder:
@@ -33,7 +33,7 @@ class ShardDecoder:
         """Raises InvalidShardError if the file is damaged or has another row count, InvalidParamsError for a column."""
         self._path, self._columns = path, columns
         try:
-            self._file = pq.ParquetFile(path, buffer_size=_READ_AT_ONCE)
+            self._file = pq.ParquetFile(path, buffer_size=_READ_AT_ONCE, pre_buffer=False)
         except (pa.ArrowException, OSError) as error:
             raise _damaged(path, error) from error
         try:

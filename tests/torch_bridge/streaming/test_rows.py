@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -55,6 +56,17 @@ def test_what_is_not_wanted_is_not_kept_and_what_is_taken_goes(tmp_path: Path) -
     assert decoder.size_bytes == pytest.approx(8 * 100 * 8, rel=0.05)
     with pytest.raises(KeyError, match="taken already"):
         decoder.take(wanted[0])
+
+
+def test_a_large_row_group_is_read_a_little_at_a_time(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).bytes(40_000_000)  # which no compression makes smaller
+    rows = pa.array([noise[at : at + 1000] for at in range(0, len(noise), 1000)])
+    pq.write_table(pa.table({"x": rows}), tmp_path / "a.parquet", use_dictionary=False, row_group_size=len(rows))
+    decoder = ShardDecoder(tmp_path / "a.parquet", DataColumns(None), [RowSpan(100, 100, 0, 0)])
+    before = pa.total_allocated_bytes()
+    assert decoder.take(RowSpan(100, 100, 0, 0))["x"][0].as_py() == noise[100_000:101_000]
+    assert pa.total_allocated_bytes() - before < 16_000_000
+    decoder.close()
 
 
 @pytest.fixture
