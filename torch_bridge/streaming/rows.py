@@ -23,7 +23,9 @@ _DECODED_AT_ONCE = 4 << 20
 """Bytes of rows, as the footer says; more for one row that is larger."""
 _MOST_ROWS = 8192
 _READ_AT_ONCE = 1 << 20
-"""Bytes of a column chunk. Without this, and with `pre_buffer`, pyarrow reads all of it at once, 1 GB if it is one."""
+"""Bytes of a column chunk of a larger row group."""
+_READ_WHOLE = 64 << 20
+"""A row group that is no larger in the file is read in one piece, which is faster."""
 
 
 class ShardDecoder:
@@ -33,7 +35,7 @@ class ShardDecoder:
         """Raises InvalidShardError if the file is damaged or has another row count, InvalidParamsError for a column."""
         self._path, self._columns = path, columns
         try:
-            self._file = pq.ParquetFile(path, buffer_size=_READ_AT_ONCE, pre_buffer=False)
+            self._file = _opened(path)
         except (pa.ArrowException, OSError) as error:
             raise _damaged(path, error) from error
         try:
@@ -115,6 +117,19 @@ class ShardDecoder:
             if stop == piece.first_row + piece.rows:
                 self._whole[self._waiting.popleft()] = joined(self._begun)
                 self._begun = []
+
+
+def _opened(path: Path) -> pq.ParquetFile:
+    meta = pq.read_metadata(path)
+    groups = (meta.row_group(number) for number in range(meta.num_row_groups))
+    largest = max((_stored_bytes(group) for group in groups), default=0)
+    if largest <= _READ_WHOLE:
+        return pq.ParquetFile(path, metadata=meta)
+    return pq.ParquetFile(path, metadata=meta, buffer_size=_READ_AT_ONCE, pre_buffer=False)
+
+
+def _stored_bytes(group: pq.RowGroupMetaData) -> int:
+    return sum(group.column(number).total_compressed_size for number in range(group.num_columns))
 
 
 def _damaged(path: Path, error: Exception) -> InvalidShardError:

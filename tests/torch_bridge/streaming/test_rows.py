@@ -59,7 +59,7 @@ def test_what_is_not_wanted_is_not_kept_and_what_is_taken_goes(tmp_path: Path) -
 
 
 def test_a_large_row_group_is_read_a_little_at_a_time(tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).bytes(40_000_000)  # which no compression makes smaller
+    noise = np.random.default_rng(0).bytes(80_000_000)  # which no compression makes smaller
     rows = pa.array([noise[at : at + 1000] for at in range(0, len(noise), 1000)])
     pq.write_table(pa.table({"x": rows}), tmp_path / "a.parquet", use_dictionary=False, row_group_size=len(rows))
     decoder = ShardDecoder(tmp_path / "a.parquet", DataColumns(None), [RowSpan(100, 100, 0, 0)])
