@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from math import gcd
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,8 +67,7 @@ class LaneRounds:
     lanes: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class WindowPart:
+class WindowPart(NamedTuple):
     """Samples [start, stop) of a lane's window, in the order in which batches take them."""
 
     lane: int
@@ -104,6 +104,7 @@ class EpochOrder:
     lanes: tuple[Lane, ...] = field(init=False)
     lane_batches: tuple[int, ...] = field(init=False)
     rounds: tuple[LaneRounds, ...] = field(init=False)
+    _firsts: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         lanes = _deal(self.shard_rows, self.settings)
@@ -111,6 +112,7 @@ class EpochOrder:
         object.__setattr__(self, "lanes", lanes)
         object.__setattr__(self, "lane_batches", tuple((lane.rows + short) // size for lane in lanes))
         object.__setattr__(self, "rounds", _rounds(self.lane_batches))
+        object.__setattr__(self, "_firsts", tuple(rounds.first for rounds in self.rounds))
 
     @property
     def batches(self) -> int:
@@ -119,7 +121,7 @@ class EpochOrder:
 
     def lane_of(self, number: int) -> tuple[int, int]:
         """The lane of a batch, and which of the lane's batches it is."""
-        rounds = self.rounds[bisect_right(self.rounds, number, key=lambda rounds: rounds.first) - 1]
+        rounds = self.rounds[bisect_right(self._firsts, number) - 1]
         turn, index = divmod(number - rounds.first, len(rounds.lanes))
         return rounds.lanes[index], rounds.turn + turn
 
