@@ -28,7 +28,7 @@ from node.pipeline.engine.settings import EngineSettings
 from node.pipeline.stage.process import StageSettings
 from node.pipeline.stage.stages import Stages
 from node.rpc import Command, RpcServer
-from node.shards.pinned_manifests import PinnedManifests
+from node.shards.kept_manifests import KeptManifests
 from node.shards.service import Shards
 from node.shards.settings import ShardsSettings
 from node.swarm import Swarm, SwarmSettings
@@ -138,9 +138,9 @@ async def run_node(settings: Settings, *, stop: asyncio.Event, on_ready: Callabl
                 )
             )
         background.start(_announce_node(discovery, here), name="announcing the node")
-        pinned = PinnedManifests(shards, settings.shards_dir, Clock())
+        kept = KeptManifests(shards, settings.shards_dir, Clock())
         for url in settings.manifests:
-            background.start(pinned.keep(url), name=f"manifest {url}")
+            background.start(kept.keep(url), name=f"manifest {url}")
         for assignment in settings.assign:
             for shard_id in assignment.shard_ids:
                 background.start(

@@ -6,6 +6,7 @@ serve     the daemon
 split     cut a model into shards
 publish   put files where the daemon shares them, and at origins
 pull      have a model or data set on a node's disk
+shards    files, unpin, evict: what lies on a node's disk
 verify    every copy against the manifest
 remote    call, nodes, status, generate: one RPC each
 check_o3  whether credentials, bucket and endpoint of O3 work

@@ -66,11 +66,11 @@ class LeaseHandlers:
     async def _released(self, shard: Shard, was_held: bool, *, evict: bool) -> ReleasedShard:
         kept_because = ""
         published = self.shards.is_published_here(shard.ref)
-        if evict and published:
-            kept_because = "it was published here, not fetched: EVICT_SHARD deletes it"
+        if evict and published and self.shards.is_pinned(shard.ref):
+            kept_because = "it was published here, not fetched, and is pinned: UNPIN ends that, EVICT_SHARD deletes it"
         elif evict:
             try:
-                await self.shards.evict(shard)
+                await self.shards.evict(shard, unless_pinned=True)
             except ShardInUseError as err:
                 kept_because = err.message
             except ShardNotFoundError:
@@ -86,4 +86,5 @@ class LeaseHandlers:
             leases=self.shards.leases.holders(shard.ref, self.shards.clock.now()).leases,
             kept_because=kept_because,
             published=published,
+            pinned=self.shards.is_pinned(shard.ref),
         )

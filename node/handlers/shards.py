@@ -1,4 +1,4 @@
-"""LOAD_SHARD, FETCH_SHARD, UNLOAD_SHARD, EVICT_SHARD, LIST_FILES and GET_MANIFEST: the way of a shard into memory.
+"""LOAD_SHARD, FETCH_SHARD, UNLOAD_SHARD, EVICT_SHARD, UNPIN, LIST_FILES, GET_MANIFEST: the way of a shard into memory.
 
 `ShardLoader` has a shard here, checked, and loaded, for whoever asks: fetching is the work of node.shards, loading that
 of node.pipeline; their order, the memory check between them and the announcement afterwards are here.
@@ -36,6 +36,8 @@ from protocol.commands.shards import (
     Progress,
     ShardResult,
     UnloadShardParams,
+    UnpinParams,
+    UnpinResult,
 )
 from protocol.errors import (
     BusyError,
@@ -198,6 +200,25 @@ class ShardHandlers:
         shard = await self.shards.select(params)
         path = await self.shards.evict(shard)
         return _still_local(shard.entry, "evicted", path, time.monotonic() - started)
+
+    async def unpin(self, params: UnpinParams) -> UnpinResult:
+        """UNPIN: one shard, or all of a model or data set that are here."""
+        await self.shards.wait_scanned()
+        name = params.model or params.dataset
+        is_whole = name is not None and (params.shard_id, params.content_id, params.filename) == (None, None, None)
+        if is_whole and not (params.model and params.dataset):
+            signed = await self.shards.resolve("dataset" if params.dataset else "model", name)
+            chosen = [Shard(signed, entry) for entry in signed.manifest.shards]
+        else:
+            chosen = [await self.shards.select(params)]
+        ended, evictable_bytes = await self.shards.unpin(chosen)
+        sizes = {shard.entry.shard_id: shard.entry.size for shard in chosen}
+        return UnpinResult(
+            digest=chosen[0].digest,
+            shard_ids=ended,
+            bytes=sum(sizes[shard_id] for shard_id in ended),
+            evictable_bytes=evictable_bytes,
+        )
 
     async def list_files(self) -> ListFilesResult:
         """LIST_FILES."""

@@ -25,6 +25,7 @@ from protocol.commands.shards import (
     ListFilesParams,
     LoadShardParams,
     UnloadShardParams,
+    UnpinParams,
 )
 
 P = TypeVar("P", bound=msgspec.Struct)
@@ -45,6 +46,7 @@ def command_table(
         "FETCH_SHARD": Command(FetchShardParams, shards.fetch),
         "UNLOAD_SHARD": Command(UnloadShardParams, _from_params(shards.unload)),
         "EVICT_SHARD": Command(EvictShardParams, _from_params(shards.evict)),
+        "UNPIN": Command(UnpinParams, _from_params(shards.unpin)),
         "RENEW": Command(RenewParams, _from_params(leases.renew)),
         "RELEASE": Command(ReleaseParams, _from_params(leases.release)),
         "PUBLISH": Command(PublishParams, publishing.publish),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from node.shards.fetch.folders import ManifestFolders
 from node.shards.fetch.job import FetchedShard, OnProgress
 from node.shards.interfaces import FetchManifest, OriginCatalog, ProviderDirectory, TorrentClient
 from node.shards.leases import Leases, Term
+from node.shards.pins import Pins
 from node.shards.publish.publisher import Publisher
 from node.shards.resolver import Kind, ManifestResolver
 from node.shards.settings import ShardsSettings
@@ -37,7 +39,7 @@ from node.shards.store.verifier import Verifier
 from protocol.commands.common import ShardSelector
 from protocol.commands.nodes import DownloadStatus
 from protocol.commands.shards import FileInfo, FileState
-from protocol.errors import InvalidShardError
+from protocol.errors import InsufficientDiskError, InvalidShardError, ShardNotFoundError
 from protocol.ids import ContentId, ManifestDigest
 from protocol.manifest import Shard, ShardRef, SignedManifest
 from protocol.signing import SigningKey
@@ -91,6 +93,7 @@ class Shards:
         self._backfill = Backfill(cache, hashers.background)
         self._announcer = Announcer(catalog, directory, network.rpc_port, torrents.port, clock)
         self._quarantine = Quarantine(catalog, cache, self._seeding, hashers.urgent, tasks)
+        self._pins = Pins(settings.data_dir, settings.shards_dir)
         self._resolver = ManifestResolver(settings, catalog, directory, network.fetch_manifest, origins, clock)
         store = FetchStore(
             catalog,
@@ -98,15 +101,16 @@ class Shards:
             self._seeding,
             self._backfill,
             hashers.urgent,
-            DiskSpace(settings.shards_dir, settings.min_free_disk),
+            DiskSpace(settings.shards_dir, settings.min_free_disk, pinned=self._pinned_bytes),
             ManifestFolders(settings.shards_dir, catalog),
+            self._pins,
         )
         self._fetcher = Fetcher(settings, store, FetchNetwork(torrents, directory, origins), tasks, clock)
-        self.publisher = Publisher(settings, catalog, cache, self._scanner, self._announcer)
+        self.publisher = Publisher(settings, catalog, cache, self._scanner, self._announcer, self._pins)
         self.leases = Leases()
         """On `clock`."""
         self.clock = clock
-        self._eviction = Eviction(catalog, cache, self._verifier, self._fetcher, self.leases, clock)
+        self._eviction = Eviction(catalog, cache, self._verifier, self._fetcher, self.leases, self._pins, clock)
 
     @classmethod
     @asynccontextmanager
@@ -136,6 +140,7 @@ class Shards:
         try:
             async with FirstErrorGroup() as tasks:
                 shards = cls(settings, network, key, cache, hashers, tasks, clock or Clock())
+                await asyncio.to_thread(shards._pins.load)
                 background = [
                     tasks.create_task(shards._scanner.run(), name="scanner"),
                     tasks.create_task(shards._scanner.watch(), name="watch"),
@@ -184,6 +189,11 @@ class Shards:
         """Whether a shard lies where its publisher put it, and was not fetched."""
         folders = [self._catalog.manifest_in(file.path.parent) for file in self._catalog.of_shard(ref)]
         return any(folder is None or not folder.fetched for folder in folders)
+
+    def is_pinned(self, ref: ShardRef) -> bool:
+        """Whether a shard that is here stays until a person ends that."""
+        files = self._catalog.of_shard(ref)
+        return bool(files) and self._pins.keeps(ref, files)
 
     def downloads(self) -> list[DownloadStatus]:
         """The fetches in progress."""
@@ -235,8 +245,8 @@ class Shards:
     async def fetch(
         self, shard: Shard, on_progress: OnProgress | None = None, term: Term | None = None
     ) -> FetchedShard:
-        """Have a shard here and checked, from wherever it is. With a `term`, a lease holds it from now on; if it does
-        not come, the lease holds it no longer than it did before.
+        """Have a shard here, checked and pinned, from wherever it is. With a `term`, what comes has no pin, and a lease
+        holds the shard from now on; if it does not come, the lease holds it no longer than it did before.
 
         Raises NoSourceError, OriginError if origins were asked too, InsufficientDiskError, InvalidShardError,
         InvalidManifestError for names that cannot be written here, BusyError for too many leases. Cancelling the caller
@@ -244,21 +254,46 @@ class Shards:
         """
         shard = Shard(self._catalog.manifest(shard.digest) or shard.signed, shard.entry)
         if term is None:
-            return await self._fetcher.fetch(shard, on_progress)
+            with self._pins.asked_for(shard.ref):
+                fetched = await self._fetcher.fetch(shard, on_progress)
+                with _writing_pins():
+                    await self._pins.pin(file.path for file in self._catalog.of_shard(shard.ref))
+            return fetched
         number, ttl_s = self.leases.begin(term.lease, shard, self.clock.now()), None
         try:
-            fetched = await self._fetcher.fetch(shard, on_progress)
+            fetched = await self._fetcher.fetch(shard, on_progress, for_lease=True)
             ttl_s = term.ttl_s
         finally:
             self.leases.end(number, term.lease, shard.ref, self.clock.now(), ttl_s)
         return fetched
 
-    async def evict(self, shard: Shard) -> Path:
+    async def evict(self, shard: Shard, *, unless_pinned: bool = False) -> Path:
         """Stop to seed a shard and delete its file, or what an unfinished download left of it. Returns its path.
 
-        Raises ShardInUseError while it is loaded, downloaded or leased, and ShardNotFoundError.
+        Raises ShardInUseError while it is loaded, downloaded or leased, with `unless_pinned` while it is pinned too,
+        and ShardNotFoundError.
         """
-        return await self._eviction.evict(shard)
+        return await self._eviction.evict(shard, unless_pinned=unless_pinned)
+
+    async def unpin(self, shards: Sequence[Shard]) -> tuple[list[int], int]:
+        """End the pins of these shards of a manifest. Returns the ids of those that had one, and the bytes of all that
+        are here and neither leased nor loaded.
+
+        Raises ShardNotFoundError if none of them is here, InsufficientDiskError.
+        """
+        here = [shard for shard in shards if self.has_file(shard.ref)]
+        if not here:
+            names = shards[0].label if len(shards) == 1 else f"all {len(shards)} shards of {shards[0].manifest.name}"
+            raise ShardNotFoundError(f"{names}: not on this node; LIST_FILES shows what is")
+        pinned = [shard for shard in here if self.is_pinned(shard.ref)]
+        with _writing_pins():
+            await self._pins.unpin(file for shard in pinned for file in self._catalog.of_shard(shard.ref))
+        free = [shard for shard in here if not self._is_used(shard)]
+        return [shard.entry.shard_id for shard in pinned], sum(shard.entry.size for shard in free)
+
+    def _is_used(self, shard: Shard) -> bool:
+        is_leased = self.leases.holders(shard.ref, self.clock.now()).leases > 0
+        return is_leased or shard.entry.shard_id in self._catalog.loaded(shard.digest)
 
     async def verify(self, shard: Shard) -> ContentId | None:
         """Hash a shard's file again; a wrong one is invalid then. Returns what it holds, None if it cannot be read.
@@ -307,7 +342,28 @@ class Shards:
             shard_id=entry.shard_id if entry else None,
             error=file.error,
             leases=leases,
+            pinned=file.kind != "manifest" and self._pins.is_pinned(file),
         )
+
+    def _pinned_bytes(self) -> Mapping[str, int]:
+        """On disk, by the name of a model, data set or file."""
+        found: Counter[str] = Counter()
+        for file in self._catalog.files():
+            if file.fingerprint and file.kind != "manifest" and self._pins.is_pinned(file):
+                found[file.shard.manifest.name if file.shard else file.path.name] += file.fingerprint.size
+        return found
+
+
+@contextlib.contextmanager
+def _writing_pins() -> Iterator[None]:
+    """Raise InsufficientDiskError for a list of pins that cannot be written."""
+    try:
+        yield
+    except OSError as err:
+        raise InsufficientDiskError(
+            f"the shard is here, and its pin cannot be written to {err.filename or 'the data folder'} "
+            f"({err.strerror}): make room there, and ask again"
+        ) from None
 
 
 def _with_folders(settings: ShardsSettings) -> ShardsSettings:

@@ -58,7 +58,7 @@ class ReleaseParams(ShardSelector, frozen=True, kw_only=True):
     lease: LeaseName
     evict: bool = False
     """Delete the file as EVICT_SHARD does, unless another lease holds it, a stage has it loaded, it is being fetched,
-    or it was published here; of a shard that is named also if the lease had expired."""
+    or it is pinned; of a shard that is named also if the lease had expired."""
 
 
 class ReleasedShard(Result, frozen=True, kw_only=True):
@@ -76,7 +76,9 @@ class ReleasedShard(Result, frozen=True, kw_only=True):
     kept_because: str = ""
     """Why it was not deleted, if it should have been."""
     published: bool = False
-    """Whether the file was put here by who publishes it, and not fetched: no client's reading of it deletes it."""
+    """Whether the file was put here by who publishes it, and not fetched."""
+    pinned: bool = False
+    """Whether the file is pinned here, so that no client's reading of it deletes it."""
 
 
 class ReleaseResult(Result, frozen=True, kw_only=True):

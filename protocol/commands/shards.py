@@ -1,4 +1,4 @@
-"""LOAD_SHARD, FETCH_SHARD, UNLOAD_SHARD, EVICT_SHARD, LIST_FILES, GET_MANIFEST."""
+"""LOAD_SHARD, FETCH_SHARD, UNLOAD_SHARD, EVICT_SHARD, UNPIN, LIST_FILES, GET_MANIFEST."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ class LoadShardParams(Params, frozen=True, kw_only=True):
 
 
 class FetchShardParams(ShardSelector, frozen=True, kw_only=True):
-    """FETCH_SHARD: have the shard on disk, checked."""
+    """FETCH_SHARD: have the shard on disk, checked; without a lease also pinned."""
 
     wait: bool = True
     """As for LOAD_SHARD, with status "fetching"."""
     lease: LeaseName | None = None
-    """Hold the shard by this lease from now on: it is not evicted before the lease expires or is released."""
+    """Hold the shard by this lease from now on: it is not evicted before the lease expires or is released. What comes
+    for a lease gets no pin."""
     ttl_s: LeaseTtl = DEFAULT_TTL_S
     """Seconds from when the shard is here until the lease expires; while it is fetched it does not."""
 
@@ -39,7 +40,25 @@ class UnloadShardParams(ShardSelector, frozen=True, kw_only=True):
 
 
 class EvictShardParams(ShardSelector, frozen=True, kw_only=True):
-    """EVICT_SHARD: stop seeding and delete the file, unless a lease holds it."""
+    """EVICT_SHARD: stop seeding and delete the file, a pinned one too, unless a lease holds it."""
+
+
+class UnpinParams(ShardSelector, frozen=True, kw_only=True):
+    """UNPIN: the shard, or without `shard_id` all shards of the model or data set that are here, stay no longer than
+    leases hold them: RELEASE with `evict` deletes them.
+    """
+
+
+class UnpinResult(Result, frozen=True, kw_only=True):
+    """Answer of UNPIN."""
+
+    digest: ManifestDigest
+    shard_ids: list[int]
+    """Those whose pin ended; others that were named had none."""
+    bytes: int
+    """Their size."""
+    evictable_bytes: int
+    """Size of all shards that were named and are here, less those that a lease holds or a stage has loaded."""
 
 
 ShardSource = Literal["local", "peers", "origin"]
@@ -98,6 +117,8 @@ class FileInfo(Result, frozen=True, kw_only=True, omit_defaults=True):
     """Why it is invalid."""
     leases: int = 0
     """How many leases hold it."""
+    pinned: bool = False
+    """Whether it stays until UNPIN or EVICT_SHARD; False also in the answer of a node that does not know pins."""
 
 
 class ListFilesResult(Result, frozen=True, kw_only=True):

@@ -23,6 +23,7 @@ from node.shards.fetch.providers import Providers, peer_addresses
 from node.shards.fetch.want_announcer import WantAnnouncer
 from node.shards.fetch.whole_file import WholeFileDownload
 from node.shards.interfaces import DownloadHandle, OriginCatalog, OriginReader, ProviderDirectory, TorrentClient
+from node.shards.pins import Pins
 from node.shards.settings import ShardsSettings
 from node.shards.store.backfill import Backfill
 from node.shards.store.catalog import Catalog, ShardFile, torrent_of
@@ -62,6 +63,7 @@ class FetchStore:
     hasher: Hasher
     space: DiskSpace
     folders: ManifestFolders
+    pins: Pins
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ class ShardFetch:
     async def _copy(self, copy: ShardFile) -> Path | None:
         """None if the copied file is not the shard any more: it is invalid from then on."""
         path = await self._store.folders.path(self._shard)
+        await self._leave_unpinned(path)
         await self._start_file(path)
         async with self._store.space.reserved(path, self._entry.size):
             self._job.report(DownloadProgress(0, self._entry.size, phase="verifying"))
@@ -214,6 +217,7 @@ class ShardFetch:
     async def download(self, peers: Sequence[PeerAddress]) -> _Arrival:
         """Have all bytes of the shard in its file: from peers with an origin beside them, or whole from an origin."""
         path = await self._store.folders.path(self._shard)
+        await self._leave_unpinned(path)
         await asyncio.to_thread(set_aside, path)
         await self._start_file(path)
         try:
@@ -229,6 +233,13 @@ class ShardFetch:
             log.info("%s: no origin gives it to this node, other nodes that fetch it may", self._entry.filename)
         return await self._download_by_swarm(path, peers)
 
+    async def _leave_unpinned(self, path: Path) -> None:
+        """Before a byte comes for a lease alone: the file gets no pin, also if the node is killed meanwhile."""
+        if self._job.for_lease:
+            known = self._store.catalog.get(path)
+            is_free = known is None and not await asyncio.to_thread(path.exists)
+            await self._store.pins.coming(path, known, is_free=is_free)
+
     async def _start_file(self, path: Path) -> None:
         """Tell the catalog that this fetch writes the file from now on. Raises ShardInUseError if another does."""
         catalog = self._store.catalog
@@ -242,8 +253,8 @@ class ShardFetch:
     def _close(self) -> None:
         """End the record of a file that did not come, and what the feeder announces. Does nothing twice."""
         file, self._file = self._file, None
-        if file:
-            self._store.catalog.fetch_failed(file)  # nothing happens if it was finished or rejected
+        if file and self._store.catalog.fetch_failed(file):  # not if it was finished or rejected
+            self._store.pins.did_not_come(file.path)
         if self._feeder:
             self._feeder.close()
 
@@ -405,6 +416,7 @@ class ShardFetch:
         assert self._file is not None, "a file came"
         file = self._store.catalog.fetch_finished(self._file, fingerprint)
         assert file, f"{came.path} was changed by another task while it was fetched"
+        await self._store.pins.came(came.path, fingerprint)
         if came.content is None:
             self._store.backfill.later(file)
             await asyncio.to_thread(whole_part_path(came.path).unlink, missing_ok=True)

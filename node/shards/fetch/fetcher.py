@@ -47,12 +47,16 @@ class Fetcher:
     def is_fetching(self, ref: ShardRef) -> bool:
         return ref in self._jobs
 
-    async def fetch(self, shard: Shard, on_progress: OnProgress | None) -> FetchedShard:
-        """Have the shard here and checked. Callers for one shard share one job, which ends if the last one leaves."""
+    async def fetch(self, shard: Shard, on_progress: OnProgress | None, *, for_lease: bool = False) -> FetchedShard:
+        """Have the shard here and checked. Callers for one shard share one job, which ends if the last one leaves.
+
+        `for_lease`: unless somebody else asks too, a file that comes gets no pin.
+        """
         job = self._jobs.get(shard.ref)
         if job is None:
-            job = self._jobs[shard.ref] = FetchJob(shard)
+            job = self._jobs[shard.ref] = FetchJob(shard, for_lease=for_lease)
             job.start(self._tasks, self._run(job))
+        job.for_lease &= for_lease
         try:
             return await job.join(on_progress)
         finally:
@@ -85,7 +89,7 @@ class Fetcher:
         except OSError as err:
             log.warning("fetching %s failed: %s", name, err)
             kind = InsufficientDiskError if err.errno in (errno.ENOSPC, errno.EDQUOT) else InternalError
-            job.fail(kind(f"{name} could not be written: {err.strerror}"))
+            job.fail(kind(f"{name} could not be written: {err.strerror}{self._store.space.advice()}"))
         except Exception:
             log.exception("fetching %s failed", name)
             job.fail(InternalError(f"fetching {name} failed; the node's log says why"))

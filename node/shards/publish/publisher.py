@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from node.files import Fingerprint
+from node.shards.pins import Pins
 from node.shards.publish.manifest_builder import Publication, hash_missing
 from node.shards.publish.placement import place_files, target_folder
 from node.shards.settings import ShardsSettings
@@ -27,19 +28,26 @@ class Publisher:
     """Places one publication at a time."""
 
     def __init__(
-        self, settings: ShardsSettings, catalog: Catalog, cache: HashCache, scanner: Scanner, announcer: Announcer
+        self,
+        settings: ShardsSettings,
+        catalog: Catalog,
+        cache: HashCache,
+        scanner: Scanner,
+        announcer: Announcer,
+        pins: Pins,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
         self._cache = cache
         self._scanner = scanner
         self._announcer = announcer
+        self._pins = pins
         self._placing = asyncio.Lock()
 
     async def publish(
         self, publication: Publication, signed: SignedManifest | None, hasher: Hasher
     ) -> tuple[Path, Publication]:
-        """Have the files in the shards folder, seeded; `signed`, if given, lies beside them.
+        """Have the files in the shards folder, seeded and pinned; `signed`, if given, lies beside them.
 
         Returns their folder, and the publication with all hashes. Raises InvalidParamsError if another file has a
         place, InvalidShardError for files that are not what their manifest says, OSError.
@@ -63,6 +71,7 @@ class Publisher:
                 follow_links=False,
             )
             await asyncio.to_thread(self._keep_hashes, publication, target)
+        await self._pins.pin(target / entry.filename for entry in manifest.shards)
         self._scanner.poke()
         for entry in manifest.shards:
             file = await self._catalog.wait_for(target / entry.filename, partial(_is_decided, entry=entry))

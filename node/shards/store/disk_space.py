@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from node.files import part_path, whole_part_path
 from protocol.errors import InsufficientDiskError
+
+SHOWN_PINNED = 3
 
 
 def free_bytes(folder: Path) -> int:
@@ -26,13 +29,25 @@ def allocated_bytes(path: Path) -> int:
         return 0
 
 
+def nothing_pinned() -> Mapping[str, int]:
+    return {}
+
+
 class DiskSpace:
     """Counts what downloads in progress have still to write against what the disk has free."""
 
-    def __init__(self, folder: Path, min_free: int, free: Callable[[Path], int] = free_bytes) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        min_free: int,
+        free: Callable[[Path], int] = free_bytes,
+        pinned: Callable[[], Mapping[str, int]] = nothing_pinned,
+    ) -> None:
+        """`pinned` says for how many bytes of which models, data sets and files only a person makes room."""
         self._folder = folder
         self._min_free = min_free
         self._free = free
+        self._pinned = pinned
         self._open: dict[Path, int] = {}
         self._lock = asyncio.Lock()
 
@@ -49,14 +64,33 @@ class DiskSpace:
                 raise InsufficientDiskError(
                     f"{path.name} needs {needed} bytes more on the disk of {self._folder}: "
                     f"{free} are free, {promised} of them promised to other downloads and {self._min_free} kept; "
-                    "evict shards, or lower --min-free-disk",
-                    {"needed": needed, "free": free, "promised": promised, "kept": self._min_free},
+                    f"evict shards, or lower --min-free-disk{self.advice()}",
+                    {
+                        "needed": needed,
+                        "free": free,
+                        "promised": promised,
+                        "kept": self._min_free,
+                        "pinned": sum(self._pinned().values()),
+                    },
                 )
             self._open[path] = size
         try:
             yield
         finally:
             del self._open[path]
+
+    def advice(self) -> str:
+        """How many bytes are pinned, in the largest of what, and what to type to free them; empty if none are."""
+        pinned = Counter(self._pinned())
+        if not pinned:
+            return ""
+        largest = pinned.most_common(SHOWN_PINNED)
+        names = ", ".join(f"{name} ({size})" for name, size in largest)
+        more = f" and {len(pinned) - len(largest)} more" if len(pinned) > len(largest) else ""
+        return (
+            f". {pinned.total()} bytes here are pinned, they stay until somebody evicts them: {names}{more}; "
+            f"`shoal evict {largest[0][0]}` frees {largest[0][1]}"
+        )
 
     def _count(self, path: Path, size: int, others: dict[Path, int]) -> tuple[int, int, int]:
         promised = sum(max(0, total - _written_bytes(other)) for other, total in others.items())

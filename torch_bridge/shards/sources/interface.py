@@ -54,7 +54,8 @@ class ShardSource(Protocol):
         """Those of them that are on this machine's disk, whoever fetched them. Raises as `manifest` does."""
 
     def discard(self, entry: ShardEntry) -> bool:
-        """Delete a shard from disk, unless another process of this machine still holds it.
+        """Delete a shard from disk if it came by a source like this one, unless another process of this machine still
+        holds it. What lay there before, or is to be kept, stays.
 
         Returns whether there is nothing left to delete.
         """

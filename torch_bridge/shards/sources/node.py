@@ -134,8 +134,8 @@ class NodeSource:
         return [entry for entry in entries if (self.manifest().name, entry.content_id) in here]
 
     def discard(self, entry: ShardEntry) -> bool:
-        """As ShardSource. A shard that was published on this node stays there, and the result is True."""
-        return all(shard.gone or shard.published for shard in self._released(entry, evict=True).shards)
+        """As ShardSource. A shard that is pinned at this node stays there, and the result is True."""
+        return all(shard.gone or shard.published or shard.pinned for shard in self._released(entry, evict=True).shards)
 
     def release(self, entry: ShardEntry) -> None:
         with contextlib.suppress(ShoalError):  # a lease that is not renewed ends by itself

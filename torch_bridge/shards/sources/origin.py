@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -32,7 +34,7 @@ MAX_SET_ASIDE = 3
 
 
 class _Checked(msgspec.Struct, frozen=True):
-    """A file that had this content id when it was last hashed.
+    """A file that had this content id when it was last hashed, and whether it was fetched to be deleted again.
 
     Downloads are not synced to the disk, so a file that was checked before the machine was last started is hashed
     again: a power cut may have left it with other bytes.
@@ -43,13 +45,21 @@ class _Checked(msgspec.Struct, frozen=True):
     mtime_ns: int
     inode: int
     boot: str
+    deletable: bool = False
+    """Whether a source fetched it that deletes. A file without this is somebody's own, and stays."""
+
+    def is_of(self, seen: os.stat_result) -> bool:
+        """Whether the file is still the one that was checked."""
+        return (self.size, self.mtime_ns, self.inode) == (seen.st_size, seen.st_mtime_ns, seen.st_ino)
 
 
 class OriginSource:
     """A data set by its name at an origin (`where` "o3://bucket/prefix", `dataset` "owner/name"), or by the URL of its
     manifest (`where` alone). Shards go to `folder`, under their file names.
 
-    `keep_free_bytes`: a download that would leave less free is not begun.
+    `keep_free_bytes`: a download that would leave less free is not begun. `deletes`: whether `discard` deletes what
+    such sources fetched, in this process or an earlier one; with False, what this one fetches or finds there stays,
+    also for other runs. A file that lay in the folder before is never deleted.
     """
 
     def __init__(
@@ -60,8 +70,12 @@ class OriginSource:
         dataset: str | None = None,
         client: O3Client | None = None,
         keep_free_bytes: int = 0,
+        deletes: bool = True,
     ) -> None:
         self._folder = Path(folder)
+        self._deletes = deletes
+        self._unwritten: dict[str, _Checked] = {}
+        """Records that a full disk did not take, by file name."""
         self._keep_free_bytes = keep_free_bytes
         self._origins = DatasetOrigins(where, dataset, client or O3Client(), self._state)
 
@@ -91,14 +105,14 @@ class OriginSource:
             except BaseException:
                 release(part)
                 raise
+            # Before it has its name: killed in between, the next fetch finds a part file, and not an unknown file.
+            self._remember(entry, part, deletable=self._deletes)
             replace_file(part, path)
-            self._remember(entry, path)
             return FetchedFile(path, "origin", time.monotonic() - began, {"origin": moved})
 
     def distrust(self, entry: ShardEntry, why: str) -> bool:
         path = self._path(entry)
         with FileLock(self._lock(entry)).held():
-            self._stamp(entry).unlink(missing_ok=True)
             try:
                 if hash_file(path).content_id == entry.content_id:
                     log.warning("%s has the bytes that were published, and is distrusted: %s", path, why)
@@ -108,16 +122,19 @@ class OriginSource:
             except OSError as err:
                 why = f"{why}; {err}"
             log.warning("%s is set aside: %s", path, why)
-            self._set_aside(path, path.name)
+            self._set_wrong_aside(entry, path)
             return True
 
     def on_disk(self, entries: Sequence[ShardEntry]) -> list[ShardEntry]:
         return [entry for entry in entries if self._path(entry).exists()]
 
     def discard(self, entry: ShardEntry) -> bool:
-        with FileLock(self._lock(entry)).held():
-            self._path(entry).unlink(missing_ok=True)
-            self._stamp(entry).unlink(missing_ok=True)
+        path = self._path(entry)
+        with FileLock(self._lock(entry)).held(), contextlib.suppress(FileNotFoundError):
+            record = self._record_of(entry, path.stat())
+            if self._deletes and record and record.deletable:
+                path.unlink()
+                self._forget(entry)
         return True
 
     def release(self, entry: ShardEntry) -> None:
@@ -148,28 +165,55 @@ class OriginSource:
             seen = path.stat()
         except FileNotFoundError:
             return False
-        now = _Checked(entry.content_id, seen.st_size, seen.st_mtime_ns, seen.st_ino, _boot())
-        with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):
-            if msgspec.json.decode(self._stamp(entry).read_bytes(), type=_Checked) == now:
-                return True
-        if seen.st_size == entry.size and hash_file(path).content_id == entry.content_id:
-            self._remember(entry, path)
+        record = self._record_of(entry, seen)
+        deletable = record is not None and record.deletable and self._deletes
+        is_checked = record is not None and record.boot == _boot()
+        if is_checked or (seen.st_size == entry.size and hash_file(path).content_id == entry.content_id):
+            if not (is_checked and record and record.deletable == deletable):
+                self._remember(entry, path, deletable=deletable)
             return True
         log.warning("%s is not the shard of this name in the manifest: it is set aside, and fetched", path)
-        self._set_aside(path, path.name)
+        self._set_wrong_aside(entry, path)
         return False
 
-    def _remember(self, entry: ShardEntry, path: Path) -> None:
+    def _record_of(self, entry: ShardEntry, seen: os.stat_result) -> _Checked | None:
+        """The record of the file as it is. None for one that was put in its place, or another data set's shard."""
+        record = self._record(entry)
+        return record if record and record.content_id == entry.content_id and record.is_of(seen) else None
+
+    def _record(self, entry: ShardEntry) -> _Checked | None:
+        """What was written last of a file of this name."""
+        if unwritten := self._unwritten.get(entry.filename):
+            return unwritten
+        with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):
+            return msgspec.json.decode(self._stamp(entry).read_bytes(), type=_Checked)
+        return None
+
+    def _remember(self, entry: ShardEntry, path: Path, *, deletable: bool) -> None:
         seen = path.stat()
-        checked = _Checked(entry.content_id, seen.st_size, seen.st_mtime_ns, seen.st_ino, _boot())
+        record = _Checked(entry.content_id, seen.st_size, seen.st_mtime_ns, seen.st_ino, _boot(), deletable)
         try:
-            atomic_write(self._stamp(entry), msgspec.json.encode(checked))
+            atomic_write(self._stamp(entry), msgspec.json.encode(record))
+            self._unwritten.pop(entry.filename, None)
         except OSError as err:  # the disk is full: the file is right, and is hashed once more at the next start
+            self._unwritten[entry.filename] = record
             log.info("the check of %s is not recorded: %s", path, err)
 
-    def _set_aside(self, path: Path, name: str) -> None:
-        """Keep a wrong file beside the right one, up to MAX_SET_ASIDE of them."""
-        for number in range(1, MAX_SET_ASIDE + 1):
+    def _forget(self, entry: ShardEntry) -> None:
+        self._unwritten.pop(entry.filename, None)
+        self._stamp(entry).unlink(missing_ok=True)
+
+    def _set_wrong_aside(self, entry: ShardEntry, path: Path) -> None:
+        """A file that is somebody's own is kept however many there are."""
+        with contextlib.suppress(FileNotFoundError):
+            record, seen = self._record(entry), path.stat()
+            is_fetched = record is not None and record.deletable and record.inode == seen.st_ino
+            self._set_aside(path, path.name, always=not is_fetched)
+        self._forget(entry)
+
+    def _set_aside(self, path: Path, name: str, *, always: bool = False) -> None:
+        """Keep a wrong file beside the right one, up to MAX_SET_ASIDE of them unless it is `always` kept."""
+        for number in itertools.count(1) if always else range(1, MAX_SET_ASIDE + 1):
             aside = self._folder / f"{name}.bad-{number}"
             if not aside.exists():
                 with contextlib.suppress(FileNotFoundError):

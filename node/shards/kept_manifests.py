@@ -19,7 +19,7 @@ LONGEST_RETRY_S = 30.0
 LOOK_S = 10.0
 
 
-class PinnedManifests:
+class KeptManifests:
     """Has manifests in the shards folder, so that their names are known here, also after a restart.
 
     The cluster is told of a manifest with its first shard.
