@@ -50,13 +50,12 @@ class Fetcher:
     async def fetch(self, shard: Shard, on_progress: OnProgress | None, *, for_lease: bool = False) -> FetchedShard:
         """Have the shard here and checked. Callers for one shard share one job, which ends if the last one leaves.
 
-        `for_lease`: unless somebody else asks too, a file that comes gets no pin.
+        `for_lease`: a file that comes has no pin.
         """
         job = self._jobs.get(shard.ref)
         if job is None:
             job = self._jobs[shard.ref] = FetchJob(shard, for_lease=for_lease)
             job.start(self._tasks, self._run(job))
-        job.for_lease &= for_lease
         try:
             return await job.join(on_progress)
         finally:

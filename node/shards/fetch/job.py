@@ -36,7 +36,7 @@ class FetchJob:
     def __init__(self, shard: Shard, *, for_lease: bool = False) -> None:
         self.shard = shard
         self.for_lease = for_lease
-        """Whether all who asked hold it by a lease."""
+        """Whether who asked first holds it by a lease."""
         self.progress = DownloadProgress(0, shard.entry.size, phase="finding")
         self._result: asyncio.Future[FetchedShard] = asyncio.get_running_loop().create_future()
         self._result.add_done_callback(_retrieve)

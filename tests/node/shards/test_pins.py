@@ -193,6 +193,32 @@ async def test_what_lay_there_before_stays_published_put_there_or_damaged(
         assert path.with_name("b.bin.invalid").read_bytes()[:1] == b"?", "it may be somebody's"
 
 
+async def test_what_was_in_the_way_stays_if_the_shard_does_not_come(
+    tmp_path: Path, made: Path, cluster: MemoryDiscovery, signed: SignedManifest
+) -> None:
+    folder = tmp_path / "shards" / f"owner--set@{signed.digest[:12]}"
+    folder.mkdir(parents=True)
+    (folder / "b.bin").write_bytes(b"?")
+    write_manifest(folder, signed)
+    age(folder)
+    async with open_room(tmp_path, cluster) as room:
+        await room.shards.settled()
+        task = asyncio.create_task(room.shards.fetch(signed.shard(1), term=TERM))
+        await eventually(lambda: bool(room.swarm.downloads and room.swarm.downloads[0].peers))
+        room.swarm.downloads[0].bytes_done = 10
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await room.shards.settled()
+        part = room.swarm.downloads[0].part
+        assert part.exists()
+        await eventually(lambda: not room.shards.downloads())
+        assert (await release(room, signed, 1)).gone
+        assert not part.exists()
+        assert (folder / "b.bin.invalid").read_bytes() == b"?"
+        await room.shards.evict(signed.shard(1))
+        assert not (folder / "b.bin.invalid").exists()
+
+
 async def test_a_file_that_takes_the_place_of_one_that_came_for_a_lease_stays(
     tmp_path: Path, made: Path, cluster: MemoryDiscovery, signed: SignedManifest
 ) -> None:
@@ -239,6 +265,9 @@ async def test_what_is_published_is_pinned_until_that_is_ended(
         await unpin(room, dataset="owner/set", shard_id=0)
         assert (await release(room, signed, 0)).gone
         assert [path.name for path in folder.iterdir() if path.suffix != ".json"] == ["b.bin"]
+        await unpin(room, dataset="owner/set")
+        await room.shards.publisher.publish(publication_of(made, signed.manifest), signed, hasher)
+        assert pinned(room) == {"a.parquet": True, "b.bin": True}
 
 
 async def test_unpin_says_what_may_be_evicted_and_pull_pins_again(
