@@ -24,7 +24,7 @@ from typing import Any
 
 import msgspec
 
-from node.files import Durability, FileLock, atomic_write
+from node.files import TEMPORARY_SUFFIX, Durability, FileLock, atomic_write
 from protocol.errors import BusyError, InsufficientDiskError, InvalidParamsError, ShoalError
 from torch_bridge.batches.plan import Consumer, RemoteFile
 
@@ -98,6 +98,17 @@ def _acquire(lock: FileLock, path: Path, wait_s: float) -> None:
         ) from None
 
 
+def _is_ours(name: str) -> bool:
+    """Whether a data set keeps, and deletes, files under this name once it has divided the folder."""
+    return name == "epochs" or _CONSUMER.fullmatch(name) is not None
+
+
+def _is_home(path: Path) -> bool:
+    """Whether a consumer made this folder: nothing else is in it."""
+    known = ("lock", "files", "progress.json")
+    return path.is_dir() and all(one.name in known or one.name.endswith(TEMPORARY_SUFFIX) for one in path.iterdir())
+
+
 class ConsumerFolder:
     """One consumer's part of the folder, while it runs."""
 
@@ -133,6 +144,11 @@ class ConsumerFolder:
         """
         layout = self.root / "layout.json"
         known = read_json(layout)
+        if not layout.exists() and (others := sorted(path.name for path in self.root.iterdir() if _is_ours(path.name))):
+            raise InvalidParamsError(
+                f"{self.root} has {others[0]!r} and no layout.json: it was not made by a StreamingBatchDataset, which "
+                "would delete that; give it a cache_dir of its own"
+            )
         if isinstance(known, dict) and known.get("used_for") != self._used_for:
             raise InvalidParamsError(
                 f"{self.root} was used for {known.get('used_for')}, and this run is for {self._used_for}: give it a "
@@ -140,7 +156,7 @@ class ConsumerFolder:
             )
         if isinstance(known, dict) and known.get("consumers") == self.consumer.local_count:
             return
-        homes = [path for path in self.root.iterdir() if _CONSUMER.fullmatch(path.name)]
+        homes = [path for path in self.root.iterdir() if _CONSUMER.fullmatch(path.name) and _is_home(path)]
         epochs = [value["epoch"] for path in homes if isinstance(value := read_json(path / "progress.json"), dict)]
         first = min(epochs, default=(known or {}).get("first_epoch", 0))
         for path in homes:

@@ -2,13 +2,15 @@
 
 One lock, on the file `lock`, guards what the folder holds, and the sum of it in that file. Another one is on the file
 that a chunk is being written to, NAME.part, made at full length: its holder fetches that chunk, the others wait for
-it; a part that no process holds was left by a crash and is deleted. A chunk gets its name when it is whole.
+it; a part that no process holds was left by a crash and is deleted. A chunk gets its name when it is whole. Files with
+other names than chunks have are not counted and not touched.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -23,6 +25,9 @@ from torch_bridge.objects.chunk_file import HEADER_BYTES, OpenChunk, open_chunk,
 
 OPEN_CHUNKS = 256
 """Kept open for each thread."""
+_CHUNK = re.compile(r"[0-9a-f]{32}-\d+(\.part)?")
+"""A hash and a number, as RangeReader names chunks."""
+_LIMIT = re.compile(r"limit-(\d+)")
 TOUCH_S = 5.0
 """A chunk's time of use is written at most this often by one process."""
 _log = logging.getLogger(__name__)
@@ -164,7 +169,7 @@ class ChunkCache:
         """Evict, and count again what the folder holds."""
         kept, pinned = [], 0
         for entry in os.scandir(self.folder):
-            if "-" not in entry.name or entry.name.startswith("limit-"):
+            if not _CHUNK.fullmatch(entry.name):
                 continue
             stat = entry.stat()
             if not entry.name.endswith(".part"):
@@ -191,10 +196,10 @@ class ChunkCache:
         """Of all runs that have the folder open: each holds a lock on a file with its limit in the name."""
         limits = [self.limit_bytes]
         for entry in os.scandir(self.folder):
-            if not entry.name.startswith("limit-"):
+            if not (named := _LIMIT.fullmatch(entry.name)):
                 continue
-            if int(entry.name[6:]) == self.limit_bytes or _is_held(Path(entry.path)):
-                limits.append(int(entry.name[6:]))
+            if int(named[1]) == self.limit_bytes or _is_held(Path(entry.path)):
+                limits.append(int(named[1]))
             else:
                 os.unlink(entry.path)
         return min(limits)

@@ -62,7 +62,7 @@ async def fetch(room: Room, signed: SignedManifest, made: Path, shard_id: int, *
     tasks = [asyncio.create_task(room.shards.fetch(signed.shard(shard_id), term=term)) for term in terms]
     await eventually(lambda: len(room.swarm.downloads) > before and bool(room.swarm.downloads[-1].peers))
     room.swarm.downloads[-1].finish((made / entry.filename).read_bytes())
-    return [await task for task in tasks][0].path
+    return (await asyncio.gather(*tasks))[0].path
 
 
 async def release(room: Room, signed: SignedManifest, shard_id: int) -> ReleasedShard:

@@ -77,6 +77,30 @@ def test_a_subset_is_gone_through_several_times_and_fetched_once(origin: Any, tm
     assert (report.samples, report.downloaded_bytes) == (69, sum(map(len, FILES.values())))
 
 
+def test_files_of_others_in_the_cache_folder_stay(origin: Any, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for name in ("videos/1.mp4", "mine.txt", "archive-c001/1.mp4"):
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache / name).write_text("mine")
+    assert sorted(dataset(origin, cache)) == NAMES
+    (cache / "c007").mkdir()  # a camera's, say
+    (cache / "c007" / "1.mp4").write_text("mine")
+    two = Ranks(0, 2, 0, 2)
+    list(dataset(origin, cache, ranks=two))  # the folder is divided again
+    kept = [path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file()]
+    assert {"videos/1.mp4", "mine.txt", "archive-c001/1.mp4", "c007/1.mp4"} <= set(kept)
+
+
+@pytest.mark.parametrize("name", ["c001/1.mp4", "epochs/00000000/1.mp4"])
+def test_a_folder_with_others_files_in_our_places_is_refused(origin: Any, tmp_path: Path, name: str) -> None:
+    cache = tmp_path / "cache"
+    (cache / name).parent.mkdir(parents=True)
+    (cache / name).write_text("mine")
+    with pytest.raises(InvalidParamsError, match=r"has '(c001|epochs)' and no layout\.json: .* cache_dir of its own"):
+        list(dataset(origin, cache, ranks=Ranks(0, 2, 0, 2)))
+    assert (cache / name).read_text() == "mine"
+
+
 def test_iterations_go_on_from_epoch_to_epoch_and_a_finished_one_gives_nothing(
     origin: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

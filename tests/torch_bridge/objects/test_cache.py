@@ -20,6 +20,8 @@ from torch_bridge import O3Client
 from torch_bridge.objects.chunk_cache import ChunkCache, ChunkClaim
 from torch_bridge.objects.dataset import O3Dataset, RecordFormat
 
+A, B = "a" * 32, "b" * 32
+"""Of chunks of two objects, the part of their names before the number."""
 CHUNK = 8192
 COST = 12288
 """With its header, in blocks."""
@@ -57,81 +59,96 @@ def read(cache: ChunkCache, name: str) -> bytes | None:
 
 def test_what_was_longest_unread_goes_and_what_is_open_stays_readable(tmp_path: Path) -> None:
     cache = ChunkCache(tmp_path, 3 * COST)
-    for name in ("a-0", "a-1", "a-2"):
+    for name in (f"{A}-0", f"{A}-1", f"{A}-2"):
         keep(cache, name)
-        os.utime(tmp_path / name, ns=(0, int(name[2]) + 1))
-    old = cache.opened("a-0", CHUNK)  # counts as used now
-    held = ChunkCache(tmp_path, 3 * COST).opened("a-1", CHUNK)
-    os.utime(tmp_path / "a-1", ns=(0, 2))
-    keep(cache, "a-3")
-    assert kept(cache) == {"a-0", "a-3"}  # two went: a twentieth stays free for what comes next
+        os.utime(tmp_path / name, ns=(0, int(name[-1]) + 1))
+    old = cache.opened(f"{A}-0", CHUNK)  # counts as used now
+    held = ChunkCache(tmp_path, 3 * COST).opened(f"{A}-1", CHUNK)
+    os.utime(tmp_path / f"{A}-1", ns=(0, 2))
+    keep(cache, f"{A}-3")
+    assert kept(cache) == {f"{A}-0", f"{A}-3"}  # two went: a twentieth stays free for what comes next
     assert old is not None
     assert held is not None
-    assert held.read(0, CHUNK) == body("a-1")
+    assert held.read(0, CHUNK) == body(f"{A}-1")
 
 
 def test_a_writer_killed_in_the_middle_leaves_no_chunk_no_lock_and_no_bytes(tmp_path: Path) -> None:
     cache = ChunkCache(tmp_path, 3 * COST)
 
     def die() -> None:
-        claims = cache.claim({"a-0": CHUNK, "a-1": CHUNK})
+        claims = cache.claim({f"{A}-0": CHUNK, f"{A}-1": CHUNK})
         assert claims[0].part is not None
         os.pwrite(claims[0].part.fd, b"half", 0)
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(AssertionError, match="died"):
         in_fork(die)
-    assert kept(cache) == {"a-0.part", "a-1.part"}
-    cache.wait("a-0")  # nobody holds it
-    keep(cache, "a-0", "b-0")
-    assert read(cache, "a-0") == body("a-0")
+    assert kept(cache) == {f"{A}-0.part", f"{A}-1.part"}
+    cache.wait(f"{A}-0")  # nobody holds it
+    keep(cache, f"{A}-0", f"{B}-0")
+    assert read(cache, f"{A}-0") == body(f"{A}-0")
     cache.sweep()
-    assert kept(cache) == {"a-0", "b-0"}
+    assert kept(cache) == {f"{A}-0", f"{B}-0"}
     assert int.from_bytes((tmp_path / "lock").read_bytes(), "little") == 2 * COST
 
 
 def test_one_of_two_fetches_and_the_other_waits(tmp_path: Path) -> None:
     cache, other = ChunkCache(tmp_path, 9 * COST), ChunkCache(tmp_path, 9 * COST)
-    (claim,) = cache.claim({"a-0": CHUNK})
-    assert other.claim({"a-0": CHUNK}) == []
+    (claim,) = cache.claim({f"{A}-0": CHUNK})
+    assert other.claim({f"{A}-0": CHUNK}) == []
     seen: list[bytes | None] = []
 
     def wait() -> None:
-        other.wait("a-0")
-        seen.append(read(other, "a-0"))
+        other.wait(f"{A}-0")
+        seen.append(read(other, f"{A}-0"))
 
     thread = threading.Thread(target=wait)
     thread.start()
-    assert in_fork(lambda: len(cache.claim({"a-0": CHUNK}))) == 0  # nor in a forked child
+    assert in_fork(lambda: len(cache.claim({f"{A}-0": CHUNK}))) == 0  # nor in a forked child
     assert seen == []
-    cache.publish(claim, body("a-0"))
+    cache.publish(claim, body(f"{A}-0"))
     thread.join(10)
-    assert seen == [body("a-0")]
+    assert seen == [body(f"{A}-0")]
 
 
 def test_the_smallest_limit_of_the_runs_that_live_counts(tmp_path: Path) -> None:
     small, large = ChunkCache(tmp_path, 2 * COST), ChunkCache(tmp_path, 10 * COST)
     small.sweep()
-    keep(large, *(f"a-{at}" for at in range(6)))
+    keep(large, *(f"{A}-{at}" for at in range(6)))
     assert on_disk(tmp_path) <= 2 * COST
     small.close()
-    keep(large, *(f"a-{at}" for at in range(10)))
+    keep(large, *(f"{A}-{at}" for at in range(10)))
     assert on_disk(tmp_path) > 5 * COST
     small.sweep()
     assert on_disk(tmp_path) <= 2 * COST
 
 
+def test_files_of_other_names_are_not_counted_and_not_touched(tmp_path: Path) -> None:
+    cache = ChunkCache(tmp_path, 3 * COST)
+    own = [tmp_path / name for name in ("2024-01", "my-data.parquet", "beef-1.part", "limit-of-me", f"{A}-x")]
+    (tmp_path / "holiday-2024").mkdir()
+    for path in own:
+        path.write_bytes(bytes(COST))
+        os.utime(path, ns=(0, 1))
+    for number in range(6):
+        keep(cache, f"{A}-{number}")
+    cache.sweep()
+    assert all(path.stat().st_size == COST for path in own)
+    assert read(cache, f"{A}-5") == body(f"{A}-5")
+    assert int.from_bytes((tmp_path / "lock").read_bytes(), "little") in (2 * COST, 3 * COST)
+
+
 def test_where_there_is_no_room_a_chunk_is_read_without_the_cache(tmp_path: Path) -> None:
     cache = ChunkCache(tmp_path, COST - 1)
-    assert cache.claim({"a-0": CHUNK}) == [ChunkClaim("a-0", CHUNK, None)]
+    assert cache.claim({f"{A}-0": CHUNK}) == [ChunkClaim(f"{A}-0", CHUNK, None)]
     assert kept(cache) == set()
 
 
 @pytest.mark.parametrize("damage", ["cut", "byte", "empty", "header"])
 def test_a_damaged_chunk_is_found_and_goes(tmp_path: Path, damage: str) -> None:
     cache = ChunkCache(tmp_path, 9 * COST)
-    keep(cache, "a-0")
-    data = bytearray((tmp_path / "a-0").read_bytes())
+    keep(cache, f"{A}-0")
+    data = bytearray((tmp_path / f"{A}-0").read_bytes())
     match damage:
         case "cut":
             del data[-1]
@@ -141,11 +158,11 @@ def test_a_damaged_chunk_is_found_and_goes(tmp_path: Path, damage: str) -> None:
             data[:] = bytes(len(data))
         case _:
             data[9] ^= 1
-    (tmp_path / "a-0").write_bytes(data)
-    assert read(cache, "a-0") is None
+    (tmp_path / f"{A}-0").write_bytes(data)
+    assert read(cache, f"{A}-0") is None
     assert kept(cache) == set()
-    keep(cache, "a-0")
-    assert read(cache, "a-0") == body("a-0")
+    keep(cache, f"{A}-0")
+    assert read(cache, f"{A}-0") == body(f"{A}-0")
 
 
 def write_and_read(folder: Path, seed: int) -> int:
@@ -153,7 +170,7 @@ def write_and_read(folder: Path, seed: int) -> int:
     cache, chance = ChunkCache(folder, 6 * COST), random.Random(seed)
     found = 0
     for _ in range(300):
-        name = f"a-{chance.randrange(20)}"
+        name = f"{A}-{chance.randrange(20)}"
         if (data := read(cache, name)) is None:
             for claim in cache.claim({name: CHUNK}):
                 time.sleep(0.0005)
@@ -219,5 +236,5 @@ def test_a_full_disk_costs_the_cache_and_one_warning(tmp_path: Path, caplog: pyt
 
 def test_it_travels_without_what_is_open(tmp_path: Path) -> None:
     cache = ChunkCache(tmp_path, 9 * COST)
-    keep(cache, "a-0")
-    assert read(pickle.loads(pickle.dumps(cache)), "a-0") == body("a-0")
+    keep(cache, f"{A}-0")
+    assert read(pickle.loads(pickle.dumps(cache)), f"{A}-0") == body(f"{A}-0")

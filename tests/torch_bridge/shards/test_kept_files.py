@@ -126,7 +126,9 @@ def test_killed_before_a_file_has_its_name_a_run_leaves_a_part_that_counts(
     assert here(tmp_path) == []
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"{"), lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda path: path.write_bytes(b"{"), lambda path: path.write_bytes(b"")]
+)
 def test_without_the_record_of_its_fetch_a_file_stays(
     base: Path, manifest: Manifest, tmp_path: Path, damage: Any
 ) -> None:
