@@ -22,7 +22,7 @@ class StreamingStatus:
     consumed: int
     """Shards that this reader is past, in this epoch."""
     deleted: int
-    """By this reader; what was published on this machine's node counts, and stays there."""
+    """By this reader; what somebody keeps (pinned at the node, in the folder before) counts, and stays there."""
     free_bytes: int
     buffer_size: int
     rate_bytes_s: float

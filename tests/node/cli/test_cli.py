@@ -22,7 +22,22 @@ from protocol.signing import SigningKey
 from tests.support.cli_node import NODE, PIECES, FakeNode, fake_node
 from tests.support.gguf.tiny_gguf import write_tiny_gguf
 
-COMMANDS = ("serve", "split", "publish", "pull", "verify", "call", "nodes", "status", "generate", "check-o3", "demo")
+COMMANDS = (
+    "serve",
+    "split",
+    "publish",
+    "pull",
+    "files",
+    "unpin",
+    "evict",
+    "verify",
+    "call",
+    "nodes",
+    "status",
+    "generate",
+    "check-o3",
+    "demo",
+)
 
 
 class Said(NamedTuple):
