@@ -56,9 +56,9 @@ def files(*, node: Node = DEFAULT_NODE, json_output: Json = False) -> None:
 
 
 def unpin(name: Name, *, node: Node = DEFAULT_NODE, json_output: Json = False) -> None:
-    """Let training runs delete a model or data set that was pulled, published or put there.
+    """End the pin of what was pulled, published or put there.
 
-    A run that is past a shard of it deletes the file then; `evict` deletes at once. `pull` pins again.
+    A training run that is past a shard of it deletes the file then; `evict` deletes at once. `pull` pins again.
     """
     with _connected(node) as client:
         manifest = _manifest(client, name)
@@ -70,7 +70,7 @@ def unpin(name: Name, *, node: Node = DEFAULT_NODE, json_output: Json = False) -
         print_json(found)
         return
     out.print(
-        f"{manifest.kind} {manifest.name}: {len(found.shard_ids)} shards were pinned, {human_bytes(found.bytes)}; "
+        f"{manifest.kind} {manifest.name}: {_shards(len(found.shard_ids))} unpinned, {human_bytes(found.bytes)}; "
         f"{human_bytes(found.evictable_bytes)} may be evicted now",
         markup=False,
         soft_wrap=True,
@@ -111,11 +111,15 @@ def evict(name: Name, *, node: Node = DEFAULT_NODE, json_output: Json = False) -
         print_json({"name": manifest.name, "digest": manifest.digest, "evicted": evicted})
     else:
         size = human_bytes(sum(one.bytes for one in evicted))
-        line = f"{manifest.kind} {manifest.name}: {len(evicted)} shards deleted, {size}"
+        line = f"{manifest.kind} {manifest.name}: {_shards(len(evicted))} deleted, {size}"
         out.print(line, markup=False, soft_wrap=True)
     if kept:
-        more = f" ({len(kept)} shards stay)" if len(kept) > 1 else ""
+        more = f" ({_shards(len(kept))} stay)" if len(kept) > 1 else ""
         fail(type(kept[0])(kept[0].message + more))
+
+
+def _shards(count: int) -> str:
+    return "1 shard" if count == 1 else f"{count} shards"
 
 
 def _shard_of(file: FileInfo) -> tuple[str | None, int | None, str | None]:

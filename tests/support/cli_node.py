@@ -20,9 +20,12 @@ from protocol.commands.nodes import (
     SwarmStatus,
     TransportStatus,
 )
+from protocol.commands.shards import FileInfo, GetManifestResult, ListFilesResult, ShardResult, UnpinResult
 from protocol.commands.tasks import InferenceResult, StageAssignment, TaskOutput, Timings, Usage
-from protocol.errors import ShardNotFoundError
+from protocol.errors import ShardInUseError, ShardNotFoundError
 from protocol.ids import ContentId, ManifestDigest, NodeId
+from protocol.manifest import Manifest, ShardEntry, sign_manifest
+from protocol.signing import SigningKey
 
 NODE = NodeId("ab" * 32)
 PIECES = ["Fish ", "swim \u00e9", " [in] shoals"]
@@ -62,6 +65,19 @@ STATUS = StatusResult(
 )
 
 
+SET = sign_manifest(
+    Manifest(
+        name="set",
+        kind="dataset",
+        shards=tuple(
+            ShardEntry(shard_id=i, filename=f"{i}.bin", size=1 << 20, content_id=ContentId(f"{i:064x}"), kind="file")
+            for i in range(3)
+        ),
+    ),
+    SigningKey(bytes(32)),
+)
+
+
 @dataclass
 class FakeNode:
     """What it was asked, and where."""
@@ -79,6 +95,10 @@ class FakeNode:
             "NODES": Command(None, self._nodes),
             "EXECUTE_TASK": Command(None, self._task),
             "LOAD_SHARD": Command(None, self._load),
+            "GET_MANIFEST": Command(None, self._manifest),
+            "LIST_FILES": Command(None, self._files),
+            "UNPIN": Command(None, self._unpin),
+            "EVICT_SHARD": Command(None, self._evict),
         }
 
     async def _status(self, params: dict[str, Any], call: Call) -> StatusResult:
@@ -116,6 +136,46 @@ class FakeNode:
             usage=Usage(prompt_tokens=9, completion_tokens=3),
             timings=Timings(load_s=0.0, time_to_first_token_s=0.25, total_s=1.0, tokens_per_s=12.5),
             stages=[StageAssignment(node=NODE, shards=[0], layers=(0, 30))],
+        )
+
+    async def _manifest(self, params: dict[str, Any], call: Call) -> GetManifestResult:
+        return GetManifestResult(signed=SET, digest=SET.digest)
+
+    async def _files(self, params: dict[str, Any], call: Call) -> ListFilesResult:
+        """The last shard is not here."""
+        files = [
+            FileInfo(
+                filename=f"[set]@{SET.digest[:12]}/{entry.filename}",
+                size=entry.size,
+                kind=entry.kind,
+                state="seeding",
+                content_id=entry.content_id,
+                dataset="set",
+                shard_id=entry.shard_id,
+                leases=entry.shard_id,
+                pinned=entry.shard_id == 0,
+            )
+            for entry in SET.manifest.shards[:2]
+        ]
+        return ListFilesResult(files=files)
+
+    async def _unpin(self, params: dict[str, Any], call: Call) -> UnpinResult:
+        self.asked.append(params)
+        return UnpinResult(digest=SET.digest, shard_ids=[0], bytes=1 << 20, evictable_bytes=2 << 20)
+
+    async def _evict(self, params: dict[str, Any], call: Call) -> ShardResult:
+        self.asked.append(params)
+        if params["shard_id"] == 1:
+            raise ShardInUseError("shard 1 is held by 1 lease")
+        entry = SET.manifest.shards[params["shard_id"]]
+        return ShardResult(
+            shard_id=entry.shard_id,
+            status="evicted",
+            path="/data/0.bin",
+            source="local",
+            bytes=entry.size,
+            seconds=0.0,
+            content_id=entry.content_id,
         )
 
     async def _load(self, params: dict[str, Any], call: Call) -> None:

@@ -19,7 +19,7 @@ import pytest
 from node.cli import main
 from protocol.content import hash_file
 from protocol.signing import SigningKey
-from tests.support.cli_node import NODE, PIECES, FakeNode, fake_node
+from tests.support.cli_node import NODE, PIECES, SET, FakeNode, fake_node
 from tests.support.gguf.tiny_gguf import write_tiny_gguf
 
 COMMANDS = (
@@ -437,6 +437,33 @@ def test_status_and_nodes_as_json(shoal: Shoal, node: FakeNode) -> None:
     assert json.loads(shoal("status", node.target, "--json").out)["cluster"] == "reef"
     found = json.loads(shoal("nodes", node.target, "--json").out)["nodes"]
     assert [one["here"] for one in found] == [True, False]
+
+
+def test_files_says_what_is_pinned(shoal: Shoal, node: FakeNode) -> None:
+    said = shoal("files", "--node", node.target)
+    assert said.code == 0
+    rows = [line.split() for line in said.out.splitlines() if ".bin" in line]
+    assert [(row[0].rpartition("/")[2], row[-1]) for row in rows] == [("0.bin", "pinned"), ("1.bin", "1")]
+    assert "2 files, 2.0 MiB; 1 pinned, 1.0 MiB" in said.out
+    assert max(map(len, said.out.splitlines())) <= 80
+    found = json.loads(shoal("files", "--node", node.target, "--json").out)["files"]
+    assert [one.get("pinned", False) for one in found] == [True, False]
+
+
+def test_unpin_says_what_may_be_evicted(shoal: Shoal, node: FakeNode) -> None:
+    said = shoal("unpin", "set", "--node", node.target)
+    assert (said.code, said.err) == (0, "")
+    assert said.out == "dataset set: 1 shard unpinned, 1.0 MiB; 2.0 MiB may be evicted now\n"
+    assert node.asked[-1] == {"dataset": SET.digest}
+    assert json.loads(shoal("unpin", "set", "--node", node.target, "--json").out)["evictable_bytes"] == 2 << 20
+
+
+def test_evict_deletes_what_is_here_and_says_what_stays(shoal: Shoal, node: FakeNode) -> None:
+    node.asked.clear()
+    said = shoal("evict", "set", "--node", node.target)
+    assert (said.code, said.out) == (1, "dataset set: 1 shard deleted, 1.0 MiB\n")
+    assert said.err == "error (shard_in_use): shard 1 is held by 1 lease\n"
+    assert node.asked == [{"dataset": SET.digest, "shard_id": shard_id} for shard_id in (0, 1)]
 
 
 def test_an_unreachable_node_is_one_line(shoal: Shoal) -> None:

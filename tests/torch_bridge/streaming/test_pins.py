@@ -112,7 +112,7 @@ def test_files_unpin_and_evict_as_a_person_types_them(seed: Daemon, tmp_path: Pa
     ended = typed("unpin", OTHER)
     assert (ended["shard_ids"], ended["bytes"], ended["evictable_bytes"]) == ([0, 1, 2, 3, 4, 5], size, size)
     assert sizes(lambda file: not file.get("pinned")) == size
-    assert "0 shards were pinned" in shoal("unpin", OTHER, "--node", address_of(seed)).stdout
+    assert "0 shards unpinned" in shoal("unpin", OTHER, "--node", address_of(seed)).stdout
 
     source = NodeSource(address_of(seed), OTHER, tmp_path / "ledger")
     assert flat(batch["id"].tolist() for batch in numbers(source)) == ALL
