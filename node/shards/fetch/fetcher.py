@@ -87,8 +87,11 @@ class Fetcher:
             job.fail(err)
         except OSError as err:
             log.warning("fetching %s failed: %s", name, err)
-            kind = InsufficientDiskError if err.errno in (errno.ENOSPC, errno.EDQUOT) else InternalError
-            job.fail(kind(f"{name} could not be written: {err.strerror}{self._store.space.advice()}"))
+            message = f"{name} could not be written: {err.strerror}"
+            if err.errno in (errno.ENOSPC, errno.EDQUOT):
+                job.fail(InsufficientDiskError(message + self._store.space.advice()))
+            else:
+                job.fail(InternalError(message))
         except Exception:
             log.exception("fetching %s failed", name)
             job.fail(InternalError(f"fetching {name} failed; the node's log says why"))

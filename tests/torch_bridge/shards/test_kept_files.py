@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -148,6 +149,20 @@ def test_a_file_that_was_put_in_the_place_of_a_fetched_one_stays(
     (tmp_path / "copy").replace(path)
     source.discard(entry)
     assert path.exists()
+
+
+def test_what_came_as_the_disk_got_full_is_deleted_too(
+    base: Path, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    source, entry = source_of(base, tmp_path), manifest.shards[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(origin_source, "atomic_write", full)
+        path = source.fetch(entry).path
+    source.discard(entry)
+    assert not path.exists()
 
 
 def test_a_record_survives_a_restart_of_the_machine_and_a_doubt(
