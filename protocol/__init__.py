@@ -8,6 +8,7 @@ records      signed, expiring records of the DHT
 commands/    the parameters and results of every command
 errors       one tree of errors, each with its wire code
 sockets      the one socket option that both ends need
+structs      prepares the types that msgspec decodes into, for threads
 msgpackrpc   MessagePack-RPC without I/O: bytes to messages and back
 client       the asyncio client
 sync_client  the same for code without an event loop

@@ -42,6 +42,7 @@ from protocol.msgpackrpc import (
     encode,
 )
 from protocol.sockets import notice_dead_peer
+from protocol.structs import prepared
 
 R = TypeVar("R")
 NotificationCallback = Callable[[str, dict[str, Any]], None]
@@ -279,6 +280,6 @@ def unpack_result(method: str, result: object, result_type: type[R] | None) -> A
     if result_type is None:
         return result
     try:
-        return msgspec.convert(result, result_type)
+        return msgspec.convert(result, prepared(result_type))
     except msgspec.ValidationError as err:
         raise MalformedMessageError(f"the answer to {method} is not of type {result_type.__name__}: {err}") from None

@@ -20,6 +20,7 @@ import msgspec
 from protocol.errors import InvalidManifestError, ShardNotFoundError
 from protocol.ids import ContentId, ManifestDigest, NodeId, ShardId
 from protocol.signing import SigningKey, is_signed_by
+from protocol.structs import prepared
 
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 MANIFEST_FILENAME = "manifest.json"
@@ -156,7 +157,7 @@ def sign_manifest(manifest: Manifest, key: SigningKey, origins: Iterable[str] = 
     """Sign a manifest. Raises InvalidManifestError for one that `manifest_from_wire` would refuse."""
     unsigned = SignedManifest(manifest=manifest, publisher=key.node_id, signature="0" * 128, origins=tuple(origins))
     try:
-        msgspec.convert(msgspec.to_builtins(unsigned), SignedManifest)
+        msgspec.convert(msgspec.to_builtins(unsigned), prepared(SignedManifest))
     except msgspec.ValidationError as err:
         raise InvalidManifestError(f"{manifest.name!r} is not a manifest: {err}") from None
     check_manifest(manifest)
@@ -171,7 +172,7 @@ def manifest_from_wire(value: object, expected: ManifestDigest | None = None) ->
     signature that is not the publisher's, or another digest than `expected`.
     """
     try:
-        signed = msgspec.convert(value, SignedManifest)
+        signed = msgspec.convert(value, prepared(SignedManifest))
     except msgspec.ValidationError as err:
         raise InvalidManifestError(f"not a signed manifest: {err}") from None
     check_manifest(signed.manifest)

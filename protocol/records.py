@@ -20,6 +20,7 @@ from protocol.errors import InvalidRecordError
 from protocol.ids import ContentId, ManifestDigest, NodeId, Port
 from protocol.manifest import ManifestName
 from protocol.signing import SIGNATURE_BYTES, SigningKey, is_signed_by
+from protocol.structs import prepared
 
 RecordKey = NewType("RecordKey", bytes)
 """20 bytes: a kademlia key."""
@@ -173,7 +174,7 @@ def open_record(key: RecordKey, packed: bytes, *, now: float | None = None) -> R
             sequence=msgspec.convert(sequence, int),
             expires=msgspec.convert(expires, int),
             withdrawn=msgspec.convert(withdrawn, bool),
-            payload=msgspec.convert(payload, Payload),
+            payload=msgspec.convert(payload, prepared(Payload)),
             packed=packed,
         )
     except (ValueError, TypeError, AttributeError, RecursionError, msgspec.ValidationError) as err:

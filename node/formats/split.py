@@ -22,6 +22,7 @@ from node.formats.target import SplitTarget
 from protocol.content import hash_file
 from protocol.errors import IllegalCutError, InvalidParamsError, InvalidShardError
 from protocol.manifest import MANIFEST_FILENAME, Manifest, ModelInfo, ShardEntry, check_manifest, readable_name
+from protocol.structs import prepared
 
 OnProgress = Callable[[int, int], None]
 """Called with (bytes done, bytes in total); every shard byte counts twice, as it is written and as it is hashed."""
@@ -95,7 +96,7 @@ def model_info(gguf: GgufFile, model: Cuttable) -> ModelInfo:
         "kv_bytes_per_token_layer": 2 * heads_kv * (key + value),
     }
     try:
-        return msgspec.convert(values, ModelInfo)
+        return msgspec.convert(values, prepared(ModelInfo))
     except msgspec.ValidationError as err:
         raise InvalidShardError(f"{name} has impossible metadata: {err}") from None
 
@@ -115,7 +116,7 @@ def _check_name(name: str) -> None:
     shard = {"shard_id": 0, "filename": "x", "size": 1, "content_id": "0" * 64, "kind": "file"}
     sample = {"name": name, "kind": "file", "shards": [shard]}
     try:
-        msgspec.convert(sample, Manifest)
+        msgspec.convert(sample, prepared(Manifest))
     except msgspec.ValidationError as err:
         raise InvalidParamsError(f"{name!r} cannot be a model's name (`name` or `owner/name`): {err}") from None
 

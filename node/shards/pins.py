@@ -22,6 +22,7 @@ import msgspec
 from node.files import Durability, Fingerprint, atomic_write, replace_file
 from node.shards.store.catalog import ShardFile
 from protocol.manifest import ShardRef
+from protocol.structs import prepared
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +194,7 @@ def _encode(unpinned: Mapping[Path, Fingerprint | None], root: Path) -> bytes:
 
 def _decode(data: bytes, root: Path) -> Unpinned:
     """Raises MsgspecError, ValueError for another version."""
-    found = msgspec.json.decode(data, type=UnpinnedList)
+    found = msgspec.json.decode(data, type=prepared(UnpinnedList))
     if found.version != VERSION:
         raise ValueError(f"it has version {found.version}, this node writes {VERSION}")
     unpinned: Unpinned = {}

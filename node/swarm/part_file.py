@@ -16,6 +16,7 @@ import msgspec
 from node.files import atomic_write, part_path
 from node.swarm.handle import file_error
 from node.swarm.torrent import Torrent
+from protocol.structs import prepared
 
 
 class _Resume(msgspec.Struct):
@@ -62,7 +63,7 @@ class PartFile:
     def _load_now(self) -> tuple[bytes, bytes]:
         resume = b""
         try:
-            kept = msgspec.msgpack.decode(self._resume.read_bytes(), type=_Resume)
+            kept = msgspec.msgpack.decode(self._resume.read_bytes(), type=prepared(_Resume))
             if kept.mtime_ns == self.path.stat().st_mtime_ns:
                 resume = kept.data
         except (OSError, msgspec.DecodeError):

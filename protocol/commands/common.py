@@ -12,6 +12,7 @@ from msgspec import inspect
 from protocol.errors import InvalidParamsError
 from protocol.ids import ContentId, ShardId
 from protocol.manifest import FileName
+from protocol.structs import prepared
 
 RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 NameOrDigest = Annotated[str, msgspec.Meta(min_length=1, max_length=1000)]
@@ -70,7 +71,7 @@ def decode_params(kind: type[P], value: object) -> P:
     """
     declared = _inspect(kind)
     try:
-        return msgspec.convert(_with_text(text_keys(value), declared), kind)
+        return msgspec.convert(_with_text(text_keys(value), declared), prepared(kind))
     except msgspec.ValidationError as err:
         known = ", ".join(field.encode_name for field in declared.fields) or "none"
         raise InvalidParamsError(f"{err}; the parameters are: {known}") from None

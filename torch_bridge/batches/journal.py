@@ -13,6 +13,7 @@ import msgspec
 
 from node.files import atomic_write
 from protocol.errors import InvalidParamsError
+from protocol.structs import prepared
 from torch_bridge.batches.folder import ConsumerFolder, read_json, write_json, writing
 from torch_bridge.batches.plan import RemoteFile
 from torch_bridge.batches.stats import ConsumerTimes
@@ -109,7 +110,7 @@ def positions(root: Path) -> list[ConsumerPosition]:
     for path in sorted(root.glob("c*/progress.json")):
         value = read_json(path)
         if isinstance(value, dict):
-            found.append(msgspec.convert(value, ConsumerPosition))
+            found.append(msgspec.convert(value, prepared(ConsumerPosition)))
     return found
 
 
@@ -125,7 +126,7 @@ def first_epoch(root: Path, home: Path) -> int:
     """The epoch that one consumer has not finished."""
     value = read_json(home / "progress.json")
     if isinstance(value, dict):
-        return msgspec.convert(value, ConsumerPosition).epoch
+        return msgspec.convert(value, prepared(ConsumerPosition)).epoch
     return int((read_json(root / "layout.json") or {}).get("first_epoch", 0))
 
 

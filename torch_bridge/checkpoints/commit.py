@@ -20,6 +20,7 @@ from protocol.errors import InvalidManifestError, InvalidParamsError
 from protocol.ids import ContentId, NodeId
 from protocol.manifest import SignedManifest, manifest_from_wire
 from protocol.signing import SigningKey, is_signed_by
+from protocol.structs import prepared
 from torch_bridge.checkpoints.state import Json
 
 COMMITS = "commits/"
@@ -155,7 +156,7 @@ def encode_commit(commit: Commit, key: SigningKey, min_bytes: int) -> tuple[str,
 def decode_commit(raw: bytes, named: CommitKey, run_id: str, trusted: frozenset[NodeId]) -> Commit:
     """Read and check the commit object of the name `named`. Raises InvalidCommitError."""
     try:
-        signed = msgspec.json.decode(raw, type=_Signed)
+        signed = msgspec.json.decode(raw, type=prepared(_Signed))
         body = signed.body.encode()
     except (msgspec.DecodeError, RecursionError, UnicodeError) as err:
         raise InvalidCommitError(f"it is not a commit, or half of one: {err}") from None
@@ -167,7 +168,7 @@ def decode_commit(raw: bytes, named: CommitKey, run_id: str, trusted: frozenset[
     if hashlib.sha256(body).hexdigest() != named.digest:
         raise InvalidCommitError("its digest is not the one in its name")
     try:
-        said = msgspec.json.decode(body, type=_Body)
+        said = msgspec.json.decode(body, type=prepared(_Body))
         manifest = manifest_from_wire(msgspec.json.decode(said.manifest))
         # Python's own reader: a structure holds integers of any size.
         structure = json.loads(bytes(said.structure))

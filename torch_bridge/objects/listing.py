@@ -12,6 +12,7 @@ import msgspec
 
 from node.files import FileLock, atomic_write
 from protocol.errors import OriginNotFoundError, OriginUnavailableError
+from protocol.structs import prepared
 from torch_bridge.core.store import Store
 
 _log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def _validator(objects: tuple[ListedObject, ...]) -> str:
 
 def _read(path: Path, url: str) -> Listing | None:
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=Listing)
+        found = msgspec.json.decode(path.read_bytes(), type=prepared(Listing))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

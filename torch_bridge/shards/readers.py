@@ -17,6 +17,7 @@ import msgspec
 
 from node.files import FileLock, atomic_write
 from protocol.errors import ShardInUseError
+from protocol.structs import prepared
 from torch_bridge.core.closing import wait_for_others
 
 LEAVING_S = 30.0
@@ -175,6 +176,6 @@ def _is_held(path: Path) -> bool:
 
 def _read(path: Path) -> ReaderState | None:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=ReaderState)
+        return msgspec.json.decode(path.read_bytes(), type=prepared(ReaderState))
     except (FileNotFoundError, msgspec.MsgspecError):
         return None

@@ -31,6 +31,7 @@ from protocol.client import Client
 from protocol.commands.shards import ListFilesResult, Progress, ShardResult
 from protocol.commands.tasks import InferenceResult
 from protocol.errors import ShoalError, TimedOutError
+from protocol.structs import prepared
 
 MODEL = "smollm2-135m-instruct"
 NODES = ("alpha", "beta", "gamma")
@@ -186,7 +187,7 @@ async def _load_one(node: RunningNode, client: Client, shard_id: int, progress: 
     seen: dict[str, float] = {}
 
     def show(_: str, params: dict[str, Any]) -> None:
-        found = msgspec.convert(params, Progress)
+        found = msgspec.convert(params, prepared(Progress))
         seen.setdefault(found.phase, time.monotonic())
         progress.update(
             bar,

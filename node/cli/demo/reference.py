@@ -22,6 +22,7 @@ from node.pipeline.engine.engine import Engine
 from node.pipeline.engine.settings import PREFILL_CHUNK, EngineSettings
 from protocol.commands.common import ChatMessage
 from protocol.commands.tasks import Sampling
+from protocol.structs import prepared
 
 
 def generate(path: Path, task: dict[str, Any]) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def generate(path: Path, task: dict[str, Any]) -> dict[str, Any]:
     engine = Engine(EngineSettings(threads=task["threads"], ctx_size=task["ctx_size"], max_sessions=1))
     engine.load(0, path)
     vocabulary = engine.vocabulary(0)
-    messages = msgspec.convert(task["messages"], tuple[ChatMessage, ...])
+    messages = msgspec.convert(task["messages"], prepared(tuple[ChatMessage, ...]))
     text = render_chat(vocabulary.chat_template, messages, bos_token=vocabulary.bos_text, eos_token=vocabulary.eos_text)
     prompt = vocabulary.tokenize(text, add_special=False, parse_special=True)
     sequence = engine.open_sequence()

@@ -40,6 +40,7 @@ from protocol.errors import (
     error_from_wire,
 )
 from protocol.ids import ManifestDigest, NodeId
+from protocol.structs import prepared
 
 _RECOVERABLE = (EngineError, PeerLostError, StageLostError, TimedOutError, TransportError, UnreachableError)
 """Errors after which another attempt may succeed."""
@@ -243,14 +244,14 @@ class Attempt:
 
     def _token_received(self, _: str, params: dict[str, Any]) -> None:
         with contextlib.suppress(msgspec.ValidationError):
-            token = msgspec.convert(params, SessionToken)
+            token = msgspec.convert(params, prepared(SessionToken))
             ours = (token.session, token.attempt) == (self._session, self._number)
             if ours and self._events.qsize() <= self._request.max_tokens:  # a node may not fill the queue with more
                 self._events.put_nowait(token)
 
     def _failure_received(self, _: str, params: dict[str, Any]) -> None:
         with contextlib.suppress(msgspec.ValidationError):
-            failed = msgspec.convert(params, SessionFailed)
+            failed = msgspec.convert(params, prepared(SessionFailed))
             if (failed.session, failed.attempt) != (self._session, self._number):
                 return
             error = error_from_wire(failed.error)

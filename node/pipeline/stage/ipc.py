@@ -24,6 +24,7 @@ from protocol.commands.sessions import (
     StartSessionParams,
     TokenizeParams,
 )
+from protocol.structs import prepared
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ class Pipe(asyncio.Protocol, Generic[M]):
         on_closed: Callable[[str], None],
         limits: PipeLimits,
     ) -> None:
-        self._decoder = msgspec.msgpack.Decoder(kind)
+        self._decoder = msgspec.msgpack.Decoder(prepared(kind))
         self._encoder = msgspec.msgpack.Encoder()
         self._on_message, self._on_closed, self._limits = on_message, on_closed, limits
         self._received = bytearray()

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from protocol.structs import prepared
+
 if TYPE_CHECKING:
     from node.transport import TransportStats
 
@@ -68,7 +70,7 @@ async def _serve(sock: socket.socket, engine_settings: str) -> None:
     from node.pipeline.worker.worker import Worker, WorkerSettings
     from node.transport import IrohEndpoint, TransportSettings
 
-    settings = msgspec.json.decode(engine_settings, type=EngineSettings)
+    settings = msgspec.json.decode(engine_settings, type=prepared(EngineSettings))
     # First, in the main thread: every thread that starts later inherits the CPUs that it is pinned to.
     engine = Engine(settings)
     inline = settings.threads == 1 or os.environ.get("OMP_WAIT_POLICY") == "PASSIVE"

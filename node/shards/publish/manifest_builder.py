@@ -24,6 +24,7 @@ from protocol.manifest import (
     split_name,
 )
 from protocol.signing import SigningKey
+from protocol.structs import prepared
 
 OnHashed = Callable[[int, int, int], None]
 """Called with the shard's number, the bytes of its file that are hashed, and those of the files before it."""
@@ -102,7 +103,7 @@ def _list(path: Path, on_skipped: Callable[[Path, list[str]], None]) -> Iterator
 def check_name(name: str) -> None:
     """Raise InvalidParamsError for a name by which no node could ask."""
     try:
-        msgspec.convert(name, ManifestName)
+        msgspec.convert(name, prepared(ManifestName))
         for component in name.split("/"):
             safe_filename(component)
     except (msgspec.ValidationError, InvalidManifestError):
@@ -148,7 +149,7 @@ async def build_manifest(
         "kind": "file" if name is None else "dataset",
         "shards": msgspec.to_builtins(entries),
     }
-    manifest = msgspec.convert(fields, Manifest)
+    manifest = msgspec.convert(fields, prepared(Manifest))
     check_manifest(manifest)
     return Publication(manifest, files, by_content)
 

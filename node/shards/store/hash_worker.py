@@ -22,6 +22,7 @@ from node.formats.kinds import check_shard
 from protocol.content import hash_file
 from protocol.errors import InvalidShardError
 from protocol.manifest import ShardKind
+from protocol.structs import prepared
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -123,7 +124,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     while header := sys.stdin.buffer.read(4):
-        job = msgspec.msgpack.decode(sys.stdin.buffer.read(int.from_bytes(header, "big")), type=Job)
+        job = msgspec.msgpack.decode(sys.stdin.buffer.read(int.from_bytes(header, "big")), type=prepared(Job))
         write_frame(answers, msgspec.msgpack.encode(do(job, answers)))
 
 

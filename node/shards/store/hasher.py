@@ -19,6 +19,7 @@ from protocol.content import ContentHash
 from protocol.errors import CancelledRequestError, InvalidShardError
 from protocol.ids import ContentId
 from protocol.manifest import ShardKind
+from protocol.structs import prepared
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class Hasher:
         await process.stdin.drain()
         while True:
             length = int.from_bytes(await process.stdout.readexactly(4), "big")
-            answer: Answer = msgspec.msgpack.decode(await process.stdout.readexactly(length), type=Answer)
+            answer: Answer = msgspec.msgpack.decode(await process.stdout.readexactly(length), type=prepared(Answer))
             if not isinstance(answer, Advance):
                 return answer
             if progress:

@@ -26,6 +26,7 @@ from protocol.manifest import (
     sign_manifest,
 )
 from protocol.signing import SigningKey
+from protocol.structs import prepared
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def read_manifest(path: Path, key: SigningKey) -> SignedManifest | None:
 
 def _sign(value: Any, path: Path, key: SigningKey) -> SignedManifest:
     try:
-        manifest = msgspec.convert(value, Manifest)
+        manifest = msgspec.convert(value, prepared(Manifest))
     except msgspec.ValidationError as err:
         raise InvalidManifestError(f"{path.name} is not a manifest: {err}") from None
     return sign_manifest(manifest, key)

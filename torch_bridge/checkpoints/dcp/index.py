@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from node.origin.interface import ObjectInfo
 from protocol.errors import InvalidParamsError
 from protocol.ids import ContentId
+from protocol.structs import prepared
 from torch_bridge.checkpoints.parts import DamagedPartError, content_id_of
 from torch_bridge.checkpoints.state import InvalidStructureError, UnsayableStateError, flatten, rebuild
 
@@ -178,7 +179,7 @@ def decode_index(body: bytes, content_id: ContentId) -> Metadata:
     if (found := content_id_of(body) if body else "nothing") != content_id:
         raise DamagedPartError(f"an index should be {content_id} and is {found} ({len(body)} bytes)")
     try:
-        index = msgspec.json.decode(body, type=CheckpointIndex)
+        index = msgspec.json.decode(body, type=prepared(CheckpointIndex))
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidStructureError(f"it is not an index of a distributed checkpoint: {error}") from None
     stored: dict[MetadataIndex, Stored] = {}

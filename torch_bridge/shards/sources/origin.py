@@ -20,6 +20,7 @@ from node.origin.layout import shard_key
 from protocol.content import hash_file
 from protocol.errors import InvalidShardError, OriginCorruptError, OriginError, OriginNotFoundError
 from protocol.manifest import Manifest, ShardEntry, safe_filename
+from protocol.structs import prepared
 from torch_bridge.core.client import O3Client
 from torch_bridge.core.store import Store
 from torch_bridge.shards.disk_space import release, reserve
@@ -186,7 +187,7 @@ class OriginSource:
         if unwritten := self._unwritten.get(entry.filename):
             return unwritten
         with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):
-            return msgspec.json.decode(self._stamp(entry).read_bytes(), type=_Checked)
+            return msgspec.json.decode(self._stamp(entry).read_bytes(), type=prepared(_Checked))
         return None
 
     def _remember(self, entry: ShardEntry, path: Path, *, deletable: bool) -> None:
