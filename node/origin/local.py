@@ -13,6 +13,7 @@ from typing import BinaryIO, TypeVar
 
 from node.files import fsync_dir, fsync_file, replace_file
 from node.origin.core.errors import corrupt_error, listing_too_long_error, origin_error
+from node.origin.core.listing import readable_objects
 from node.origin.interface import MAX_LISTED, ObjectInfo, OnBytes
 from node.origin.url import OriginUrl, checked_key
 from protocol.errors import OriginDeniedError, OriginError, OriginExistsError, OriginNotFoundError
@@ -33,6 +34,7 @@ class FileStore:
 
     def __init__(self, url: OriginUrl) -> None:
         self.url = str(url)
+        self._origin_url = url
         self._root = Path(url.container)
 
     async def head(self, key: str) -> ObjectInfo:
@@ -109,7 +111,7 @@ class FileStore:
                     if key.startswith(prefix) and not name.startswith(_UNFINISHED):
                         with suppress(OSError):  # deleted in the meantime, or a broken link
                             found.append(_info(key, os.stat(self._root / key)))
-            return sorted(found, key=lambda info: info.key.encode(errors="surrogateescape"))
+            return readable_objects(found, self._origin_url, prefix)
 
         for info in await self._off_loop("list", prefix, walk):
             yield info

@@ -18,7 +18,13 @@ MAX_KEY_BYTES = 1024
 """S3's limit; it counts the prefix too (docs.aws.amazon.com, object keys)."""
 _BUCKET = re.compile(r"[a-z0-9A-Z][a-z0-9A-Z._-]{1,254}")
 _REPO_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+KEY_RULES = (
+    "the steps of a key are separated by single slashes, none of them is . or .., and it has no backslash, no control "
+    f"character, only valid Unicode, and at most {MAX_KEY_BYTES} bytes with its prefix; copy the object to such a key, "
+    "or rename the file"
+)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
+_REFUSED = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -76,18 +82,15 @@ class OriginUrl:
 
 
 def checked_key(full: str, key: str | None = None) -> str:
-    """The key itself.
+    """The key itself. The one place that decides which keys can be read and written; `core.listing` lists no others.
 
-    Raises InvalidParamsError if it has an empty, `.` or `..` step, a leading slash, a backslash or a control character,
-    or is too long.
+    Raises InvalidParamsError if it has an empty, `.` or `..` step, a leading slash, a backslash, a control character or
+    half of a surrogate pair (as the name of a file that is not UTF-8 has), or is too long.
     """
     shown = (full if key is None else key)[:200]
-    if _CONTROL.search(full) or any(step in ("", ".", "..") for step in full.split("/")):
-        raise InvalidParamsError(
-            f"{shown!r} cannot be the key of an object: its steps are separated by single slashes, none of them is . "
-            "or .., and it has no backslash and no control character"
-        )
-    if len(full.encode(errors="surrogatepass")) > MAX_KEY_BYTES:
+    if _REFUSED.search(full) or any(step in ("", ".", "..") for step in full.split("/")):
+        raise InvalidParamsError(f"{shown!r} cannot be the key of an object: {KEY_RULES}")
+    if len(full.encode()) > MAX_KEY_BYTES:
         raise InvalidParamsError(f"the key {shown!r} is longer than {MAX_KEY_BYTES} bytes with its prefix")
     return full
 

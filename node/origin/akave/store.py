@@ -22,6 +22,7 @@ from node.origin.core.call_threads import CallThreads, StalledError
 from node.origin.core.credentials import Secret
 from node.origin.core.errors import origin_error
 from node.origin.core.fork_guard import expect_own_process
+from node.origin.core.listing import readable_objects
 from node.origin.core.retry import RetryLoop
 from node.origin.interface import ObjectInfo, OnBytes
 from node.origin.settings import OriginSettings
@@ -169,9 +170,13 @@ class AkaveStore:
             found = f"the bucket has at least {LIST_LIMIT} objects, and the akavesdk lists no more than that"
             raise self._failed(OriginError, "list", prefix, found, "name one object, or use a bucket for each model")
         within = f"{self._origin_url.prefix}/" if self._origin_url.prefix else ""
-        for file in sorted(files, key=lambda one: one.name):
-            if file.size and file.name.startswith(within + prefix):
-                yield _info(file.name.removeprefix(within), file)
+        infos = (
+            _info(file.name.removeprefix(within), file)
+            for file in files
+            if file.size and file.name.startswith(within + prefix)
+        )
+        for info in readable_objects(infos, self._origin_url, prefix):
+            yield info
 
     async def delete(self, key: str) -> None:
         """See ObjectStore. The SDK does not wait for the deletion: the object may be visible for some seconds."""

@@ -17,6 +17,7 @@ from typing import BinaryIO
 from cryptography.exceptions import InvalidTag
 
 from node.origin.core.errors import corrupt_error, origin_error
+from node.origin.core.listing import warn_of_left_out
 from node.origin.encryption.frames import (
     FRAME_BYTES,
     HEADER_BYTES,
@@ -118,13 +119,18 @@ class EncryptedStore:
         return self._plain_info(info)
 
     async def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
-        """See ObjectStore. Leaves out objects whose size is not that of an encrypted one."""
+        """See ObjectStore. Leaves out objects whose size is not that of an encrypted one, with a warning."""
+        found, refused = list[ObjectInfo](), list[str]()
         async for info in self._inner.list(prefix):
             try:
-                size = plain_size(info.size)
+                found.append(replace(info, size=plain_size(info.size)))
             except ValueError:
-                continue
-            yield replace(info, size=size)
+                refused.append(info.key)
+        if refused:
+            why = "are not encrypted, by their sizes: read them without a key file, or publish them again with it"
+            warn_of_left_out(self.url, prefix, refused, len(refused) + len(found), why)
+        for info in found:
+            yield info
 
     async def delete(self, key: str) -> None:
         """See ObjectStore."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from node.origin.core.errors import corrupt_error
+from node.origin.core.listing import readable_objects
 from node.origin.huggingface.errors import LIBRARY, translated
 from node.origin.interface import ObjectInfo
 from node.origin.settings import OriginSettings
@@ -55,11 +56,12 @@ class HubFileSystem:
         root = self._path("", commit).rstrip("/")
         ask = lambda: self._files.find(root, detail=True, refresh=True)  # noqa: E731
         found = self._translated("list", "", ask, retried_by=LIBRARY)
-        return [
+        infos = (
             ObjectInfo(name.removeprefix(f"{root}/"), info["size"], _hash(info))
             for name, info in cast(dict[str, dict[str, Any]], found).items()
             if name.startswith(f"{root}/")
-        ]
+        )
+        return readable_objects(infos, self._origin_url, "")
 
     def size(self, key: str, commit: str) -> int:
         """Bytes of a file. The first call lists its folder."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from node.clock import Clock
 from node.origin.core.errors import listing_too_long_error, origin_error
 from node.origin.core.fork_guard import expect_own_process
+from node.origin.core.listing import readable_objects
 from node.origin.core.retry import RetryLoop
 from node.origin.http.ranges import HttpRangeReader
 from node.origin.http.store import ReadOnlyStore
@@ -104,7 +105,7 @@ class HubStore(ReadOnlyStore):
                 if isinstance(entry, RepoFile):
                     files.append(entry)
             infos = (ObjectInfo(one.path.removeprefix(inside), one.size, _hash(one)) for one in files)
-            return sorted((info for info in infos if info.key.startswith(prefix)), key=lambda info: info.key.encode())
+            return [info for info in infos if info.key.startswith(prefix)]
 
         try:
             infos = await self._ask("list", prefix, ask, retried_by=LIBRARY)
@@ -112,7 +113,7 @@ class HubStore(ReadOnlyStore):
             if not folder:
                 raise
             return  # the repository existed when it was pinned: it has no such folder
-        for info in infos:
+        for info in readable_objects(infos, self._origin_url, prefix):
             yield info
 
     async def close(self) -> None:

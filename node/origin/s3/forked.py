@@ -10,27 +10,16 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-from node.clock import Clock
-from node.origin.core.call_threads import CallThreads, StalledError
-from node.origin.core.errors import corrupt_error, unreachable_error
-from node.origin.core.fork_guard import expect_own_process
+from node.origin.core.errors import corrupt_error
 from node.origin.interface import ObjectInfo
-from node.origin.s3.botocore_client import botocore_client
 from node.origin.s3.store import S3Store, info_by_botocore, plain_etag
-from node.origin.settings import OriginSettings
-from node.origin.url import OriginUrl
 from protocol.errors import OriginError, OriginNotFoundError
 
-T = TypeVar("T")
-
-REQUESTS_AT_ONCE = 8
-CONNECTIONS = 16
-"""That are kept alive; a stream uses one as long as it lasts."""
 STEP_BYTES, STEP_S = 1 << 20, 0.25
 """A thread that reads for a stream returns after so many bytes or so many seconds."""
 READ_BYTES = 1 << 16
@@ -40,18 +29,12 @@ _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 class S3ForkedStore(S3Store):
     """S3Store through botocore."""
 
-    def __init__(self, url: OriginUrl, settings: OriginSettings, clock: Clock | None = None) -> None:
-        super().__init__(url, settings, clock)
-        self._threads = CallThreads(REQUESTS_AT_ONCE, name="s3")
-        self._connecting = threading.Lock()
-        self._client: Any = None
-
     async def head(self, key: str) -> ObjectInfo:
         """See ObjectStore."""
         full = self._origin_url.full_key(key)
 
         async def ask() -> ObjectInfo:
-            return info_by_botocore(key, await self._answer("head_object", "ask for", key, Key=full))
+            return info_by_botocore(key, await self._calls.answer("head_object", "ask for", key, Key=full))
 
         return await self._retry.run(ask)
 
@@ -71,7 +54,7 @@ class S3ForkedStore(S3Store):
                 body.close()
 
         async def ask() -> bytes:
-            data = await self._run(read, did, key)
+            data = await self._calls.run(read, did, key)
             if len(data) != end - start:
                 raise corrupt_error(
                     did, f"{len(data)} bytes came", origin=self.url, key=key, broke_off=len(data) < end - start
@@ -88,12 +71,12 @@ class S3ForkedStore(S3Store):
         did = f"read from byte {start} of" if end is None else f"read bytes {start} to {end} of"
 
         async def begin() -> tuple[Any, int]:
-            return await self._run(partial(self._body, did, key, full, start, end), did, key)
+            return await self._calls.run(partial(self._body, did, key, full, start, end), did, key)
 
         body, left = await self._retry.run(begin)
         reader = _BodyReader(body, lambda error: self._failures.of_broken_body(error, did, key))
         try:
-            while left and (data := await self._run(reader.next, did, key)):
+            while left and (data := await self._calls.run(reader.next, did, key)):
                 left -= len(data)
                 if left < 0:
                     raise corrupt_error(did, "more bytes came than it announced", origin=self.url, key=key)
@@ -110,29 +93,9 @@ class S3ForkedStore(S3Store):
 
         async def ask() -> None:
             with suppress(OriginNotFoundError):
-                await self._answer("delete_object", "delete", key, Key=full)
+                await self._calls.answer("delete_object", "delete", key, Key=full)
 
         await self._retry.run(ask)
-
-    async def close(self) -> None:
-        """See ObjectStore."""
-        client, self._client = self._client, None
-        if client is not None:
-            client.close()
-
-    async def _listed(self, folder: str, prefix: str) -> AsyncIterator[Sequence[ObjectInfo]]:
-        inside = f"{self._origin_url.prefix}/" if self._origin_url.prefix else ""
-        more: dict[str, str] = {}
-        while True:
-            page = await self._answer("list_objects_v2", "list", prefix, Prefix=inside + prefix, **more)
-            found = page.get("Contents") or []
-            yield [
-                info_by_botocore(one["Key"].removeprefix(inside), one) for one in found if not one["Key"].endswith("/")
-            ]
-            token = page.get("NextContinuationToken")
-            if not page.get("IsTruncated") or not token or token == more.get("ContinuationToken"):
-                return
-            more = {"ContinuationToken": token}
 
     async def _put_whole(
         self, key: str, full: str, data: bytes, if_absent: bool, metadata: Mapping[str, str] | None
@@ -144,7 +107,7 @@ class S3ForkedStore(S3Store):
             only = {"IfNoneMatch": "*"} if conditional else {}
             params = {"Key": full, "Body": data, "Metadata": dict(metadata or {})}
             try:
-                return plain_etag((await self._answer("put_object", "write", key, **params, **only)).get("ETag"))
+                return plain_etag((await self._calls.answer("put_object", "write", key, **params, **only)).get("ETag"))
             except OriginError as error:
                 if conditional and error.details["status"] == "501":
                     conditional = False
@@ -156,7 +119,7 @@ class S3ForkedStore(S3Store):
     def _body(self, did: str, key: str, full: str, start: int, end: int | None) -> tuple[Any, int]:
         """An answer's body, and the number of bytes that it announces. Blocks."""
         range_param = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if start or end is not None else {}
-        answer = self._ask("get_object", did, key, {"Key": full, **range_param})
+        answer = self._calls.ask("get_object", did, key, {"Key": full, **range_param})
         try:
             return answer["Body"], self._promised(answer, bool(range_param), start, end, did, key)
         except BaseException:
@@ -180,30 +143,6 @@ class S3ForkedStore(S3Store):
             said = f"it has {total} bytes" if short else f"it answered with bytes {first} to {stop}"
             raise corrupt_error(did, said, origin=self.url, key=key)
         return stop - start
-
-    async def _answer(self, method: str, did: str, key: str, **params: Any) -> dict[str, Any]:
-        return await self._run(partial(self._ask, method, did, key, params), did, key)
-
-    def _ask(self, method: str, did: str, key: str, params: Mapping[str, Any]) -> dict[str, Any]:
-        """One call of S3's API. Blocks."""
-        client = self._connected()
-        try:
-            return dict(getattr(client, method)(Bucket=self._access.bucket, **params))
-        except Exception as error:
-            raise self._failures.of_botocore(error, did, key) from None
-
-    def _connected(self) -> Any:
-        with self._connecting:
-            if self._client is None:
-                self._client = botocore_client(self._access, CONNECTIONS)
-            return self._client
-
-    async def _run(self, call: Callable[[], T], did: str, key: str) -> T:
-        expect_own_process(self.url, self._process)
-        try:
-            return await self._threads.run(call, timeout_s=self._timeout_s, queue=True)
-        except StalledError as error:
-            raise unreachable_error(did, str(error), origin=self.url, key=key) from None
 
 
 class _BodyReader:

@@ -1,8 +1,8 @@
-"""s3:// and o3:// through obstore: the objects of one bucket, read in ranges and written whole or in parts.
+"""s3:// and o3:// through obstore: the objects of one bucket, read in ranges, written whole or in parts, and listed.
 
 Addresses are path-style, requests are signed (SigV4), and no checksum header is sent, which O3 refuses. obstore's own
 retries are off: after a broken body it would go on without asking whether the object is still the same, and it does not
-wait as long as a server asks.
+wait as long as a server asks. Listings come from botocore: one key with `//`, `.`, `..` or a newline ends obstore's.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import obstore
 from node.clock import Clock
 from node.origin.core.errors import corrupt_error, listing_too_long_error, origin_error, unreachable_error
 from node.origin.core.fork_guard import expect_own_process, expect_works
+from node.origin.core.listing import readable_objects
 from node.origin.core.ranges import read_joined
 from node.origin.core.retry import RetryLoop
 from node.origin.interface import MAX_LISTED, ObjectInfo, OnBytes
 from node.origin.s3.access import S3Access
-from node.origin.s3.botocore_client import S3ApiClient
+from node.origin.s3.botocore_client import S3ApiClient, S3StoreCalls
 from node.origin.s3.errors import S3ErrorTranslator
 from node.origin.s3.upload import ObjectUpload, PartsUpload, read_part
 from node.origin.settings import OriginSettings
-from node.origin.url import OriginUrl, checked_key
+from node.origin.url import OriginUrl
 from protocol.errors import (
     OriginDeniedError,
     OriginError,
@@ -61,8 +62,9 @@ class S3Store:
         self._failures = S3ErrorTranslator(self.url, self._access.credentials_from)
         self._retry = RetryLoop(settings.retry_total_s, clock=clock or Clock())
         self._part_bytes = settings.s3_part_bytes
-        self._read_timeout_s, self._timeout_s = settings.read_timeout_s, settings.timeout_s
+        self._read_timeout_s = settings.read_timeout_s
         self._clients: dict[bool, Client] = {}
+        self._calls = S3StoreCalls(self._access, self._failures)
         self._process = os.getpid()
 
     async def head(self, key: str) -> ObjectInfo:
@@ -176,29 +178,38 @@ class S3Store:
 
     async def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
         """See ObjectStore. All of it is kept and sorted first: SeaweedFS lists by folder, not in the order of keys."""
-        folder = "/".join(step for step in (self._origin_url.prefix, prefix.rpartition("/")[0]) if step)
-        start = checked_key(folder) if folder else ""
+        if folder := prefix.rpartition("/")[0]:
+            self._origin_url.full_key(folder)
 
         async def ask() -> list[ObjectInfo]:
-            found, seen = [], 0
-            async for page in self._listed(start, prefix):
-                seen += len(page)
-                if seen > MAX_LISTED:
+            found: list[ObjectInfo] = []
+            async for page in self._pages(prefix):
+                found += page
+                if len(found) > MAX_LISTED:
                     raise listing_too_long_error(prefix, origin=self.url)
-                found += [info for info in page if info.key.startswith(prefix)]
-            return sorted(found, key=lambda info: info.key.encode())
+            return found
 
-        for info in await self._retry.run(ask):
+        for info in readable_objects(await self._retry.run(ask), self._origin_url, prefix):
             yield info
 
-    async def _listed(self, folder: str, prefix: str) -> AsyncIterator[Sequence[ObjectInfo]]:
-        """The objects in a folder, page by page; the keys are relative."""
-        inside, client = f"{self._origin_url.prefix}/" if self._origin_url.prefix else "", self._open()
-        try:
-            async for page in obstore.list(client, folder or None, chunk_size=1000):
-                yield [object_info(meta["path"].removeprefix(inside), meta, {}) for meta in page]
-        except Exception as error:
-            raise self._failures.of_obstore(error, "list", prefix) from None
+    async def _pages(self, prefix: str) -> AsyncIterator[Sequence[ObjectInfo]]:
+        """The objects whose relative key begins with `prefix`, page by page, as the server has them."""
+        inside = f"{self._origin_url.prefix}/" if self._origin_url.prefix else ""
+        more: dict[str, str] = {}
+        while True:
+            page = await self._calls.answer("list_objects_v2", "list", prefix, Prefix=inside + prefix, **more)
+            yield [
+                info_by_botocore(one["Key"].removeprefix(inside), one)
+                for one in page.get("Contents") or ()
+                if one["Key"].startswith(inside + prefix)
+            ]
+            if not page.get("IsTruncated"):
+                return
+            token = page.get("NextContinuationToken")
+            if not token or token == more.get("ContinuationToken"):
+                found, advice = "its answer says that there is more, and not how to get it", "name another origin"
+                raise origin_error(OriginError, "list", found, advice, origin=self.url, key=prefix)
+            more = {"ContinuationToken": token}
 
     async def delete(self, key: str) -> None:
         """See ObjectStore."""
@@ -219,6 +230,7 @@ class S3Store:
     async def close(self) -> None:
         """See ObjectStore."""
         self._clients.clear()
+        self._calls.close()
 
     def _open(self, *, writes: bool = False) -> Client:
         expect_own_process(self.url, self._process)
