@@ -38,10 +38,8 @@ class Listing(msgspec.Struct, frozen=True):
     objects: tuple[ListedObject, ...]
 
     def matching(self, pattern: str) -> tuple[ListedObject, ...]:
-        """The objects whose key matches (fnmatch), without folder markers. Raises OriginNotFoundError if none does."""
-        found = tuple(
-            one for one in self.objects if not one.key.endswith("/") and fnmatchcase(one.key, pattern) and one.size
-        )
+        """The objects whose key matches (fnmatch) and that have bytes. Raises OriginNotFoundError if none does."""
+        found = tuple(one for one in self.objects if fnmatchcase(one.key, pattern) and one.size)
         if not found:
             raise OriginNotFoundError(
                 f"no object matches {pattern!r} under {self.url}: {len(self.objects)} objects are there; check bucket, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import stat
 import subprocess
 import tarfile
@@ -173,3 +174,14 @@ def test_a_member_that_is_larger_than_it_says_is_cut_off(tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.part").stat().st_size <= 1000
     assert isinstance(found, RemoteFile)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_members_of_odd_names_come_as_any_other(tmp_path: Path, name: str) -> None:
+    """A member is found by its place or its name inside the archive: its name need not be a key."""
+    odd = ["./a", "b//c", "d/./e", "new\nline", "back\\slash", "tab\t", "ä"]
+    if ".tar" in name:
+        odd += [os.fsdecode(b"latin-\xe9"), os.fsdecode(b"latin-\xe8")]
+    files = {key: f"body {number}".encode() for number, key in enumerate(odd)}
+    found = list(dataset(source(tmp_path / "origin", name, files), tmp_path / "cache", decode=name_and_body))
+    assert sorted(body for _, body, _ in found) == sorted(files.values())

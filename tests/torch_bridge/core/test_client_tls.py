@@ -1,4 +1,4 @@
-"""A fork while a TLS connection is open: the child says nothing on it, not even good-bye."""
+"""TLS: whom both clients of S3 trust; a fork while a connection is open, in which the child says not even good-bye."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.support.bridge.o3_client import BODY, served
+from tests.support.origins.odd_bucket import odd_bucket
 from tests.support.origins.servers import close_server, raw_server
 
 PROGRAM = """
@@ -55,7 +56,7 @@ def certificate(folder: Path) -> Path:
         .not_valid_before(now - datetime.timedelta(hours=1))
         .not_valid_after(now + datetime.timedelta(days=1))
         .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
     path = folder / "server.pem"
@@ -101,3 +102,23 @@ def test_a_child_does_not_end_its_parents_tls_connection(tmp_path: Path) -> None
         done = subprocess.run(command, capture_output=True, text=True, timeout=40, check=False, env=environment)
     assert (done.stdout, done.stderr) == (f"0 {len(BODY)}\n", "")
     assert len(accepted) == 3, "the parent's one went on; two are the child's"
+
+
+TRUSTS = """
+import sys
+from torch_bridge import O3Client
+store = O3Client(endpoint=sys.argv[1], access_key="access", secret_key="a-secret-key", backend="gateway").at("o3://shards")
+print([info.key for info in store.list()], store.get("a").decode())
+"""
+
+
+def test_reading_and_listing_trust_the_same_authorities(tmp_path: Path) -> None:
+    """obstore reads and botocore lists: SSL_CERT_FILE counts for both, and AWS_CA_BUNDLE does not take its place."""
+    pem = certificate(tmp_path)
+    (tmp_path / "other").mkdir()
+    other = certificate(tmp_path / "other")
+    with served(odd_bucket({"a": b"content"})) as bucket, served(tls(bucket.port, pem, [])) as port:
+        environment = os.environ | {"SSL_CERT_FILE": str(pem), "AWS_CA_BUNDLE": str(other)}
+        command = [sys.executable, "-c", TRUSTS, f"https://127.0.0.1:{port}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=40, check=False, env=environment)
+    assert (done.stdout, done.stderr) == ("['a'] content\n", "")

@@ -48,7 +48,10 @@ def kind_of(key: str) -> Kind:
 
 
 class BoundedTarInfo(tarfile.TarInfo):
-    """Refuses extended headers above HEADER_BYTES: a compressed kilobyte may claim gigabytes of them."""
+    """Refuses extended headers above HEADER_BYTES: a compressed kilobyte may claim gigabytes of them.
+
+    Opened with errors="replace": a name that is not UTF-8 cannot be in a journal, and members are found by their place.
+    """
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         extended = (
@@ -115,7 +118,7 @@ class MemberStream:
         self._raw = StreamedFile(store.stream(key), self._what)
         self._plain = _unpacked(self._raw, kind)
         self._tar = tarfile.open(  # noqa: SIM115 - closed by close()
-            fileobj=self._plain, mode="r|", tarinfo=BoundedTarInfo
+            fileobj=self._plain, mode="r|", tarinfo=BoundedTarInfo, errors="replace"
         )
 
     def until(self, stop: threading.Event) -> None:

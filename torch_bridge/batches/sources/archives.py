@@ -153,7 +153,10 @@ class ArchiveFiles:
             elif kind == "tar":
                 raw = RangeFile(self._store, key, size, SMALL_BLOCK_BYTES)
                 with tarfile.open(
-                    fileobj=cast(IO[bytes], io.BufferedReader(raw, 512)), mode="r:", tarinfo=BoundedTarInfo
+                    fileobj=cast(IO[bytes], io.BufferedReader(raw, 512)),
+                    mode="r:",
+                    tarinfo=BoundedTarInfo,
+                    errors="replace",
                 ) as tar:
                     for member in tar:
                         if is_file(member, what, skip_others=self._skip_others):
