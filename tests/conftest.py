@@ -26,6 +26,7 @@ from node.cli.demo.s3_server import S3Server
 from node.files import FileLock
 from node.formats.split import split_gguf
 from tests.support.gguf.first_layers import write_first_layers
+from tests.support.origins.akave_parts import expect_real_sdk
 from tests.support.origins.s3_server import s3_server
 from tests.support.worker_forks import WorkerForks
 
@@ -87,7 +88,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=rank)
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
+    expect_real_sdk(session.items)
     # What was collected stays: the garbage collector need not go through it, and through torch, again and again.
     gc.collect()
     gc.freeze()

@@ -2,7 +2,6 @@
 
 import asyncio
 import functools
-import importlib
 import io
 import logging
 import os
@@ -33,7 +32,18 @@ from protocol.errors import (
     OriginNotFoundError,
     OriginUnavailableError,
 )
-from tests.support.origins.akave_parts import BUCKET, NODE, PRIVATE_KEY, akave_store, loaded, settings, standin_network
+from tests.support.origins.akave_parts import (
+    BUCKET,
+    NODE,
+    PRIVATE_KEY,
+    STANDIN,
+    akave_store,
+    expect_real_sdk,
+    loaded,
+    settings,
+    standin_network,
+    without_sdk,
+)
 from tests.support.origins.root_cid import root_cid_of
 from tests.support.waiting import eventually
 
@@ -519,10 +529,23 @@ async def test_a_node_that_is_not_there(network: Any) -> None:
 
 
 def test_without_the_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if not (Path(folder) / "akavesdk").exists()])
-    importlib.invalidate_caches()
+    without_sdk(monkeypatch)
     with pytest.raises(OriginError, match=r"not installed.*docs/akave\.md"):
         akave_store()
+
+
+def test_a_run_of_the_real_sdks_tests_says_at_once_that_it_is_missing(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = request.node
+    marked = pytest.Function.from_parent(plain.parent, name="test_a_root_cid", callobj=lambda: None)
+    marked.add_marker(pytest.mark.akavesdk)
+    without_sdk(monkeypatch)
+    expect_real_sdk([plain])
+    with pytest.raises(pytest.UsageError, match=r"^2 tests of the marker akavesdk .* not installed .*docs/akave\.md"):
+        expect_real_sdk([plain, marked, marked])
+    monkeypatch.syspath_prepend(STANDIN)
+    expect_real_sdk([marked])
 
 
 async def test_an_sdk_that_lacks_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

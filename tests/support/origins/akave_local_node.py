@@ -187,7 +187,7 @@ def local_akave() -> Iterator[World]:
     try:
         import akavesdk
     except ImportError as error:
-        pytest.fail(f"tests of the marker akavesdk need the real akavesdk (docs/akave.md): {error}")
+        pytest.fail(f"the akavesdk is installed and cannot be imported: {error}; docs/akave.md says what it needs")
     if "stand" in (akavesdk.__doc__ or "").lower():
         pytest.fail("this is the stand-in; tests of the marker akavesdk need the real akavesdk (docs/akave.md)")
     world = World(buckets={"models"})

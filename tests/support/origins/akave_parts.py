@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from node.origin.akave.sdk import sdk_is_importable
 from node.origin.akave.store import AkaveStore, open_akave_store
 from node.origin.core.credentials import Credentials, Secret
 from node.origin.settings import OriginSettings
@@ -25,6 +28,22 @@ _PACKAGES = ("akavesdk", "sdk", "private", "akave_network")
 def loaded() -> list[str]:
     """Modules of an akavesdk in this process."""
     return [name for name in sys.modules if name.split(".")[0] in _PACKAGES]
+
+
+def without_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the length of a test no akavesdk is installed, though this environment may have the real one."""
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if not (Path(folder) / "akavesdk").exists()])
+    importlib.invalidate_caches()
+
+
+def expect_real_sdk(items: Sequence[pytest.Item]) -> None:
+    """Raises pytest.UsageError, which ends the run, if tests of the marker `akavesdk` are to run without the SDK."""
+    count = sum(item.get_closest_marker("akavesdk") is not None for item in items)
+    if count and not sdk_is_importable():
+        raise pytest.UsageError(
+            f"{count} tests of the marker akavesdk need the real akavesdk, and it is not installed in {sys.prefix}: "
+            "docs/akave.md says how to install it"
+        )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pytest
 import torch_bridge
 from node.origin.akave.cid import CHUNK_BYTES
 from protocol.errors import InvalidParamsError, OriginDeniedError, OriginError
-from tests.support.origins.akave_parts import BUCKET, NODE, PRIVATE_KEY, settings, standin_network
+from tests.support.origins.akave_parts import BUCKET, NODE, PRIVATE_KEY, settings, standin_network, without_sdk
 from torch_bridge import O3Client, RetryPolicy
 
 
@@ -47,7 +47,8 @@ def test_the_native_backend_reads_bytes_and_hands_out_the_sdks_own_object(networ
     assert NODE in network.nodes
 
 
-def test_without_the_sdk_or_without_a_key_there_is_no_ipc() -> None:
+def test_without_the_sdk_there_is_no_ipc(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_sdk(monkeypatch)
     with pytest.raises(OriginError, match="akavesdk is not installed"):
         O3Client(private_key=PRIVATE_KEY).ipc()
 
