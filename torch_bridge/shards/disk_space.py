@@ -18,8 +18,10 @@ log = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _KEEP_SIZE = 1
 """FALLOC_FL_KEEP_SIZE of fallocate(2): room behind the file's end that does not change its size."""
-_BLOCK_BYTES = 512
+_STAT_BYTES = 512
 """Unit of st_blocks, stat(2)."""
+BLOCK_BYTES = 4096
+"""File systems allocate whole blocks."""
 _reserving = threading.Lock()
 
 
@@ -27,6 +29,19 @@ def free_bytes(folder: Path) -> int:
     """Bytes that this user may still write there."""
     seen = os.statvfs(folder)
     return seen.f_bavail * seen.f_frsize
+
+
+def blocks(size: int) -> int:
+    """Bytes that a file of that size takes on the disk."""
+    return -(-size // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def allocated_bytes(path: Path | os.DirEntry[str]) -> int:
+    """Bytes of the blocks that a file takes, as `du` counts them; 0 if it is gone."""
+    try:
+        return path.stat(follow_symlinks=False).st_blocks * _STAT_BYTES
+    except FileNotFoundError:
+        return 0
 
 
 def require_space(folder: Path, needed: int, kept: int, what: str) -> None:
@@ -99,7 +114,7 @@ def reserve(part: Path, size: int, kept: int, what: str) -> None:
             file.truncate(0)
             seen = os.fstat(file.fileno())
         try:
-            require_space(part.parent, max(size - seen.st_blocks * _BLOCK_BYTES, 0), kept, what)
+            require_space(part.parent, max(size - seen.st_blocks * _STAT_BYTES, 0), kept, what)
             if size and _allocate(file.fileno(), size) in FULL:
                 raise InsufficientDiskError(f"the disk of {part.parent} is full: {what} needs {size} bytes; free some")
         except InsufficientDiskError:

@@ -6,16 +6,21 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
+
+import msgspec
 
 from protocol import errors
 from protocol.errors import CancelledRequestError, InsufficientDiskError, InvalidParamsError, ShoalError, TimedOutError
 from protocol.manifest import ShardEntry
 from torch_bridge.core.closing import ClosingStack
 from torch_bridge.core.loop_thread import ServingThread
+from torch_bridge.core.sizes import byte_count
+from torch_bridge.shards.disk_limit import DiskLimit, SharedOrder
 from torch_bridge.shards.disk_space import FreeSpace, disk_full_errors
-from torch_bridge.shards.readers import ReaderLedger
+from torch_bridge.shards.readers import ReaderLedger, ReaderState
 from torch_bridge.shards.shard_file import as_published
 from torch_bridge.shards.sources.interface import FetchedFile, ShardSource
 from torch_bridge.shards.status import DownloadMeter, StreamingStatus
@@ -26,6 +31,21 @@ log = logging.getLogger(__name__)
 Shard = ShardEntry | str | int
 """A shard by its entry, its file name, or its id."""
 _LOOK_S, _CLEAN_STOP_S = 0.25, 30.0
+_ROOM_LOOK_S = 0.05
+"""Between two looks whether other readers made room."""
+_WARN_S = 60.0
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A caller that waits for room within the limit."""
+
+    name: str
+    since: float
+    """On the monotonic clock."""
+    movable_at: float
+    """When another reader could last have made room."""
+    why: str = ""
 
 
 class StreamingDownloader:
@@ -50,6 +70,8 @@ class StreamingDownloader:
         retry_total_s: float = 300.0,
         retry_first_s: float = FIRST_PAUSE_S,
         disk_patience_s: float = 30.0,
+        disk_limit: int | str | None = None,
+        shared_order: SharedOrder | None = None,
     ) -> None:
         """Args:
             source: Where shards come from.
@@ -66,9 +88,11 @@ class StreamingDownloader:
             retry_total_s: For so long a failure that may pass is tried again.
             retry_first_s: The pause before the second try; it doubles with each try.
             disk_patience_s: For so long it waits on a full disk with no shard left to consume.
+            disk_limit: Bytes, or "10gb": all readers of the run on this machine together keep no more in the folder.
+            shared_order: For a limit: what all readers read, in one order; None: each has an equal part of the limit.
 
         Raises:
-            InvalidParamsError: A buffer size is out of range, or the manifest does not have one of `shards`.
+            InvalidParamsError: A size is out of range, or the manifest does not have one of `shards`.
         """
         if not 1 <= min_buffer <= buffer_size <= max_buffer:
             raise InvalidParamsError(
@@ -82,6 +106,14 @@ class StreamingDownloader:
         self._window = ShardWindow(order, held, keep_behind, expected_readers, retry_first_s)
         self._measures = DownloadMeter(buffer_size, min_buffer, max_buffer)
         self._space = FreeSpace(source.folder, warn_free_bytes, stop_free_bytes)
+        self._limit = None
+        if disk_limit is not None:
+            self._limit = DiskLimit(source, self._by_name, byte_count(disk_limit), shared_order, held)
+        self._no_room: _Waiting | None = None
+        self._warned_at = self._look_again_at = 0.0
+        self._blocked: object = None
+        self._left_at: object = None
+        """What there was no room for, and what the ledger looked like."""
         self._run, self._reader = run, reader
         self._at_once, self._retry_total_s, self._disk_patience_s = at_once, retry_total_s, disk_patience_s
         self._changed = threading.Condition()
@@ -91,14 +123,18 @@ class StreamingDownloader:
         self._deleted = 0
 
     def start(self) -> None:
-        """Start to fetch. Raises ShardInUseError if a process reads under this name, InsufficientDiskError."""
+        """Start to fetch. Raises ShardInUseError if a process reads under this name, InvalidParamsError if the limit of
+        the disk is too little for what must be there at once, InsufficientDiskError.
+        """
         if self._threads:
             return
         self._stopping.clear()
         self._window.alone_until = time.monotonic() + HEAD_START_S
         with disk_full_errors(self._source.folder):
             self._source.folder.mkdir(parents=True, exist_ok=True)
-            self._ledger = ReaderLedger.join(self._source.folder, self._run, self._reader, self._window.reader())
+            self._ledger = ReaderLedger.join(self._source.folder, self._run, self._reader, self._state())
+        if self._limit:
+            self._require_room(self._limit, self._ledger)
         self._threads = [ServingThread(self._work, f"shards-{number}") for number in range(self._at_once)]
         for thread in self._threads:
             thread.start()
@@ -152,6 +188,9 @@ class StreamingDownloader:
                 return self._window.hand_out(name).path
             finally:
                 self._window.wanted.remove(name)
+                if self._waits_for(name):
+                    self._no_room = None
+                    self._note()
                 self._measures.waits_s += time.monotonic() - began
 
     def consumed(self, shard: Shard) -> None:
@@ -202,6 +241,8 @@ class StreamingDownloader:
                 self._measures.rate_bytes_s,
                 self._measures.waits_s,
                 dict(self._measures.moved),
+                None if self._limit is None else self._limit.limit_bytes,
+                0 if self._limit is None else self._disk_bytes(self._limit),
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -237,15 +278,10 @@ class StreamingDownloader:
     def _fetch_one(self) -> None:
         with self._changed:
             name = self._next()
-            if name is None:
-                self._changed.wait(_LOOK_S)
+            if name is None or not self._begin(name):
+                self._leave_room()
+                self._changed.wait(_LOOK_S if name is None else _ROOM_LOOK_S)
                 return
-            self._window.on_the_way.add(name)
-            try:
-                self._write()  # before the fetch: no reader deletes a shard that is on its way to this one
-            except BaseException:
-                self._window.on_the_way.discard(name)
-                raise
         found: FetchedFile | ShoalError = CancelledRequestError(f"{name} was not fetched")
         try:
             found = self._source.fetch(self._by_name[name], stop=self._stopping)
@@ -262,6 +298,83 @@ class StreamingDownloader:
                 self._note()
                 self._delete()
                 self._changed.notify_all()
+
+    def _begin(self, name: str) -> bool:
+        """Count the shard as on its way; False if a limit has no room for it."""
+        if self._ledger is None:
+            return False
+        seen = name, name in self._window.wanted, self._ledger.mark()
+        if seen == self._blocked and time.monotonic() < self._look_again_at:
+            return False
+        with self._ledger.alone():
+            if self._limit and not self._has_room(name, self._limit, self._ledger):
+                self._blocked, self._look_again_at = seen, time.monotonic() + _LOOK_S
+                return False
+            self._window.on_the_way.add(name)
+            try:
+                self._write()  # before the fetch: no reader deletes a shard that is on its way to this one
+            except BaseException:
+                self._window.on_the_way.discard(name)
+                raise
+        return True
+
+    def _has_room(self, name: str, limit: DiskLimit, ledger: ReaderLedger) -> bool:
+        """Make room for a shard within the limit, or note why there is none."""
+        now, before = time.monotonic(), self._no_room
+        if before is None or before.name != name:
+            before = _Waiting(name, now, now)
+        wanted = name in self._window.wanted
+        while True:
+            why = limit.take(name, self._state(), ledger, self._evict, now - before.since if wanted else None)
+            if why is None or not (why.gives_way and self._window.give_way()):
+                break
+            self._write()
+            self._delete()
+        if why is None and self._waits_for(name):
+            self._no_room = None
+        if why is not None and wanted:
+            self._no_room = replace(before, why=why.text, movable_at=before.movable_at if why.is_final else now)
+            self._note()
+            if why.unchanged_s > _WARN_S and now - self._warned_at > _WARN_S:
+                self._warned_at = now
+                log.warning("for %.0f s no reader has moved: %s", why.unchanged_s, why.text)
+            self._changed.notify_all()
+        return why is None
+
+    def _waits_for(self, name: str) -> bool:
+        return self._no_room is not None and self._no_room.name == name
+
+    def _leave_room(self) -> None:
+        """Drop what was fetched ahead of a shard that another reader waits for."""
+        if self._limit is None or self._ledger is None or self._ledger.mark() == self._left_at:
+            return
+        self._left_at = self._ledger.mark()
+        if (name := self._window.last_ahead()) is None:
+            return
+        with self._ledger.alone():
+            if self._limit.may_need_less(name, self._ledger.view()) and self._window.give_way():
+                self._write()
+                self._delete()
+
+    def _evict(self, name: str) -> bool:
+        """Delete a shard that no reader holds."""
+        gone = self._discard(name)
+        self._deleted += gone
+        self._window.undeleted = [other for other in self._window.undeleted if other != name or not gone]
+        return gone
+
+    def _disk_bytes(self, limit: DiskLimit) -> int:
+        return limit.used_bytes(self._state(), None if self._ledger is None else self._ledger.view())
+
+    def _require_room(self, limit: DiskLimit, ledger: ReaderLedger) -> None:
+        try:
+            with ledger.alone():
+                limit.require(self._state(), ledger, self._window.order)
+                limit.shrink(self._state(), ledger, self._evict)
+        except BaseException:
+            self._ledger = None
+            ledger.close()
+            raise
 
     def _next(self) -> str | None:
         if not self._space.is_enough():
@@ -292,12 +405,30 @@ class StreamingDownloader:
 
     def _write(self) -> None:
         if self._ledger is not None:
-            self._ledger.write(self._window.reader())
+            self._ledger.write(self._state())
+
+    def _state(self) -> ReaderState:
+        """What the ledger gets to know. Under a limit what is kept behind gives way: no reader needs it."""
+        state = self._window.reader()
+        if self._limit is None:
+            return state
+        return self._limit.stated(
+            msgspec.structs.replace(
+                state,
+                held=tuple(
+                    name for name in state.held if name not in set(self._window.behind) - {*self._window.pinned}
+                ),
+                kept=tuple(self._window.undeleted),
+                waits=self._no_room.name if self._no_room else "",
+            )
+        )
 
     def _delete(self) -> None:
-        if self._ledger is None or not self._window.undeleted:
+        behind = self._window.behind if self._limit else []
+        candidates = [name for name in self._window.undeleted if name not in behind]
+        if self._ledger is None or not candidates:
             return
-        gone = self._ledger.delete(self._window.undeleted, self._discard)
+        gone = self._ledger.delete(candidates, self._discard)
         self._deleted += len(gone)
         self._window.undeleted = [name for name in self._window.undeleted if name not in gone]
 
@@ -316,12 +447,17 @@ class StreamingDownloader:
         failure = self._window.failed.get(name)
         if failure and failure.for_good:
             raise failure.error
+        waiting = self._no_room if self._waits_for(name) else None
+        if waiting and time.monotonic() - waiting.movable_at > self._disk_patience_s:
+            raise InsufficientDiskError(waiting.why)
         if self._space.full_s > self._disk_patience_s and not self._window.on_the_way:
             raise InsufficientDiskError(f"{name} cannot be fetched: {self._space}, for {self._space.full_s:.0f} s")
 
     def _explanation(self, name: str) -> str:
         if self._space.full_s and name not in self._window.on_the_way:
             return f"no download begins: {self._space}"
+        if self._no_room and self._no_room.name == name:
+            return self._no_room.why
         return self._window.explanation(name, self._measures.rate_bytes_s)
 
     def _entry(self, shard: Shard) -> ShardEntry:

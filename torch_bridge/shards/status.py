@@ -31,6 +31,10 @@ class StreamingStatus:
     """Seconds that `wait_for_shard` waited, in all."""
     bytes_by_source: Mapping[str, int] = field(default_factory=dict)
     """Payload that moved: from "peers", "origin"."""
+    disk_limit: int | None = None
+    """Bytes."""
+    disk_bytes: int = 0
+    """Under a limit: what all readers of the folder have on the disk, with the room of downloads on their way."""
 
 
 class DownloadMeter:

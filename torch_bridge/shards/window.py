@@ -71,14 +71,19 @@ class ShardWindow:
         errors = [failure.error for name, failure in self.failed.items() if name in self.wanted]
         return any(isinstance(error, InsufficientDiskError) for error in errors)
 
-    def _give_way(self) -> None:
-        """Drop the shard that is read last of those that are here and were not handed out: it makes room."""
-        for name in reversed(self.order):
-            if name in self.here and name not in self._handed and name not in (*self.pinned, *self.wanted):
-                del self.here[name]
-                self._given_way.add(name)
-                self.undeleted.append(name)
-                return
+    def last_ahead(self) -> str | None:
+        """Of the shards that are here and were not handed out, the one that is read last."""
+        kept = {*self._handed, *self.pinned, *self.wanted}
+        return next((name for name in reversed(self.order) if name in self.here and name not in kept), None)
+
+    def give_way(self) -> bool:
+        """Drop `last_ahead`: it makes room. Returns whether there was one."""
+        name = self.last_ahead()
+        if name is not None:
+            del self.here[name]
+            self._given_way.add(name)
+            self.undeleted.append(name)
+        return name is not None
 
     def came(self, name: str, found: FetchedFile) -> None:
         """The shard is here. If the order changed while it was on its way, it is only to be deleted."""
@@ -96,7 +101,7 @@ class ShardWindow:
             return None
         self.failed[name] = failure = ShardFailure(error, self.failed.get(name), total_s, self._first_pause_s)
         if self._wants_room():
-            self._give_way()
+            self.give_way()
         return failure
 
     def distrust(self, name: str) -> bool:
@@ -130,15 +135,19 @@ class ShardWindow:
         self._handed.intersection_update(self.here)
         self.undeleted = list(dict.fromkeys([*self.undeleted, *dropped, *consumed]))
 
+    @property
+    def behind(self) -> list[str]:
+        """What the reader is past and keeps."""
+        return self.consumed[-self._keep_behind :] if self._keep_behind else []
+
     def reader(self) -> ReaderState:
         """What the ledger gets to know of this reader."""
         past = set(self.consumed)
-        behind = self.consumed[-self._keep_behind :] if self._keep_behind else []
         return ReaderState(
             expected=self._expected,
             epoch=self.epoch,
             remaining=tuple(name for name in self.order if name not in past and name not in self._given_way),
-            held=tuple(sorted({*self.here, *self.on_the_way, *behind, *self.pinned})),
+            held=tuple(sorted({*self.here, *self.on_the_way, *self.behind, *self.pinned})),
         )
 
     def errors(self) -> Mapping[str, str]:

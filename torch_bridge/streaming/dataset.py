@@ -15,9 +15,11 @@ from protocol.errors import InvalidParamsError
 from protocol.manifest import ShardEntry
 from torch_bridge.core.closing import ClosingStack
 from torch_bridge.core.ranks import Ranks
+from torch_bridge.shards.disk_limit import SharedOrder
 from torch_bridge.shards.downloader import StreamingDownloader
 from torch_bridge.shards.sources.interface import ShardSource
 from torch_bridge.shards.status import StreamingStatus
+from torch_bridge.streaming.disk_needs import DiskNeeds, LocalReaders
 from torch_bridge.streaming.epoch import SharedEpoch
 from torch_bridge.streaming.order import EpochOrder, OrderSettings, RowSpan, ShardSpan, open_at_once
 from torch_bridge.streaming.position import EpochPosition, ReaderId, ReaderPosition, continued, saved
@@ -38,11 +40,12 @@ class StreamingShardDataset(IterableDataset[Any]):
     numpy arrays and lists (see `as_arrays`), and its result is yielded. `validation_shard`: its file name; it is
     fetched first, stays on disk, and is not trained on. `ranks`: this process among all; None: from torch.distributed
     or the environment, when an iteration begins. A shard is deleted when all ranks of this machine have read it. `run`:
-    another name for a second data set over the same shards on this machine. `ordering` and `buffering`:
-    docs/training/streaming_dataset.md.
+    another name for a second data set over the same shards on this machine. `disk_limit`: bytes, or "10gb", that all
+    readers of this machine together may have on disk. `ordering` and `buffering`: docs/training/streaming_dataset.md.
 
-    Raises InvalidParamsError for a shard without a row count in the manifest; while it is read, InvalidShardError for a
-    file that has another row count, or cannot be read although it is as it was published.
+    Raises InvalidParamsError for a shard without a row count in the manifest, and, when an iteration begins, for a
+    `disk_limit` below what its readers must have on disk at once, with what would fit. While it is read, raises
+    InvalidShardError for a file that has another row count, or cannot be read although it is as it was published.
     """
 
     def __init__(
@@ -59,9 +62,14 @@ class StreamingShardDataset(IterableDataset[Any]):
         buffering: Buffering | None = None,
         ranks: Ranks | None = None,
         run: str = "default",
+        disk_limit: int | str | None = None,
     ) -> None:
         self._source, self._columns, self._transform = source, DataColumns(columns, nulls), transform
         self._buffering = buffering or Buffering()
+        if disk_limit is not None:
+            if self._buffering.disk_limit is not None:
+                raise InvalidParamsError("disk_limit was given twice: here, and in buffering=Buffering(disk_limit=...)")
+            self._buffering = replace(self._buffering, disk_limit=disk_limit)
         self._ranks = ranks
         self._run, self._validation = run, validation_shard
         entries = sorted(source.manifest().shards, key=lambda entry: entry.filename)
@@ -215,7 +223,9 @@ class StreamingShardDataset(IterableDataset[Any]):
         read = [span.shard for span in order.spans() if span.last < numbers.start and span.shard not in mine]
         never = set(range(len(self._entries))) - mine - set(read)  # those of other readers' batches
         past = [self._entries[shard] for shard in (*sorted(never), *read)]
-        downloader = self._downloader(spans, past, began.epoch, turn)
+        if self._buffering.disk_limit is not None:
+            spans = order.decoded(numbers)
+        downloader = self._downloader(spans, past, began, turn)
         start(downloader, patient=not self._open, what={"run": self._run, "reader": _reader(turn)})
         self._open += 1
         self._reading = downloader
@@ -226,7 +236,10 @@ class StreamingShardDataset(IterableDataset[Any]):
                 for done, number in enumerate(numbers, 1):
                     while due and due[-1].last < number:
                         rows.past(due.pop().shard)
-                    given = self._transformed(rows.table(number))
+                    table = rows.table(number)
+                    while self._buffering.disk_limit is not None and due and due[-1].last <= number:
+                        rows.past(due.pop().shard)  # all its rows are decoded
+                    given = self._transformed(table)
                     self._position = EpochPosition(began.epoch, ReaderPosition(at.base, at.own + done, at.first_worker))
                     if done == len(numbers):
                         self._shared.finish(turn.worker, began.epoch)
@@ -242,12 +255,13 @@ class StreamingShardDataset(IterableDataset[Any]):
         return self._transform(columns) if self._transform else columns
 
     def _downloader(
-        self, spans: Sequence[ShardSpan], past: Sequence[ShardEntry], epoch: int, turn: ReaderId
+        self, spans: Sequence[ShardSpan], past: Sequence[ShardEntry], began: EpochPosition, turn: ReaderId
     ) -> StreamingDownloader:
         names = [self._entries[span.shard].filename for span in spans]
         left = [entry.filename for entry in self._source.on_disk(past)] if past else []  # left by a run that was killed
         reading = open_at_once(spans)
         kept = self._buffering
+        shared = None if kept.disk_limit is None else self._shared_order(spans, began, turn)
         downloader = StreamingDownloader(
             self._source,
             names,
@@ -261,9 +275,32 @@ class StreamingShardDataset(IterableDataset[Any]):
             pinned=[self._validation] if self._validation else [],
             warn_free_bytes=kept.warn_free_bytes,
             stop_free_bytes=kept.stop_free_bytes,
+            disk_limit=kept.disk_limit,
+            shared_order=shared,
         )
-        downloader.load_state_dict({"epoch": epoch, "order": [*left, *names], "consumed": left})
+        downloader.load_state_dict({"epoch": began.epoch, "order": [*left, *names], "consumed": left})
         return downloader
+
+    def _shared_order(self, spans: Sequence[ShardSpan], began: EpochPosition, turn: ReaderId) -> SharedOrder:
+        """What all readers of this machine have to read; the same for each of them."""
+        sizes = [entry.size for entry in self._entries]
+        costs = [self._source.cost_bytes(size) for size in sizes]
+        needs = DiskNeeds(
+            self.order(began.epoch),
+            sizes,
+            self._source.cost_bytes,
+            LocalReaders(self.ranks, turn.workers),
+            began.position.base,
+        )
+        together = needs.spans()
+        round_ = turn.ranks * turn.workers
+        since = began.position.base + round_ * max(began.position.own - 1, 0)  # no reader begins before it
+        return SharedOrder(
+            [self._entries[span.shard].filename for span in together if span.last >= since],
+            open_at_once(together, costs),
+            open_at_once(spans, costs),
+            needs.advice,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker that is spawned for an iteration does not have its training process's torch.distributed.

@@ -210,6 +210,36 @@ class EpochOrder:
         listed = [ShardSpan(shard, min(found), max(found)) for shard, found in spans.items()]
         return sorted(listed, key=lambda span: (span.first, span.last, span.shard))
 
+    def decoded(self, numbers: range, readers: int = 1) -> list[ShardSpan]:
+        """When the file of each shard is read, in the order of first use: from the batch whose window first takes rows
+        of it to the one whose window is the last to. A window is decoded whole with a reader's first batch of it.
+
+        `numbers`, ascending: those of one reader, or of `readers` readers that take turns over them, the last of which
+        decodes a window no later than the span says.
+        """
+        size, window = self.settings.batch_size, self.window_rows
+        spans: dict[int, tuple[int, int]] = {}
+        for index, lane in enumerate(self.lanes):
+            ends = np.append(lane.starts, lane.rows)[1:]
+            for shard, start, end in zip(lane.shards.tolist(), lane.starts.tolist(), ends.tolist(), strict=True):
+                for one in range(start // window, -(-end // window)):
+                    first = one * window // size
+                    last = min((min((one + 1) * window, lane.rows) - 1) // size, self.lane_batches[index] - 1)
+                    found = self._among(numbers, index, first, last)
+                    if not found:
+                        continue
+                    begin, stop = found[0], found[0] if readers == 1 else self._all_begun(index, first, last, readers)
+                    before = spans.get(shard, (begin, stop))
+                    spans[shard] = min(before[0], begin), max(before[1], stop)
+        listed = [ShardSpan(shard, first, last) for shard, (first, last) in spans.items()]
+        return sorted(listed, key=lambda span: (span.first, span.last, span.shard))
+
+    def _all_begun(self, lane: int, first: int, last: int, readers: int) -> int:
+        """The batch by which each of the readers that give a lane's batches [first, last] has given one of them."""
+        lanes = sum(count > first for count in self.lane_batches)
+        turn = min(first + readers // gcd(readers, lanes) - 1, last)
+        return self.number(lane, turn if lanes == sum(count > turn for count in self.lane_batches) else last)
+
     def _among(self, numbers: range, lane: int, first: int, last: int) -> list[int]:
         """The first and the last of `numbers` among the batches [first, last] of a lane; empty if there is none."""
         if first > last:
@@ -253,9 +283,10 @@ def _common(some: range, others: range) -> list[int]:
     return [first, most - (most - first) % together] if first <= most else []
 
 
-def open_at_once(spans: Sequence[ShardSpan]) -> int:
-    """The most shards that one batch is in the spans of."""
-    turns = sorted([(span.first, 1) for span in spans] + [(span.last + 1, -1) for span in spans])
+def open_at_once(spans: Sequence[ShardSpan], costs: Sequence[int] | None = None) -> int:
+    """The most shards that one batch is in the spans of; with the `costs` of all shards, the most that they cost."""
+    costed = [(span, 1 if costs is None else costs[span.shard]) for span in spans]
+    turns = sorted([(span.first, cost) for span, cost in costed] + [(span.last + 1, -cost) for span, cost in costed])
     return max(accumulate((turn for _, turn in turns), initial=0))
 
 

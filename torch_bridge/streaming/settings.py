@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from protocol.errors import InvalidParamsError
+from torch_bridge.core.sizes import byte_count
 
 WINDOWS_BYTES = 128_000_000
 """Of the samples that are mixed with each other, as shards hold them, where `Ordering.window` is not given."""
@@ -54,6 +55,10 @@ class Buffering:
     """Free disk below which it warns, once."""
     stop_free_bytes: int = 1_000_000_000
     """Free disk below which no download begins."""
+    disk_limit: int | str | None = None
+    """Bytes, or "10gb", that all readers of the run on this machine may have in the shards' folder together; None: no
+    limit. With one, a shard is deleted as soon as its last rows are decoded, and what is fetched ahead or kept behind
+    gives way. The samples and their order do not depend on it."""
     shard_timeout_s: float | None = None
     """How long to wait for one shard; None: until its source gives up."""
 
@@ -62,6 +67,8 @@ class Buffering:
             raise InvalidParamsError(f"buffer_size {self.buffer_size} must lie in [1, max_buffer {self.max_buffer}]")
         if min(self.keep_behind, self.warn_free_bytes, self.stop_free_bytes) < 0:
             raise InvalidParamsError(f"{self}: keep_behind, warn_free_bytes and stop_free_bytes must be 0 or more")
+        if self.disk_limit is not None and byte_count(self.disk_limit) < 1:
+            raise InvalidParamsError(f'disk_limit must be above 0, such as "10gb", not {self.disk_limit!r}')
         if self.shard_timeout_s is not None and self.shard_timeout_s <= 0:
             raise InvalidParamsError(f"shard_timeout_s must be above 0, or None, not {self.shard_timeout_s:g}")
 

@@ -26,6 +26,18 @@ class FetchedFile:
     """Payload bytes that moved for it."""
 
 
+@dataclass(frozen=True)
+class DiskUse:
+    """What a source has put into its folder, in bytes of the disk's blocks, as `du` counts them."""
+
+    shards: Mapping[str, int] = field(default_factory=dict)
+    """Complete shards, by file name, with what is noted of each."""
+    parts: Mapping[str, int] = field(default_factory=dict)
+    """Downloads that are not complete, by the shard's file name, with the room reserved for them."""
+    other_bytes: int = 0
+    """Everything else in the folder: ledger, manifest, files that were set aside, files of others."""
+
+
 class ShardSource(Protocol):
     """Brings shards of one data set to this machine's disk. Thread-safe; it can be pickled."""
 
@@ -52,6 +64,12 @@ class ShardSource(Protocol):
 
     def on_disk(self, entries: Sequence[ShardEntry]) -> list[ShardEntry]:
         """Those of them that are on this machine's disk, whoever fetched them. Raises as `manifest` does."""
+
+    def cost_bytes(self, size_bytes: int) -> int:
+        """What a shard of that size takes of a limit of the disk, from the start of its `fetch` until `discard`."""
+
+    def disk_use(self) -> DiskUse | None:
+        """What the folder holds now; None if shards are not put there, and count while a reader holds them."""
 
     def discard(self, entry: ShardEntry) -> bool:
         """Delete a shard from disk if it came by a source like this one, unless another process of this machine still

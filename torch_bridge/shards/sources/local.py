@@ -57,6 +57,13 @@ class LocalSource:
     def on_disk(self, entries: Sequence[ShardEntry]) -> list[ShardEntry]:
         return [entry for entry in entries if (self._folder / entry.filename).exists()]
 
+    def cost_bytes(self, size_bytes: int) -> int:
+        """Nothing: the files are not put there by this source."""
+        return 0
+
+    def disk_use(self) -> None:
+        """Nothing is put there."""
+
     def discard(self, entry: ShardEntry) -> bool:
         if not self._deletes:
             return False

@@ -133,6 +133,13 @@ class NodeSource:
         here = {(file.dataset, file.content_id) for file in found.files}
         return [entry for entry in entries if (self.manifest().name, entry.content_id) in here]
 
+    def cost_bytes(self, size_bytes: int) -> int:
+        """Its size: the file is the node's, and counts while a lease of the run holds it."""
+        return size_bytes
+
+    def disk_use(self) -> None:
+        """The folder is only for the ledger of readers."""
+
     def discard(self, entry: ShardEntry) -> bool:
         """As ShardSource. A shard that is pinned at this node stays there, and the result is True."""
         return all(shard.gone or shard.published or shard.pinned for shard in self._released(entry, evict=True).shards)

@@ -9,13 +9,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 import psutil
 
-from node.files import FileLock, atomic_write, replace_file
+from node.files import PART_SUFFIX, FileLock, atomic_write, part_path, replace_file
 from node.origin.layout import shard_key
 from protocol.content import hash_file
 from protocol.errors import InvalidShardError, OriginCorruptError, OriginError, OriginNotFoundError
@@ -23,13 +23,14 @@ from protocol.manifest import Manifest, ShardEntry, safe_filename
 from protocol.structs import prepared
 from torch_bridge.core.client import O3Client
 from torch_bridge.core.store import Store
-from torch_bridge.shards.disk_space import release, reserve
+from torch_bridge.shards.disk_space import BLOCK_BYTES, allocated_bytes, blocks, release, reserve
 from torch_bridge.shards.shard_file import as_published, check_parquet
 from torch_bridge.shards.sources.dataset_origins import DatasetOrigins
-from torch_bridge.shards.sources.interface import FetchedFile, OnProgress
+from torch_bridge.shards.sources.interface import DiskUse, FetchedFile, OnProgress
 from torch_bridge.shards.sources.range_download import download
 
 log = logging.getLogger(__name__)
+_LOCK, _CHECKED = ".lock", ".checked"
 MAX_SET_ASIDE = 3
 """Wrong files of one shard that are kept for inspection."""
 
@@ -100,7 +101,7 @@ class OriginSource:
         with FileLock(self._lock(entry)).held(stop):
             if self._is_here(entry, path):
                 return FetchedFile(path, "local", time.monotonic() - began)
-            part = path.with_name(f"{path.name}.part")
+            part = self._part(entry)
             try:
                 moved = self._bring(entry, part, stop, on_progress)
             except BaseException:
@@ -129,13 +130,44 @@ class OriginSource:
     def on_disk(self, entries: Sequence[ShardEntry]) -> list[ShardEntry]:
         return [entry for entry in entries if self._path(entry).exists()]
 
+    def cost_bytes(self, size_bytes: int) -> int:
+        """Whole blocks, with the note of the check, and the moment at which that is written once more."""
+        return blocks(size_bytes) + 2 * BLOCK_BYTES
+
+    def disk_use(self) -> DiskUse:
+        names = self._names
+        shards: dict[str, int] = {}
+        parts: dict[str, int] = {}
+        noted: dict[str, int] = {}
+        other = 0
+        for folder, found in _files(self._folder):
+            if folder == self._state and found.name.endswith(_LOCK):
+                continue  # empty, and one for each shard that was ever here
+            size, top, name = allocated_bytes(found), folder == self._folder, found.name
+            if top and name in names:
+                shards[name] = size
+            elif top and name.removesuffix(PART_SUFFIX) in names:
+                parts[name.removesuffix(PART_SUFFIX)] = size
+            elif folder == self._state and name.removesuffix(_CHECKED) in names:
+                noted[name.removesuffix(_CHECKED)] = size
+            else:
+                other += size
+        for name, size in noted.items():
+            if name in shards:
+                shards[name] += size
+            else:
+                other += size
+        return DiskUse(shards, parts, other)
+
     def discard(self, entry: ShardEntry) -> bool:
         path = self._path(entry)
-        with FileLock(self._lock(entry)).held(), contextlib.suppress(FileNotFoundError):
-            record = self._record_of(entry, path.stat())
-            if self._deletes and record and record.deletable:
-                path.unlink()
-                self._forget(entry)
+        with FileLock(self._lock(entry)).held():
+            self._part(entry).unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                record = self._record_of(entry, path.stat())
+                if self._deletes and record and record.deletable:
+                    path.unlink()
+                    self._forget(entry)
         return True
 
     def release(self, entry: ShardEntry) -> None:
@@ -147,6 +179,10 @@ class OriginSource:
 
     # Paths
 
+    @functools.cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(entry.filename for entry in self.manifest().shards)
+
     @property
     def _state(self) -> Path:
         return self._folder / ".shards"
@@ -154,11 +190,14 @@ class OriginSource:
     def _path(self, entry: ShardEntry) -> Path:
         return self._folder / safe_filename(entry.filename)
 
+    def _part(self, entry: ShardEntry) -> Path:
+        return part_path(self._path(entry))
+
     def _lock(self, entry: ShardEntry) -> Path:
-        return self._state / f"{safe_filename(entry.filename)}.lock"
+        return self._state / f"{safe_filename(entry.filename)}{_LOCK}"
 
     def _stamp(self, entry: ShardEntry) -> Path:
-        return self._state / f"{safe_filename(entry.filename)}.checked"
+        return self._state / f"{safe_filename(entry.filename)}{_CHECKED}"
 
     def _is_here(self, entry: ShardEntry, path: Path) -> bool:
         """Whether the file is complete and right; a wrong one is set aside."""
@@ -273,6 +312,20 @@ class OriginSource:
         except InvalidShardError as err:
             self._set_aside(part, self._path(entry).name)
             raise as_published(entry, err.message) from None
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, os.DirEntry[str]]]:
+    """All files in a folder and below it, with the folder that each lies in."""
+    try:
+        with os.scandir(folder) as found:
+            entries = list(found)
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files(folder / entry.name)
+        else:
+            yield folder, entry
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import msgspec
 
 from protocol.errors import InvalidParamsError
 from protocol.manifest import Manifest, ShardEntry
-from torch_bridge.shards.sources.interface import FetchedFile, OnProgress, ShardSource
+from torch_bridge.shards.sources.interface import DiskUse, FetchedFile, OnProgress, ShardSource
 
 
 class ShardSubset:
@@ -49,6 +49,12 @@ class ShardSubset:
 
     def on_disk(self, entries: Sequence[ShardEntry]) -> list[ShardEntry]:
         return self._source.on_disk(entries)
+
+    def cost_bytes(self, size_bytes: int) -> int:
+        return self._source.cost_bytes(size_bytes)
+
+    def disk_use(self) -> DiskUse | None:
+        return self._source.disk_use()
 
     def discard(self, entry: ShardEntry) -> bool:
         return self._source.discard(entry)
