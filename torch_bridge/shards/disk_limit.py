@@ -103,6 +103,9 @@ class DiskLimit:
         limit_bytes: int,
         shared: SharedOrder | None,
         pinned: Sequence[str],
+        *,
+        out_of_step_s: float = OUT_OF_STEP_S,
+        stalled_s: float = STALLED_S,
     ) -> None:
         """Raises InvalidParamsError if the limit is not above 0."""
         if limit_bytes < 1:
@@ -110,6 +113,7 @@ class DiskLimit:
         self.limit_bytes = limit_bytes
         self._source, self._entries, self._shared = source, entries, shared
         self._pinned = frozenset(pinned)
+        self._out_of_step_s, self._stalled_s = out_of_step_s, stalled_s
         self._ledger_bytes = 0
         """What the ledger may grow by."""
         self._began_at = self._same_since = time.monotonic()
@@ -138,7 +142,7 @@ class DiskLimit:
             help_ = "read smaller shards by fewer readers"
         else:
             together, room = self._shared.together_bytes, self.limit_bytes - beside - self._cost_of(self._pinned)
-            what = f"the shards that {expected} readers of this machine have open at once"
+            what = f"the shards that the {expected} readers of this machine have open at once"
             help_ = self._shared.advice(room) if together > room else ""
         least = together + beside + self._cost_of(self._pinned)
         if least <= self.limit_bytes:
@@ -149,7 +153,8 @@ class DiskLimit:
         parts += [f"{self._foreign(view)} for other runs over it"] if self._foreign(view) else []
         raise InvalidParamsError(
             f"disk_limit={self.limit_bytes} is too little for the shards in {self._source.folder}: at least {least} "
-            f"bytes are needed ({'; '.join(parts)}). Give disk_limit={least} or more, or {help_}"
+            f"bytes are needed ({'; '.join(parts)}). Give disk_limit={least} or more (a saved state "
+            f"continues with it), or {help_}"
         )
 
     def take(
@@ -221,9 +226,11 @@ class DiskLimit:
         budget = self.limit_bytes - self._overhead(use) - self._foreign(view)
         if self._shared is None:
             return self._cost_of({name, *mine.held, *self._pinned}) <= budget // mine.expected
+        if name in self._pinned:
+            return True
         same = [mine, *view.others(everywhere=False).values()]
         earlier = {one for state in same if state.epoch < mine.epoch for one in (*state.remaining, *state.held)}
-        budget -= self._cost_of((earlier | self._pinned) - {name})
+        budget -= self._cost_of(earlier | self._pinned)
         needs: set[str] = set(self._shared.names)
         if self._begun(mine, view):
             needs = {one for state in same if state.epoch == mine.epoch for one in (*state.remaining, *state.held)}
@@ -233,7 +240,7 @@ class DiskLimit:
         """Whether a reader may leave the order: nothing has changed for a while, as if the others waited for it, and
         each of them keeps the room that it can ever need.
         """
-        if self._shared is None or self._unchanged_s() < OUT_OF_STEP_S or not self._begun(mine, view):
+        if self._shared is None or self._unchanged_s() < self._out_of_step_s or not self._begun(mine, view):
             return False
         others = view.others(everywhere=False).values()
         theirs = sum(max(state.own_bytes, self._cost_of(set(state.held) - self._pinned)) for state in others)
@@ -250,7 +257,9 @@ class DiskLimit:
         if self._shared is None:
             alone = not missing
         stuck = 0 < len(waiting) == len(others)
-        final = self._unchanged_s() > STALLED_S or ((alone or stuck) and (self._begun(mine, view) or not self._shared))
+        final = self._unchanged_s() > self._stalled_s or (
+            (alone or stuck) and (self._begun(mine, view) or not self._shared)
+        )
         lines = [f"this reader holds {', '.join(sorted(own)) or 'none'}"]
         lines += [f"{who} holds {', '.join(state.held) or 'none'}" for who, state in sorted(others.items())]
         if begun < mine.expected:
@@ -264,7 +273,7 @@ class DiskLimit:
             f"{self._source.folder}: {'; '.join(lines)}. Raise disk_limit, or have readers go past shards before they "
             "ask for others"
         )
-        patient = self._shared is not None and not missing and self._unchanged_s() < OUT_OF_STEP_S
+        patient = self._shared is not None and not missing and self._unchanged_s() < self._out_of_step_s
         return NoRoom(text, wanted and not patient, wanted and final, self._unchanged_s())
 
     def _watch(self, view: LedgerView) -> None:

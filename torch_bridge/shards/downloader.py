@@ -113,6 +113,8 @@ class StreamingDownloader:
         self._warned_at = self._look_again_at = 0.0
         self._blocked: object = None
         self._left_at: object = None
+        self._fetched: set[str] = set()
+        """Shards that the source has fetched here and not discarded."""
         """What there was no room for, and what the ledger looked like."""
         self._run, self._reader = run, reader
         self._at_once, self._retry_total_s, self._disk_patience_s = at_once, retry_total_s, disk_patience_s
@@ -303,8 +305,8 @@ class StreamingDownloader:
         """Count the shard as on its way; False if a limit has no room for it."""
         if self._ledger is None:
             return False
-        seen = name, name in self._window.wanted, self._ledger.mark()
-        if seen == self._blocked and time.monotonic() < self._look_again_at:
+        seen = None if self._limit is None else (name, name in self._window.wanted, self._ledger.mark())
+        if seen is not None and seen == self._blocked and time.monotonic() < self._look_again_at:
             return False
         with self._ledger.alone():
             if self._limit and not self._has_room(name, self._limit, self._ledger):
@@ -345,10 +347,13 @@ class StreamingDownloader:
         return self._no_room is not None and self._no_room.name == name
 
     def _leave_room(self) -> None:
-        """Drop what was fetched ahead of a shard that another reader waits for."""
+        """Once another reader has moved: delete what none needs any more, and drop what was fetched ahead of a shard
+        that another waits for.
+        """
         if self._limit is None or self._ledger is None or self._ledger.mark() == self._left_at:
             return
         self._left_at = self._ledger.mark()
+        self._delete()
         if (name := self._window.last_ahead()) is None:
             return
         with self._ledger.alone():
@@ -386,6 +391,7 @@ class StreamingDownloader:
         self._window.on_the_way.discard(name)
         if isinstance(found, FetchedFile):
             self._measures.came(found)
+            self._fetched.add(name)
             self._window.came(name, found)
         elif failure := self._window.did_not_come(name, found, self._retry_total_s):
             log.warning("%s %s: %s", name, "is given up" if failure.for_good else "is tried again", found)
@@ -418,7 +424,7 @@ class StreamingDownloader:
                 held=tuple(
                     name for name in state.held if name not in set(self._window.behind) - {*self._window.pinned}
                 ),
-                kept=tuple(self._window.undeleted),
+                kept=tuple(name for name in self._window.undeleted if name in self._fetched),
                 waits=self._no_room.name if self._no_room else "",
             )
         )
@@ -434,10 +440,12 @@ class StreamingDownloader:
 
     def _discard(self, name: str) -> bool:
         try:
-            return self._source.discard(self._by_name[name])
+            gone = self._source.discard(self._by_name[name])
         except (ShoalError, OSError) as err:
             log.warning("%s is deleted later: %s", name, err)
             return False
+        self._fetched -= {name} if gone else set()
+        return gone
 
     # For callers that wait
 

@@ -19,7 +19,7 @@ from torch_bridge.shards.disk_limit import SharedOrder
 from torch_bridge.shards.downloader import StreamingDownloader
 from torch_bridge.shards.sources.interface import ShardSource
 from torch_bridge.shards.status import StreamingStatus
-from torch_bridge.streaming.disk_needs import DiskNeeds, LocalReaders
+from torch_bridge.streaming.disk_needs import DiskNeeds, LocalReaders, epochs_ahead
 from torch_bridge.streaming.epoch import SharedEpoch
 from torch_bridge.streaming.order import EpochOrder, OrderSettings, RowSpan, ShardSpan, open_at_once
 from torch_bridge.streaming.position import EpochPosition, ReaderId, ReaderPosition, continued, saved
@@ -285,19 +285,21 @@ class StreamingShardDataset(IterableDataset[Any]):
         """What all readers of this machine have to read; the same for each of them."""
         sizes = [entry.size for entry in self._entries]
         costs = [self._source.cost_bytes(size) for size in sizes]
+        order = self.order(began.epoch)
         needs = DiskNeeds(
-            self.order(began.epoch),
+            order,
             sizes,
             self._source.cost_bytes,
             LocalReaders(self.ranks, turn.workers),
             began.position.base,
+            epochs_ahead(order),
         )
         together = needs.spans()
         round_ = turn.ranks * turn.workers
         since = began.position.base + round_ * max(began.position.own - 1, 0)  # no reader begins before it
         return SharedOrder(
             [self._entries[span.shard].filename for span in together if span.last >= since],
-            open_at_once(together, costs),
+            needs.together_bytes(),
             open_at_once(spans, costs),
             needs.advice,
         )

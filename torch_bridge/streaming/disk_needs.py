@@ -12,6 +12,9 @@ Costs = Callable[[int], int]
 """Bytes on the disk of a shard of so many bytes."""
 
 
+_MOST_EPOCHS, _MOST_BLOCKS = 32, 20_000
+
+
 @dataclass(frozen=True)
 class LocalReaders:
     """The readers of this machine, which share its disk; ranks of one machine follow each other."""
@@ -50,13 +53,20 @@ class DiskNeeds:
     cost: Costs
     readers: LocalReaders
     base: int = 0
+    epochs: range = range(0)
+    """Others that count too: each has another order."""
 
     def spans(self) -> list[ShardSpan]:
         return self.readers.spans(self.order, self.base)
 
     def together_bytes(self) -> int:
-        """With all readers in step, and a file that several of them read counted once."""
-        return open_at_once(self.spans(), [self.cost(size) for size in self.sizes])
+        """With all readers in step, and a file that several of them read counted once; the most of all epochs."""
+        costs = [self.cost(size) for size in self.sizes]
+        most = open_at_once(self.spans(), costs)
+        for epoch in self.epochs:
+            order = EpochOrder(self.order.shard_rows, replace(self.order.settings, epoch=epoch))
+            most = max(most, open_at_once(self.readers.spans(order, 0), costs))
+        return most
 
     def advice(self, room_bytes: int) -> str:
         """Which single change of a setting would fit into so many bytes, with what it needs."""
@@ -83,6 +93,12 @@ class DiskNeeds:
         if not found:
             return "publish smaller shards, with fewer lanes and a smaller window: no one change of these is enough"
         return " or ".join(found)
+
+
+def epochs_ahead(order: EpochOrder) -> range:
+    """Epochs that are looked at before they are read, so that none of them is refused later; fewer of a large one."""
+    blocks = sum(len(lane.shards) for lane in order.lanes)
+    return range(order.settings.epoch + 1, min(_MOST_EPOCHS, 1 + _MOST_BLOCKS // max(1, blocks)))
 
 
 def _split(count: int, parts: int) -> list[int]:

@@ -228,17 +228,23 @@ class EpochOrder:
                     found = self._among(numbers, index, first, last)
                     if not found:
                         continue
-                    begin, stop = found[0], found[0] if readers == 1 else self._all_begun(index, first, last, readers)
+                    begin = stop = found[0]
+                    if readers > 1:
+                        stop = self._all_begun(index, first, last, begin, readers)
                     before = spans.get(shard, (begin, stop))
                     spans[shard] = min(before[0], begin), max(before[1], stop)
         listed = [ShardSpan(shard, first, last) for shard, (first, last) in spans.items()]
         return sorted(listed, key=lambda span: (span.first, span.last, span.shard))
 
-    def _all_begun(self, lane: int, first: int, last: int, readers: int) -> int:
-        """The batch by which each of the readers that give a lane's batches [first, last] has given one of them."""
+    def _all_begun(self, lane: int, first: int, last: int, begins: int, readers: int) -> int:
+        """The batch by which each of the readers that give batches [first, last] of a lane, from batch `begins` of the
+        epoch on, has given one of them.
+        """
         lanes = sum(count > first for count in self.lane_batches)
-        turn = min(first + readers // gcd(readers, lanes) - 1, last)
-        return self.number(lane, turn if lanes == sum(count > turn for count in self.lane_batches) else last)
+        if lanes > sum(count > last for count in self.lane_batches):  # the readers change places in between
+            return self.number(lane, last)
+        turn = first if begins == self.number(lane, first) else self.lane_of(begins)[1]
+        return self.number(lane, min(turn + readers // gcd(readers, lanes) - 1, last))
 
     def _among(self, numbers: range, lane: int, first: int, last: int) -> list[int]:
         """The first and the last of `numbers` among the batches [first, last] of a lane; empty if there is none."""

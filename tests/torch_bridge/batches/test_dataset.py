@@ -65,6 +65,25 @@ def test_bytes_bound_the_batches_where_the_number_of_files_does_not(origin: Any,
         list(dataset(origin, tmp_path / "other", max_bytes=SIZE - 1))
 
 
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torch's own DataLoader
+def test_the_bytes_are_those_of_all_consumers_together(origin: Any, tmp_path: Path) -> None:
+    """As people write them: 160kb is 160,000 bytes, four of the files, for two workers of each of two ranks."""
+    cache, found = tmp_path / "cache", []
+    with sampled(cache) as sizes:
+        loaders = [
+            DataLoader(
+                dataset(origin, cache, cache_size=100, max_bytes="160kb", ranks=Ranks(rank, 2, rank, 2)),
+                batch_size=None,
+                num_workers=2,
+            )
+            for rank in range(2)
+        ]
+        for batches in [iter(loader) for loader in loaders]:
+            found += list(batches)
+    assert sorted(found) == NAMES
+    assert SIZE < max(size for size, _ in sizes) <= 4 * SIZE == 160_000
+
+
 def test_a_subset_is_gone_through_several_times_and_fetched_once(origin: Any, tmp_path: Path) -> None:
     files = dataset(origin, tmp_path / "cache", epochs_per_subset=3)
     found = list(files)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -86,6 +88,7 @@ def test_byte_counts() -> None:
         2 << 30,
         8000,
     ]
-    for text in ("", "gb", "ten gb", "1 xb"):
+    wrong: list[Any] = ["", "gb", "ten gb", "1 xb", 1e9, True, None]
+    for text in wrong:
         with pytest.raises(InvalidParamsError, match="not a number of bytes"):
             byte_count(text)

@@ -6,18 +6,22 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from protocol.errors import InsufficientDiskError, InvalidShardError, ShardInUseError
-from tests.support.bridge.shards import parquet_files
+from node.origin.settings import OriginSettings
+from protocol.errors import InsufficientDiskError, InvalidParamsError, InvalidShardError, ShardInUseError
+from tests.support.bridge.shards import parquet_files, publish_at
+from torch_bridge import O3Client
 from torch_bridge.shards import disk_space
 from torch_bridge.shards.downloader import StreamingDownloader
 from torch_bridge.shards.readers import ReaderLedger, ReaderState, needed
 from torch_bridge.shards.shard_file import check_parquet, extract_shard_id
 from torch_bridge.shards.sources.local import LocalSource
+from torch_bridge.shards.sources.origin import OriginSource
 from torch_bridge.shards.status import adapted_size
 from torch_bridge.shards.window import next_to_fetch
 
@@ -121,12 +125,69 @@ def test_a_distrusted_file_of_a_folder_is_one_error(tmp_path: Path) -> None:
             shards.wait_for_shard(0, 10)
 
 
+def test_below_five_gigabytes_it_warns_once_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The defaults: 5 GB to warn below, 1 GB to stop below."""
+    parquet_files(tmp_path, 3)
+    free = [5_000_000_000]
+    monkeypatch.setattr(disk_space, "free_bytes", lambda _: free[0])
+
+    def warnings() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    with StreamingDownloader(LocalSource(tmp_path), [0], disk_patience_s=0.2) as shards:
+        shards.wait_for_shard(0, 10)
+        assert warnings() == []
+    with StreamingDownloader(LocalSource(tmp_path), buffer_size=1, max_buffer=1, disk_patience_s=0.2) as shards:
+        free[0] = 4_999_999_999
+        for number in (0, 1):
+            assert shards.wait_for_shard(number, 10).exists(), "it goes on"
+            shards.consumed(number)
+        free[0] = 1_000_000_000
+        assert shards.wait_for_shard(2, 10).exists()
+    assert warnings() == [f"{tmp_path} has 4999999999 bytes free: below 1000000000 no shard is fetched"]
+    free[0] = 999_999_999
+    with (
+        StreamingDownloader(LocalSource(tmp_path), disk_patience_s=0.2) as shards,
+        pytest.raises(InsufficientDiskError, match="999999999 bytes are free"),
+    ):
+        shards.wait_for_shard(0, 10)
+
+
 def test_a_full_disk_with_nothing_left_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parquet_files(tmp_path, 1)
     monkeypatch.setattr(disk_space, "free_bytes", lambda _: 10)
     shards = StreamingDownloader(LocalSource(tmp_path), disk_patience_s=0.2)
     with shards, pytest.raises(InsufficientDiskError, match="10 bytes are free"):
         shards.wait_for_shard(0, 10)
+
+
+def test_a_limit_that_one_reader_has_alone(tmp_path: Path) -> None:
+    parquet_files(tmp_path / "files", 4)
+    client = O3Client(settings=OriginSettings())
+    manifest = publish_at(client.at(f"file://{tmp_path}"), "tests/text", sorted((tmp_path / "files").iterdir()))
+    source = OriginSource(f"file://{tmp_path}", tmp_path / "here", dataset="tests/text", client=client)
+    size = source.cost_bytes(manifest.shards[0].size)
+    limit = 2 * size + 60_000
+    with StreamingDownloader(
+        source, stop_free_bytes=0, disk_limit=limit, disk_patience_s=0.2, retry_first_s=0.05
+    ) as shards:
+        shards.wait_for_shard(0, 10)
+        while len(shards.status().ready) < 2:
+            time.sleep(0.01)
+        assert shards.status().disk_bytes <= limit
+        shards.wait_for_shard(3, 10)
+        assert shards.status().ready == ("shard_00000.parquet", "shard_00003.parquet"), "what was ahead gave way"
+        with pytest.raises(InsufficientDiskError, match=r"reader holds shard_00000.parquet, shard_00003.parquet"):
+            shards.wait_for_shard(1, 10)
+        for number in (0, 3, 1, 2):
+            assert shards.wait_for_shard(number, 10).exists()
+            assert shards.status().disk_bytes <= limit
+            shards.consumed(number)
+    assert list((tmp_path / "here").glob("*.parquet*")) == []
+    with pytest.raises(InvalidParamsError, match=r"the largest shard, for each of 3 readers"):
+        StreamingDownloader(source, disk_limit=limit, expected_readers=3).start()
 
 
 @pytest.mark.parametrize(

@@ -115,3 +115,29 @@ def test_a_source_says_what_lies_on_disk(folder: Path) -> None:
     (folder / first.filename).unlink()
     chosen = ShardSubset(source, [second.filename, others[0].filename], folder=folder / "elsewhere")
     assert chosen.on_disk([first, second, *others]) == [second, *others]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_validation_shard_is_never_trained_on(folder: Path, workers: int) -> None:
+    """By no rank or worker, in no epoch, fresh or continued; it is what `validation_batches` yields."""
+    held = list(range(2000, 2090))
+    data = dataset(folder, validation_shard="shard_00002.parquet")
+    rest = sorted(sample for batch in ids(dataset(folder)) for sample in batch if sample not in held)
+    assert len(rest) == 247 - 90
+    for epoch in range(2):
+        data.set_epoch(epoch)
+        batches = ids(loader(data, workers))
+        assert sorted(sample for batch in batches for sample in batch) == rest
+        assert len(batches) == len(data)
+    shares = [
+        sample
+        for rank in range(2)
+        for batch in ids(dataset(folder, validation_shard="shard_00002.parquet", ranks=Ranks(rank, 2, 0, 1)))
+        for sample in batch
+    ]
+    assert sorted(shares) == rest
+    assert [sample for batch in ids(data.validation_batches()) for sample in batch] == held
+    state = data.state_at(3)
+    assert "shard_00002.parquet" not in state["shards"]
+    with pytest.raises(InvalidParamsError, match="shard_00002"):
+        dataset(folder).load_state_dict(state)

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from torch.utils.data import DataLoader
 
-from protocol.errors import TimedOutError
+from protocol.errors import InvalidParamsError, TimedOutError
 from tests.support.bridge.streaming import NAME, lines, numbered_files, numbers
 from tests.support.daemons import Daemon, daemon, shoal
 from tests.support.ports import free_port
@@ -115,6 +115,23 @@ def test_two_ranks_share_one_download_and_the_last_one_past_a_shard_deletes_it(
     assert 0 < most < len(ROWS)
     assert trainer.files() == {}, "also of leases that last for 100 s"
     assert len(seed.files()) == len(ROWS)
+
+
+def test_a_limit_bounds_what_the_leases_of_the_run_hold_at_the_node(trainer: Daemon, source_of: Sources) -> None:
+    with pytest.raises(InvalidParamsError, match="shards that the 2 readers") as refused:
+        list(DataLoader(numbers(source_of(trainer), disk_limit=1), batch_size=None, num_workers=2))
+    least = int(str(refused.value).partition("Give disk_limit=")[2].split()[0])
+    sizes = {entry.filename: entry.size for entry in source_of(trainer).manifest().shards}
+    assert max(sizes.values()) <= least < sum(sizes.values()) / 2
+    data = numbers(source_of(trainer), disk_limit=least)
+    most, batches = 0, []
+    for batch in DataLoader(data, batch_size=None, num_workers=2):
+        batches.append(batch["id"].tolist())
+        most = max(most, sum(sizes[name.rpartition("/")[2]] for name in trainer.files()))
+    assert sorted(flat(batches)) == ALL
+    assert 0 < most <= least
+    gc.collect()
+    wait_until(lambda: trainer.files() == {})
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

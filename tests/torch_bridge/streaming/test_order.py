@@ -114,6 +114,49 @@ def test_a_reader_spans_the_shards_of_its_own_batches(
         }
 
 
+def decodings(order: EpochOrder, numbers: range) -> dict[int, list[int]]:
+    """The batches with which a reader decodes windows with rows of each shard: each window with its first batch."""
+    found: dict[int, list[int]] = {}
+    decoded: set[tuple[int, int]] = set()
+    for number in numbers:
+        for part in order.parts(number):
+            if (part.lane, part.window) not in decoded:
+                decoded.add((part.lane, part.window))
+                for shard, _ in order.pieces(part.lane, part.window):
+                    found.setdefault(shard, []).append(number)
+    return found
+
+
+@settings(deadline=None)
+@given(orders, counts, counts, st.data())
+def test_a_reader_decodes_each_shard_between_the_batches_that_are_said(
+    order: EpochOrder, ranks: int, workers: int, data: st.DataObject
+) -> None:
+    numbers = drawn_numbers(data, order, ranks, workers)
+    said = {span.shard: (span.first, span.last) for span in order.decoded(numbers)}
+    assert said == {shard: (min(found), max(found)) for shard, found in decodings(order, numbers).items()}
+
+
+@settings(deadline=None)
+@given(orders, counts, counts, st.data())
+def test_readers_that_take_turns_decode_each_shard_between_the_batches_that_are_said(
+    order: EpochOrder, ranks: int, workers: int, data: st.DataObject
+) -> None:
+    base = data.draw(st.integers(0, order.batches))
+    found: dict[int, list[int]] = {}
+    for rank in range(ranks):
+        for worker in range(workers):
+            mine = decodings(order, order.numbers(base, rank=rank, ranks=ranks, worker=worker, workers=workers))
+            for shard, numbers in mine.items():
+                found.setdefault(shard, []).extend(numbers)
+    said = {span.shard: span for span in order.decoded(range(base, order.end(base, ranks)), ranks * workers)}
+    assert said.keys() == found.keys()
+    whole = {span.shard: span for span in order.spans(range(base, order.end(base, ranks)))}
+    for shard, numbers in found.items():
+        assert said[shard].first == min(numbers)
+        assert max(numbers) <= said[shard].last <= whole[shard].last
+
+
 @settings(deadline=None)
 @given(orders, counts, counts, st.data())
 def test_a_reader_s_pieces_of_all_shards_are_those_of_its_windows(

@@ -153,10 +153,8 @@ class OriginSource:
             else:
                 other += size
         for name, size in noted.items():
-            if name in shards:
-                shards[name] += size
-            else:
-                other += size
+            where = shards if name in shards else parts
+            where[name] = where.get(name, 0) + size
         return DiskUse(shards, parts, other)
 
     def discard(self, entry: ShardEntry) -> bool:
