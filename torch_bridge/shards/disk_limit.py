@@ -204,15 +204,19 @@ class DiskLimit:
         held: Collection[str],
         discard: Callable[[str], bool],
     ) -> int:
-        """Returns the bytes that are still missing."""
-        missing = self._used(use, held) - self.limit_bytes
-        if missing <= 0 or use is None:
-            return missing
+        """Returns the bytes that are still missing. What a source keeps, as somebody's own file, is found by looking."""
+        kept: set[str] = set()
         rank = {one: place for place, one in enumerate(self._shared.names if self._shared else mine.remaining)}
-        going = evictions(missing, use, held, view.needed(), rank)
-        gone = [one for one in going if discard(one)]
-        self._kept = tuple(one for one in going if one not in gone)
-        return missing - sum(use.shards.get(one, 0) + use.parts.get(one, 0) for one in gone)
+        while (missing := self._used(use, held) - self.limit_bytes) > 0 and use is not None:
+            going = evictions(missing, use, {*held, *kept}, view.needed(), rank)
+            if not going:
+                break
+            for one in going:
+                discard(one)
+            use = self._source.disk_use() or DiskUse()
+            kept.update(one for one in going if one in use.shards or one in use.parts)
+        self._kept = tuple(sorted(kept))
+        return missing
 
     def used_bytes(self, mine: ReaderState, view: LedgerView | None) -> int:
         """Bytes that are on the disk or promised to downloads."""
@@ -265,7 +269,7 @@ class DiskLimit:
         if begun < mine.expected:
             lines.append(f"{begun} of {mine.expected} readers have begun epoch {mine.epoch}")
         if self._kept:
-            lines.append(f"no reader holds {', '.join(sorted(self._kept))}, and they are not deleted")
+            lines.append(f"no reader holds {', '.join(self._kept)}, and the source keeps them")
         if self._overhead(use):
             lines.append(f"{self._overhead(use)} bytes there are not shards")
         text = (

@@ -253,3 +253,16 @@ def test_a_disk_that_others_fill_meanwhile_is_one_error(base: Path, tmp_path: Pa
     batches.gi_frame.f_locals["downloader"]._disk_patience_s = 0.2  # type: ignore[attr-defined]
     with pytest.raises(InsufficientDiskError, match=r"disk_limit=\d+ has no room .* bytes there are not shards"):
         ids(batches)
+
+
+def test_own_files_stay_and_are_named_if_they_leave_no_room(base: Path, tmp_path: Path) -> None:
+    folder, limit = tmp_path / "shards", least_limit(base, tmp_path / "asked")
+    ids(dataset(base, folder, None, buffering=Buffering(keep_behind=99)))
+    copies = sorted(folder.glob("*.parquet"))[2:]
+    for path in copies:  # a person's own: no source has noted that it fetched them
+        (folder / ".shards" / f"{path.name}.checked").unlink()
+    batches = iter(dataset(base, folder, limit))
+    with pytest.raises(InsufficientDiskError, match=rf"no reader holds .*{copies[-1].name}.* the source keeps them"):
+        for _ in batches:
+            batches.gi_frame.f_locals["downloader"]._disk_patience_s = 0.2  # type: ignore[attr-defined]
+    assert all(path.exists() for path in copies)
