@@ -84,6 +84,8 @@ class StreamingShardDataset(IterableDataset[Any]):
         self._settings = OrderSettings(**fitted, batch_size=batch_size, seed=seed)
         self._contents = {entry.filename: str(entry.content_id) for entry in self._entries}
         self._shared = SharedEpoch()
+        self._order: EpochOrder | None = None
+        """The last one that was asked for."""
         self._position: EpochPosition | None = None
         self._loaded = 0
         """The number of a loaded state; 0: none."""
@@ -125,7 +127,10 @@ class StreamingShardDataset(IterableDataset[Any]):
 
     def order(self, epoch: int | None = None) -> EpochOrder:
         """The order of an epoch; None: of this one."""
-        return EpochOrder(self._rows, replace(self._settings, epoch=self.epoch if epoch is None else epoch))
+        number = self.epoch if epoch is None else epoch
+        if self._order is None or self._order.settings.epoch != number:
+            self._order = EpochOrder(self._rows, replace(self._settings, epoch=number))
+        return self._order
 
     def state_dict(self) -> dict[str, Any]:
         """The state after the last batch that this process yielded. In a worker it is that worker's own.
@@ -133,8 +138,7 @@ class StreamingShardDataset(IterableDataset[Any]):
         After an epoch's last batch it is the end of the epoch: continued, the next epoch begins, or nothing is yielded
         if `set_epoch` chose the same epoch.
         """
-        position = self._position or EpochPosition(self.epoch)
-        return saved(position.position, self._turn(), replace(self._settings, epoch=position.epoch), self._contents)
+        return self._saved(self._position or EpochPosition(self.epoch), self._turn())
 
     def state_at(self, batches: int) -> dict[str, Any]:
         """The state after so many batches of this rank since the epoch began or was continued; ranks go in lock-step.
@@ -144,8 +148,13 @@ class StreamingShardDataset(IterableDataset[Any]):
         began = EpochPosition(self.epoch, ReaderPosition(self._shared.base))
         if self._loaded and self._position is not None and not self._shared.is_taken(self._loaded):
             began = self._position
-        turn, settings = ReaderId(self.ranks.rank, self.ranks.world_size), replace(self._settings, epoch=began.epoch)
-        return saved(ReaderPosition(began.position.base, batches), turn, settings, self._contents)
+        turn = ReaderId(self.ranks.rank, self.ranks.world_size)
+        return self._saved(EpochPosition(began.epoch, ReaderPosition(began.position.base, batches)), turn)
+
+    def _saved(self, at: EpochPosition, turn: ReaderId) -> dict[str, Any]:
+        order = self.order(at.epoch)
+        finished = not self._numbers(order, at.position, turn)
+        return saved(at.position, turn, order.settings, self._contents, finished=finished)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The next iteration continues from the state, or, if its epoch was read, begins the next one; the one after it
@@ -156,7 +165,11 @@ class StreamingShardDataset(IterableDataset[Any]):
         """
         turn, epoch = self._turn(), int(state["epoch"])
         position = continued(state, turn, self._settings, self._contents)
-        read = not self._numbers(self.order(epoch), position, turn)
+        order = self.order(epoch)
+        read = not self._numbers(order, position, turn)
+        if read and state["workers"] == 1 and position.base < order.end(position.base, turn.ranks):
+            # Others have one more batch. At an epoch's end a rank that had none more saved so; in the middle it waits.
+            read = state["ranks"] == turn.ranks and bool(state.get("finished", True))
         loaded, chosen = self._shared.load(turn.worker, finished=read), self._shared.chosen
         if get_worker_info() is None:
             self._shared.continue_at(epoch if chosen is None or not read else max(epoch, chosen))
@@ -306,7 +319,7 @@ class StreamingShardDataset(IterableDataset[Any]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker that is spawned for an iteration does not have its training process's torch.distributed.
-        return {**self.__dict__, "_reading": None, "_ranks": self._ranks or Ranks.known()}
+        return {**self.__dict__, "_reading": None, "_order": None, "_ranks": self._ranks or Ranks.known()}
 
     def _turn(self) -> ReaderId:
         info = get_worker_info()

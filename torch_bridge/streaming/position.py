@@ -42,9 +42,9 @@ class EpochPosition:
 
 
 def saved(
-    position: ReaderPosition, reader: ReaderId, settings: OrderSettings, shards: Mapping[str, str]
+    position: ReaderPosition, reader: ReaderId, settings: OrderSettings, shards: Mapping[str, str], *, finished: bool
 ) -> dict[str, Any]:
-    """JSON-able. `shards`: content id by name."""
+    """JSON-able. `shards`: content id by name. `finished`: whether the reader has no batch left; others may have one."""
     return {
         "version": VERSION,
         "epoch": settings.epoch,
@@ -56,6 +56,7 @@ def saved(
         "ranks": reader.ranks,
         "worker": reader.worker,
         "workers": reader.workers,
+        "finished": finished,
     }
 
 

@@ -160,3 +160,41 @@ def test_the_length_is_that_of_this_rank_s_epoch(folder: Path, ranks: int, drop_
         )
         for _ in range(2):
             assert len(DataLoader(data, batch_size=None)) == len(data) == sum(1 for _ in iter(data))
+
+
+def test_a_rank_that_has_nothing_left_of_a_continued_epoch_waits_for_the_others(folder: Path) -> None:
+    def rank(number: int, count: int) -> StreamingShardDataset:
+        return dataset(folder, ranks=Ranks(number, count, number, count))
+
+    for ranks, continued in [(4, 4), (4, 2), (3, 5)]:
+        whole = [ids(rank(number, ranks)) for number in range(ranks)]
+        batches = min(map(len, whole))
+        assert len(whole[0]) == batches + 1, "the last round is not for all ranks"
+        first = rank(0, ranks)
+        reading = iter(first)
+        for _ in range(batches):
+            next(reading)
+        state = json.loads(json.dumps(first.state_dict()))
+        reading.close()
+        again = [rank(number, continued) for number in range(continued)]
+        for one in again:
+            one.load_state_dict(state)
+        rest = [ids(one) for one in again]
+        left = sum(map(len, whole)) - ranks * batches
+        assert list(map(len, rest)) == [1] * left + [0] * (continued - left)
+        assert [one.epoch for one in again] == [0] * continued
+        assert sorted(itertools.chain(*itertools.chain(*[ids(one) for one in again]))) == list(range(200))
+        assert [one.epoch for one in again] == [1] * continued
+
+
+def test_a_rank_that_was_through_before_the_others_begins_the_next_epoch_with_them(folder: Path) -> None:
+    ranks = [dataset(folder, ranks=Ranks(number, 4, number, 4)) for number in range(4)]
+    states = []
+    for one in ranks:
+        ids(one)
+        states.append(json.loads(json.dumps(one.state_dict())))
+    again = [dataset(folder, ranks=Ranks(number, 4, number, 4)) for number in range(4)]
+    for one, state in zip(again, states, strict=True):
+        one.load_state_dict(state)
+    assert sorted(itertools.chain(*itertools.chain(*[ids(one) for one in again]))) == list(range(200))
+    assert [one.epoch for one in again] == [1] * 4
