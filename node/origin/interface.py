@@ -91,8 +91,9 @@ class ObjectStore(Protocol):
         """
 
     def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
-        """Every object whose key begins with `prefix`, in the order of keys.
+        """Every object whose key begins with `prefix`, in the order of keys, that the other methods take.
 
+        One warning names the objects whose key they refuse; folder markers are left out without one (`core.listing`).
         Raises OriginError if it would have to look at more than MAX_LISTED objects.
         """
 

@@ -85,7 +85,9 @@ class Store:
         )
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
-        """Every object whose key begins with `prefix`, in the order of keys."""
+        """Every object whose key begins with `prefix`, in the order of keys. One warning names those whose key cannot
+        be read.
+        """
         return loop_thread().run(self._location.listed(prefix))
 
     def delete(self, key: str) -> None:

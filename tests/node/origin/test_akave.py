@@ -350,6 +350,20 @@ async def test_list(network: Any, node: Any) -> None:
     await whole.close()
 
 
+async def test_names_that_cannot_be_read_are_left_out_of_a_listing(
+    network: Any, node: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = akave_store()
+    await store.put("shards/a", SMALL)
+    files = node.buckets[BUCKET]
+    for name in ("smol/a\nb", "smol//a", "smol/../a", "other/a\nb"):
+        files[name] = files["smol/shards/a"]
+    assert [info.key async for info in store.list()] == ["shards/a"]
+    (record,) = caplog.records
+    assert "leaves out 3 of 4 objects: '../a', '/a', 'a\\nb' cannot be read" in record.getMessage()
+    await store.close()
+
+
 async def test_a_listing_that_may_be_cut_is_refused(network: Any, node: Any) -> None:
     for i in range(999):
         node.buckets[BUCKET][f"other/{i}"] = network.File([SMALL], "x")

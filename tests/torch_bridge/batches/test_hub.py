@@ -55,6 +55,17 @@ def test_each_file_of_a_repository_comes_once(hub: HubStandIn, tmp_path: Path) -
     assert asked == {"unknown"}, "huggingface_hub itself asks for the bytes"
 
 
+def test_files_whose_name_cannot_be_a_key_are_left_out_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    odd = {"clips/new\nline.bin": b"x", "clips/back\\slash.bin": b"x"}
+    with served(hub_stand_in(FILES | odd)) as hub, client_of(hub) as client:
+        found = list(dataset(f"{REPO}/clips", tmp_path / "cache", client=client, decode=name_and_body))
+    assert sorted(body for _, body, _ in found) == sorted(FILES.values())
+    (record,) = [one for one in caplog.records if "leaves out" in one.getMessage()]
+    assert f"leaves out 2 of {len(FILES) + 2} objects: 'back\\\\slash.bin', 'new\\nline.bin'" in record.getMessage()
+
+
 def test_large_files_come_in_ranges_and_the_token_stays_at_the_hub(tmp_path: Path) -> None:
     body = bytes(range(256)) * (3 * PIECE_BYTES // 256) + b"end"
     with served(raw_server(body)) as elsewhere, served(hub_stand_in({}, elsewhere.url, token="hf-secret")) as hub:
