@@ -204,7 +204,7 @@ class DiskLimit:
         held: Collection[str],
         discard: Callable[[str], bool],
     ) -> int:
-        """Returns the bytes that are still missing. What a source keeps, as somebody's own file, is found by looking."""
+        """Returns the bytes that are still missing. What a source keeps (a person's own file) is found by looking."""
         kept: set[str] = set()
         rank = {one: place for place, one in enumerate(self._shared.names if self._shared else mine.remaining)}
         while (missing := self._used(use, held) - self.limit_bytes) > 0 and use is not None:
@@ -259,7 +259,7 @@ class DiskLimit:
         waiting = [state for state in others.values() if state.waits]
         alone = self._overhead(use) + self._cost_of({name, *own, *self._pinned, *self._kept}) > self.limit_bytes
         if self._shared is None:
-            alone = not missing
+            alone = alone or not missing
         stuck = 0 < len(waiting) == len(others)
         final = self._unchanged_s() > self._stalled_s or (
             (alone or stuck) and (self._begun(mine, view) or not self._shared)

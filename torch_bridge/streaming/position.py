@@ -44,7 +44,7 @@ class EpochPosition:
 def saved(
     position: ReaderPosition, reader: ReaderId, settings: OrderSettings, shards: Mapping[str, str], *, finished: bool
 ) -> dict[str, Any]:
-    """JSON-able. `shards`: content id by name. `finished`: whether the reader has no batch left; others may have one."""
+    """JSON-able. `shards`: content id by name. `finished`: the reader has no batch left; others may have one."""
     return {
         "version": VERSION,
         "epoch": settings.epoch,

@@ -82,7 +82,7 @@ ATTACKS: dict[str, Callable[[], bytes]] = {
     "no messagepack": lambda: b"GET / HTTP/1.1\r\n" * 100_000,
     "whole messages, no rpc": lambda: b"\x90" * 20_000,
 }
-BOUND_MIB = {"as much as is taken, never finished": 128}
+BOUND_MIB = {"as much as is taken, never finished": 128, "much, then refused": 128}
 """For all connections together; 64 MiB of half-received requests is what the settings allow. The others need a few."""
 
 

@@ -20,6 +20,7 @@ from node.origin.settings import OriginSettings
 from protocol.errors import InsufficientDiskError, InvalidParamsError
 from tests.support.bridge.streaming import NAME, numbered_files, publish_numbered
 from torch_bridge import O3Client, Ranks, RetryPolicy
+from torch_bridge.shards.downloader import StreamingDownloader
 from torch_bridge.shards.sources.origin import OriginSource
 from torch_bridge.streaming.dataset import StreamingShardDataset
 from torch_bridge.streaming.settings import Buffering, Ordering
@@ -256,13 +257,14 @@ def test_a_disk_that_others_fill_meanwhile_is_one_error(base: Path, tmp_path: Pa
 
 
 def test_own_files_stay_and_are_named_if_they_leave_no_room(base: Path, tmp_path: Path) -> None:
-    folder, limit = tmp_path / "shards", least_limit(base, tmp_path / "asked")
+    folder = tmp_path / "shards"
     ids(dataset(base, folder, None, buffering=Buffering(keep_behind=99)))
-    copies = sorted(folder.glob("*.parquet"))[2:]
-    for path in copies:  # a person's own: no source has noted that it fetched them
+    copies = sorted(folder.glob("*.parquet"))
+    for path in copies[2:]:  # a person's own: no source has noted that it fetched them
         (folder / ".shards" / f"{path.name}.checked").unlink()
-    batches = iter(dataset(base, folder, limit))
-    with pytest.raises(InsufficientDiskError, match=rf"no reader holds .*{copies[-1].name}.* the source keeps them"):
-        for _ in batches:
-            batches.gi_frame.f_locals["downloader"]._disk_patience_s = 0.2  # type: ignore[attr-defined]
-    assert all(path.exists() for path in copies)
+    source = OriginSource(f"file://{base}", folder, dataset=NAME)
+    shards = StreamingDownloader(source, disk_limit="300kb", disk_patience_s=0.2)
+    named = rf"no reader holds .*{copies[-1].name}.* the source keeps"
+    with shards, pytest.raises(InsufficientDiskError, match=named):
+        shards.wait_for_shard(copies[0].name)
+    assert all(path.exists() for path in copies[2:])
