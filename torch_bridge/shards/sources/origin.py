@@ -1,4 +1,4 @@
-"""OriginSource: shards straight from an origin, without a node; one download for all processes of the machine."""
+"""OriginSource: shards straight from an origin, without a node, by one download for all processes of the machine."""
 
 from __future__ import annotations
 
