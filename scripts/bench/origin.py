@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import json
 import os
 import shutil
@@ -35,7 +34,7 @@ from typing import Any
 
 import aiohttp
 
-from node.cli.demo.nodes import running_node
+from node.cli.demo.nodes import ended_with_parent, running_node
 from node.cli.demo.s3_server import S3Server, running_s3
 from protocol.client import Client
 from protocol.errors import ShoalError
@@ -91,12 +90,11 @@ class Origin:
 async def running_proxy(s3: S3Server, rate: int) -> AsyncIterator[dict[str, str]]:
     """The proxy as a process of its own; what it says of itself."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "tests.support.origins.proxy",
-        *("--upstream", s3.endpoint, "--rate", str(rate)),
+        *ended_with_parent(
+            [sys.executable, "-m", "tests.support.origins.proxy", "--upstream", s3.endpoint, "--rate", str(rate)],
+            signal.SIGKILL,
+        ),
         stdout=asyncio.subprocess.PIPE,
-        preexec_fn=_die_with_parent,
     )
     try:
         assert process.stdout is not None
@@ -105,10 +103,6 @@ async def running_proxy(s3: S3Server, rate: int) -> AsyncIterator[dict[str, str]
         if process.returncode is None:
             process.terminate()
         await process.wait()
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 async def publish(s3: S3Server, work: Path, size: int) -> str:

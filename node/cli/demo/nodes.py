@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -19,7 +19,6 @@ STOP_TIMEOUT_S = 6.0
 _SEEN_S = 0.3
 _LOG_LINES = 60
 """Of a log, in an error: the stacks of a few threads."""
-_PR_SET_PDEATHSIG = 1
 
 
 class NodeStartError(RuntimeError):
@@ -58,13 +57,12 @@ async def running_node(
         command += [f"--{port}-port", "0"]
     with log_path.open("wb") as log_file:
         process = await asyncio.create_subprocess_exec(
-            *command,
+            *ended_with_parent(command),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=log_file,
             env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(environment or {}),
             start_new_session=True,  # Ctrl-C is for the demo, which then stops its nodes in order
-            preexec_fn=_die_with_parent,
         )
     try:
         ready = await _ready_line(process, log_path)
@@ -117,5 +115,11 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
         await process.wait()
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def ended_with_parent(command: Sequence[str], by: signal.Signals = signal.SIGTERM) -> list[str]:
+    """The command, run so that a signal ends it when the thread that starts it ends, however that happens.
+
+    By setpriv (util-linux), if it is there: what Python itself runs between fork and exec may wait for ever if there
+    are threads.
+    """
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", by.name.removeprefix("SIG"), "--", *command] if setpriv else [*command]

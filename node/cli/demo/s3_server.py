@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import random
 import shutil
@@ -16,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from node.cli.demo.nodes import NodeStartError
+from node.cli.demo.nodes import NodeStartError, ended_with_parent
 
 READY_TIMEOUT_S = 30.0
 _STARTS = 3
@@ -26,7 +25,6 @@ _PORTS = range(10_000, 20_000)
 and none is used twice."""
 _PORT_TAKEN = ("address already in use", "and cannot be used")
 _GRPC = 10_000
-_PR_SET_PDEATHSIG = 1
 _LOG_LINES = 15
 
 
@@ -96,15 +94,13 @@ async def _start(
     environment |= {"AWS_ACCESS_KEY_ID": access_key, "AWS_SECRET_ACCESS_KEY": secret_key, "S3_BUCKET": bucket}
     with log_path.open("wb") as log_file:
         return await asyncio.create_subprocess_exec(
-            program,
-            *arguments,
+            *ended_with_parent([program, *arguments], signal.SIGKILL),  # its data is not used again
             stdin=asyncio.subprocess.DEVNULL,
             stdout=log_file,
             stderr=log_file,
             cwd=folder,
             env=environment,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
         )
 
 
@@ -171,8 +167,3 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _die_with_parent() -> None:
-    # SIGKILL: its data is not used again.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import json
 import os
 import shutil
@@ -40,7 +39,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from node.background import FirstErrorGroup
-from node.cli.demo.nodes import RunningNode, running_node
+from node.cli.demo.nodes import RunningNode, ended_with_parent, running_node
 from node.cli.demo.s3_server import S3Server, running_s3
 from protocol.client import Client
 from scripts.bench.disk_bound import DiskUse
@@ -191,13 +190,14 @@ async def _watched(uses: list[DiskUse]) -> AsyncIterator[list[DiskUse]]:
 async def _rank(part: Part, environment: dict[str, str]) -> AsyncIterator[asyncio.subprocess.Process]:
     """A training process, ended at the exit."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "scripts.bench.ranks.child", json.dumps(asdict(part))),
+        *ended_with_parent(
+            [sys.executable, "-m", "scripts.bench.ranks.child", json.dumps(asdict(part))], signal.SIGKILL
+        ),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         cwd=ROOT,
         env=os.environ | environment,
         start_new_session=True,
-        preexec_fn=_die_with_parent,
     )
     try:
         yield process
@@ -219,10 +219,6 @@ async def _said(rank: asyncio.subprocess.Process) -> str:
 async def _uploaded(node: RunningNode) -> int:
     async with Client.connect("127.0.0.1", node.rpc_port) as client:
         return int((await client.call("STATUS"))["swarm"]["uploaded_bytes"])
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 async def publish(s3: S3Server, work: Path, mib: int, shards: int) -> Data:

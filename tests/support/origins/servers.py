@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from node.cli.demo.nodes import ended_with_parent
 from node.cli.demo.s3_server import S3Server
 from node.origin.core.credentials import Credentials, Secret
 from node.origin.interface import ObjectStore
@@ -73,9 +73,11 @@ async def juicefs_gateway(folder: Path) -> AsyncIterator[OriginSettings]:
     port = free_port()
     with (folder / "gateway.log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(
-            program, "gateway", meta, f"127.0.0.1:{port}", "--no-usage-report", "--keep-etag", "--no-banner",
-            "--cache-dir", str(folder / "cache"), "--metrics", "127.0.0.1:0", "--log", str(folder / "juicefs.log"),
-            stdout=log, stderr=log, start_new_session=True, preexec_fn=_die_with_parent,
+            *ended_with_parent([
+                program, "gateway", meta, f"127.0.0.1:{port}", "--no-usage-report", "--keep-etag", "--no-banner",
+                "--cache-dir", str(folder / "cache"), "--metrics", "127.0.0.1:0", "--log", str(folder / "juicefs.log"),
+            ], signal.SIGKILL),
+            stdout=log, stderr=log, start_new_session=True,
             env=os.environ | {"MINIO_ROOT_USER": "gateway", "MINIO_ROOT_PASSWORD": "gateway-secret"},
         )  # fmt: skip
     try:
@@ -99,10 +101,6 @@ async def _status(port: int, path: str) -> int:
     words = (await reader.readline()).split()
     writer.close()
     return int(words[1]) if len(words) > 1 else 0
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 @dataclass
