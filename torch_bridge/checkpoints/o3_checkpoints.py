@@ -86,11 +86,18 @@ class O3CheckpointManager:
 
         Raises:
             ValueError: The key file is damaged.
+            InvalidParamsError: The key file cannot be read, or made.
         """
         self._store = url_or_store if isinstance(url_or_store, Store) else (client or O3Client()).at(url_or_store)
         path = Path(key_file).expanduser() if key_file else Path(user_data_dir("shoal", appauthor=False), KEY_FILENAME)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._key = SigningKey.load_or_create(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._key = SigningKey.load_or_create(path)
+        except OSError as error:
+            raise InvalidParamsError(
+                f"the key file {path} cannot be read or made ({error.strerror}): give this user one of its own by "
+                "key_file="
+            ) from None
         self._trusted = frozenset(NodeId(one) for one in ([self._key.node_id] if trusted is None else trusted))
         self._node = node
         self._cache_dir = Path(cache_dir) if cache_dir else Path(tempfile.gettempdir())

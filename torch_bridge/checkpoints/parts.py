@@ -116,7 +116,7 @@ def laid_out(tensors: Mapping[str, torch.Tensor]) -> Part:
         tensor = tensors[name]
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name!r} is of {tensor.dtype}, which safetensors does not give back to torch")
-        memory = memoryview(_bytes_of(tensor).numpy().data)
+        memory = memoryview(bytes_of(tensor).numpy().data)
         header[name] = {
             "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -151,7 +151,7 @@ def content_id_of(body: bytes) -> ContentId:
     return hasher.result().content_id
 
 
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """Its memory, one-dimensional; a lazy negation or conjugation is carried out."""
     return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torch_bridge.checkpoints.parts import DTYPES
 
@@ -103,6 +104,17 @@ def _encoded(value: object, path: str, tensors: dict[str, torch.Tensor], depth: 
 
 
 def _encoded_tensor(value: torch.Tensor, path: str, tensors: dict[str, torch.Tensor]) -> Json:
+    kind = type(value)
+    if kind.__module__.startswith("torch.distributed."):  # DTensor, ShardedTensor: their import takes seconds
+        raise UnsayableStateError(
+            f"{path!r} is a {kind.__qualname__}, of which this process holds a part: save sharded states by "
+            "torch.distributed.checkpoint with O3StorageWriter, or gather them first (full_tensor(); get_state_dict "
+            "with StateDictOptions(full_state_dict=True))"
+        )
+    if is_traceable_wrapper_subclass(value):
+        raise UnsayableStateError(
+            f"{path!r} is a {kind.__module__}.{kind.__qualname__}, made of other tensors: save those"
+        )
     if value.layout != torch.strided or value.is_quantized:
         raise UnsayableStateError(
             f"{path!r} is a sparse or quantised tensor, which safetensors cannot hold; make it dense"

@@ -38,6 +38,7 @@ from torch_bridge.checkpoints.commit import (
 )
 from torch_bridge.checkpoints.parts import PART_BYTES, DamagedPartError, Part, in_order, laid_out, pack, unpack
 from torch_bridge.checkpoints.state import FlatState, InvalidStructureError, flatten, rebuild
+from torch_bridge.core.folders import writing_to
 from torch_bridge.core.loop_thread import loop_thread
 from torch_bridge.core.store import Store
 
@@ -269,9 +270,12 @@ _PARTS = "parts"
 
 @contextmanager
 def own_folder(parent: Path) -> Iterator[Path]:
-    """An empty folder under `parent`, deleted at the end. Raises OSError."""
-    parent.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time:
+    """An empty folder under `parent`, deleted at the end.
+
+    Raises OSError, InvalidParamsError for one that this user may not write.
+    """
+    with writing_to(parent, "cache_dir"), _one_at_a_time:
+        parent.mkdir(parents=True, exist_ok=True)
         _clear_left_behind(parent)
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
         lock = FileLock(folder / _LOCK)

@@ -19,6 +19,7 @@ from protocol.errors import InvalidParamsError
 from tests.support.bridge.o3_client import client_of
 from torch_bridge import O3Client
 from torch_bridge.checkpoints.dcp import O3StorageReader, O3StorageWriter
+from torch_bridge.checkpoints.state import UnsayableStateError
 from torch_bridge.core.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -100,6 +101,55 @@ def test_odd_tensors_and_values_come_back(store: Store) -> None:
     }
     dcp.load(found, storage_reader=O3StorageReader(store, "run"))
     assert same(found, state)
+
+
+ELEMENTS = (4, 4096)
+"""In the index itself, and as an object."""
+REFUSED = {
+    *(f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)),  # torch's planner does not know their size
+    *("bits1x8", "bits2x4", "bits4x2", "bits8", "bits16"),
+    *("qint8", "qint32", "quint8", "quint4x2", "quint2x4"),
+}
+
+
+@pytest.mark.parametrize("elements", ELEMENTS)
+def test_each_dtype_of_torch_is_kept_or_refused_whatever_its_size(store: Store, elements: int) -> None:
+    dtypes = {found for found in vars(torch).values() if isinstance(found, torch.dtype)}
+    assert len(dtypes) >= 40
+    refused = set()
+    for dtype in dtypes:
+        raw = torch.arange(elements * dtype.itemsize).remainder(2).to(torch.uint8)
+        name = str(dtype).removeprefix("torch.")
+        try:
+            save(store, {"given": raw.view(dtype)}, name)
+        except CheckpointException as failed:
+            refused.add(name)
+            (error, _), *_ = failed.failures.values()
+            assert isinstance(error, UnsayableStateError | TypeError)
+            assert not name.startswith("q") or f"'given' is of {dtype}" in str(error)
+            continue
+        state = {"given": torch.zeros_like(raw).view(dtype)}
+        dcp.load(state, storage_reader=O3StorageReader(store, name))
+        assert torch.equal(state["given"].view(torch.uint8), raw), name
+    assert refused == REFUSED
+
+
+@pytest.mark.parametrize("elements", ELEMENTS)
+def test_a_lazy_conjugate_is_kept_as_its_values(store: Store, elements: int) -> None:
+    tensor = torch.complex(torch.ones(elements), torch.arange(float(elements)))
+    for dtype in (torch.complex64, torch.complex128):
+        save(store, {"given": tensor.to(dtype).conj()}, "conjugate")
+        state = {"given": torch.zeros(elements, dtype=dtype)}
+        dcp.load(state, storage_reader=O3StorageReader(store, "conjugate"))
+        assert torch.equal(state["given"], tensor.to(dtype).conj().resolve_conj())
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize("elements", ELEMENTS)
+def test_a_quantised_tensor_is_refused_by_name(store: Store, elements: int) -> None:
+    quantised = torch.quantize_per_tensor(torch.ones(elements), 0.1, 0, torch.qint8)
+    with pytest.raises(CheckpointException, match="'given' is a sparse or quantised tensor"):
+        save(store, {"given": quantised})
 
 
 def test_nothing_that_is_kept_is_a_pickle(store: Store) -> None:

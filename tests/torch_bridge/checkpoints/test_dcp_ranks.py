@@ -13,12 +13,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed._shard import sharded_tensor
+from torch.distributed._shard.sharding_spec import ChunkShardingSpec
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.support.bridge.forkserver import forkserver
 from torch_bridge import O3Client
 from torch_bridge.checkpoints.dcp import O3StorageReader, O3StorageWriter
+from torch_bridge.checkpoints.state import UnsayableStateError, flatten
 
 pytestmark = [
     pytest.mark.timeout(200),  # the server of the ranks imports torch first
@@ -113,3 +116,18 @@ def test_what_one_process_saved_two_ranks_load_and_the_other_way_round(tmp_path:
         assert torch.equal(state["model"][name], tensor), name
     # What each rank wrote is small, and lies together.
     assert len({item.key for item in store.list("shards/")} - uncut) == RANKS
+
+
+def test_a_sharded_state_is_refused_by_name_where_no_other_rank_takes_part() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        states: dict[str, Any] = {
+            "DTensor": torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])),
+            "ShardedTensor": sharded_tensor.empty(ChunkShardingSpec(0, ["rank:0/cpu"]), 4, 4),
+        }
+        for kind, sharded in states.items():
+            with pytest.raises(UnsayableStateError, match=rf"'model/layer.weight' is a {kind}, .*O3StorageWriter"):
+                flatten({"model": {"layer.weight": sharded}})
+    finally:
+        dist.destroy_process_group()

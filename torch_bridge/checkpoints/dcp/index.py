@@ -91,7 +91,8 @@ class TensorChunk(msgspec.Struct, frozen=True):
     offsets: _Lengths
     sizes: _Lengths
     at: Stored
-    """safetensors with the one tensor `tensor`; inline, its bare bytes in row-major order, little-endian."""
+    """safetensors with the one tensor `tensor`, of uint8 for a dtype that safetensors does not have; inline, its bare
+    bytes in row-major order, little-endian."""
 
 
 class TensorEntry(msgspec.Struct, frozen=True, tag="tensor"):

@@ -13,11 +13,13 @@ from safetensors.torch import load
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
 
 from torch_bridge.checkpoints.dcp.index import INLINE_BYTES, dtype_name
-from torch_bridge.checkpoints.parts import pack
+from torch_bridge.checkpoints.parts import DTYPES, bytes_of, pack
 from torch_bridge.checkpoints.state import InvalidStructureError, UnsayableStateError, flatten, rebuild
 
 _NAME = "tensor"
 """The same for every tensor: equal tensors are one object, whatever they are called."""
+_AS_BYTES = frozenset({torch.complex32, torch.complex128, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2})
+"""Kept as uint8, since safetensors' reader for torch does not know them; the index says what they are."""
 
 
 def body_of(item: WriteItem, planner: SavePlanner) -> bytes:
@@ -70,13 +72,12 @@ def _encoded_tensor(fqn: str, tensor: torch.Tensor) -> bytes:
         raise UnsayableStateError(
             f"{fqn!r} is a sparse or quantised tensor, which safetensors cannot hold; make it dense"
         )
+    if tensor.dtype not in DTYPES and tensor.dtype not in _AS_BYTES:
+        raise UnsayableStateError(f"{fqn!r} is of {tensor.dtype}, which a checkpoint does not hold: convert it")
     here = tensor.detach().cpu()
     if here.numel() * here.element_size() <= INLINE_BYTES:
-        return here.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    try:
-        (part,) = pack({_NAME: here})
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise UnsayableStateError(f"{fqn!r} of dtype {here.dtype} cannot be kept as safetensors: {error}") from None
+        return bytes(bytes_of(here).numpy().tobytes())
+    (part,) = pack({_NAME: here if here.dtype in DTYPES else bytes_of(here)})
     return part.body
 
 
@@ -90,6 +91,8 @@ def tensor_of(fqn: str, body: bytes, dtype: torch.dtype, sizes: torch.Size, *, i
         if inline:
             return torch.tensor(list(body), dtype=torch.uint8).view(dtype).reshape(sizes)
         tensor = load(body)[_NAME]
+        if dtype in _AS_BYTES and tensor.dtype == torch.uint8:
+            tensor = tensor.view(dtype).reshape(sizes)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise InvalidStructureError(f"{fqn!r} is not a tensor: {error}") from None
     if tensor.dtype != dtype or tensor.shape != sizes:
