@@ -135,12 +135,12 @@ class FileLock:
     """A lock between processes, held on a file that stays, or on a folder that exists (flock(2)).
 
     The kernel releases it however a process ends. A forked child does not hold its parent's lock. `write_pid` writes
-    the process id into the file, for `holder`.
+    the process id into the file, for `holder`. `mode` is the permission of a new file, less the process's umask.
     Without `create`, a file that does not exist is FileNotFoundError.
     """
 
     def __init__(
-        self, path: Path, *, shared: bool = False, create: bool = True, write_pid: bool = False, mode: int = 0o644
+        self, path: Path, *, shared: bool = False, create: bool = True, write_pid: bool = False, mode: int = 0o666
     ) -> None:
         self._path = path
         self._operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
@@ -151,6 +151,10 @@ class FileLock:
         self._waiting_fd: int | None = None
         """Open for a lock that another process may still hold."""
         _all_locks.add(self)
+
+    @property
+    def path(self) -> Path:
+        return self._path
 
     @property
     def is_held(self) -> bool:
@@ -240,6 +244,11 @@ class FileLock:
 
 
 _all_locks: weakref.WeakSet[FileLock] = weakref.WeakSet()
+
+
+def is_held_here(path: Path) -> bool:
+    """Whether this process itself holds the lock on a file."""
+    return any(lock.is_held and lock.path.absolute() == path.absolute() for lock in list(_all_locks))
 
 
 def _drop_all_in_child() -> None:

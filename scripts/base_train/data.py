@@ -19,7 +19,6 @@ from scripts.base_train.settings import Settings, expected_tokens, shards_needed
 from torch_bridge.core.ranks import Ranks
 from torch_bridge.shards.sources.factory import open_source
 from torch_bridge.shards.sources.interface import ShardSource
-from torch_bridge.shards.sources.local import LocalSource
 from torch_bridge.shards.sources.subset import ShardSubset
 from torch_bridge.streaming.dataset import StreamingShardDataset
 from torch_bridge.streaming.settings import Buffering, Ordering
@@ -92,10 +91,9 @@ def opened(settings: Settings, ranks: Ranks) -> Data:
     names = [entry.filename for entry in training[:count]]
     rows = [entry.rows or _WINDOW for entry in training[:count]]
     mixed = min(_WINDOW, *rows)
-    state = folder if isinstance(source, LocalSource) else None
     ahead = settings.streaming_buffer_size if settings.streaming_mode else len(names)
     documents = StreamingShardDataset(
-        ShardSubset(source, [*names, validation.filename], folder=state),
+        ShardSubset(source, [*names, validation.filename]),
         batch_size=max(1, min(_DOCUMENTS, sum(rows) // _TURNS)),
         seed=settings.seed,
         columns=[settings.column],
@@ -106,7 +104,7 @@ def opened(settings: Settings, ranks: Ranks) -> Data:
         run=settings.run,
     )
     unshuffled = StreamingShardDataset(
-        ShardSubset(source, [validation.filename], folder=state),
+        ShardSubset(source, [validation.filename]),
         batch_size=1,
         columns=[settings.column],
         ordering=Ordering(shuffle=False, lanes=1),

@@ -15,7 +15,7 @@ from torch_bridge.batches.consumer_epoch import ConsumerEpoch, Decode
 from torch_bridge.batches.folder import ConsumerFolder
 from torch_bridge.batches.journal import ConsumerJournal, Done, lowest_epoch, positions, read_state, state_of
 from torch_bridge.batches.metadata import Metadata, MetadataOf, Records
-from torch_bridge.batches.plan import RemoteFile
+from torch_bridge.batches.plan import Consumer, RemoteFile
 from torch_bridge.batches.settings import BatchSettings, consumer_of
 from torch_bridge.batches.sources.hub import HubFiles
 from torch_bridge.batches.sources.interface import FileSource
@@ -23,9 +23,10 @@ from torch_bridge.batches.sources.origin import OriginFiles
 from torch_bridge.batches.stats import TimeReport, time_report
 from torch_bridge.core.client import O3Client
 from torch_bridge.core.closing import ClosingStack
-from torch_bridge.core.ranks import Ranks
+from torch_bridge.core.ranks import Ranks, check_not_split_again
 from torch_bridge.core.sizes import byte_count
 from torch_bridge.core.store import Store
+from torch_bridge.core.workers import end_with_trainer
 
 _log = logging.getLogger(__name__)
 _inherited: list[Generator[Any, None, None]] = []
@@ -116,9 +117,12 @@ class StreamingBatchDataset(IterableDataset[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iterations. Without it they take one unfinished epoch after the other."""
+        check_not_split_again(self, self._ranks)
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[Any]:
+        end_with_trainer()
+        check_not_split_again(self, self._ranks)
         if self._running is not None:
             if self._running[0] == os.getpid():
                 self._running[1].close()
@@ -175,6 +179,7 @@ class StreamingBatchDataset(IterableDataset[Any]):
             with folder.common_lock():
                 self._metadata.load(self.source, folder.notes)
             files = progress.listing(epoch, lambda: self._listed(folder.notes))
+            self._warn_of_no_file(len(files), folder.consumer, epoch)
             self._session = ConsumerEpoch(
                 self.source,
                 folder,
@@ -185,6 +190,21 @@ class StreamingBatchDataset(IterableDataset[Any]):
                 paths_leave=leave,
             )
             yield from self._session.samples(held, self._decode, self._metadata)
+
+    def _warn_of_no_file(self, files: int, consumer: Consumer, epoch: int) -> None:
+        """Once a rank and epoch, if all workers of this rank go without."""
+        info, ranks = get_worker_info(), self._ranks or Ranks.found()
+        if (info is None or info.id == 0) and consumer.index >= files:
+            _log.warning(
+                "rank %d of %d gets no file in epoch %d: %s has %d files for %d consumers (ranks x workers); under "
+                "DistributedDataParallel the other ranks wait for this one for ever: use fewer ranks or workers",
+                ranks.rank,
+                ranks.world_size,
+                epoch,
+                self.source.name,
+                files,
+                consumer.count,
+            )
 
     def _listed(self, notes: Path) -> list[RemoteFile]:
         found = dict.fromkeys(self.source.list(notes))

@@ -13,6 +13,7 @@ c001/files/IDENTITY/NAME     complete files, and NAME.part of others
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import logging
 import re
@@ -24,16 +25,16 @@ from typing import Any
 
 import msgspec
 
-from node.files import TEMPORARY_SUFFIX, Durability, FileLock, atomic_write
+from node.files import TEMPORARY_SUFFIX, Durability, FileLock, atomic_write, is_held_here
 from protocol.errors import BusyError, InsufficientDiskError, InvalidParamsError, ShoalError
 from torch_bridge.batches.plan import Consumer, RemoteFile
+from torch_bridge.core.closing import wait_for_others
+from torch_bridge.core.folders import writing_to
 
 _log = logging.getLogger(__name__)
 
 LOCK_WAIT_S = 30.0
-"""A worker of the last epoch may be closing; one whose training process was killed notices that only every 5 s, and
-finishes what it has begun.
-"""
+"""A worker of the last epoch may be closing."""
 _TELL_AFTER_S = 2.0
 LISTING_WAIT_S = 6 * 3600.0
 """Listing a compressed tar reads all of it: 100 GB take hours. A lock ends with its holder."""
@@ -124,15 +125,30 @@ class ConsumerFolder:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold this part. Raises BusyError if another run holds it, or one with another number of consumers holds any;
-        InvalidParamsError if the folder belongs to another data set.
+        InvalidParamsError if the folder belongs to another data set, or cannot be written.
         """
-        self.notes.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            with self.common_lock():
-                self._divide()
-                stack.enter_context(locked(self.home / "lock"))
-            self.files.mkdir(exist_ok=True)
+            with writing_to(self.root, "cache_dir"):
+                self.notes.mkdir(parents=True, exist_ok=True)
+                with self.common_lock():
+                    self._divide()
+                    self._leave_garbage()
+                    stack.enter_context(locked(self.home / "lock"))
+                self.files.mkdir(exist_ok=True)
             yield
+
+    def _leave_garbage(self) -> None:
+        """End an iteration of this process that is garbage. Raises BusyError for one that is open: it would not end
+        while this one waits for it.
+        """
+        if is_held_here(self.home / "lock"):
+            gc.collect()
+            wait_for_others(LOCK_WAIT_S)
+            if is_held_here(self.home / "lock"):
+                raise BusyError(
+                    f"this process has an iteration open that uses {self.home}: delete its iterator (`del`) before the "
+                    "next one begins, or give the second data set a cache_dir of its own"
+                )
 
     def common_lock(self) -> AbstractContextManager[None]:
         """The lock of the whole folder; listing a large origin or an archive holds it for long."""

@@ -7,5 +7,7 @@ retry        RetryPolicy: what is tried again, how long is waited
 loop_thread  the event loop in a thread that blocking calls run on; which threads may wait
 closing      ClosingStack: what an iteration holds, released wherever it ends
 sizes        byte_count: what "10gb" means
+folders      whose a folder is, and what to do if it cannot be written
+workers      a DataLoader's worker ends with its training process
 ranks        Ranks: which training process this is
 """

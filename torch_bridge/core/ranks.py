@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 from protocol.errors import InvalidParamsError
 
@@ -59,6 +61,27 @@ class Ranks:
     def known(cls) -> Ranks | None:
         """The same, but None as long as nothing says which process this is."""
         return cls.found() if distributed() or "RANK" in os.environ else None
+
+
+def check_not_split_again(data: object, given: Ranks | None) -> None:
+    """Raises InvalidParamsError, on every rank, if the loader of a data set that gives each rank its part is being
+    iterated by Accelerate, which would give the ranks parts of rank 0's: the rest would be lost without a word.
+    """
+    accelerate = sys.modules.get("accelerate.state")
+    if accelerate is None:
+        return
+    loader = getattr(accelerate.GradientState(), "active_dataloader", None)
+    found: Any = getattr(loader, "dataset", None)
+    is_split = type(loader).__name__ == "DataLoaderDispatcher" and accelerate.PartialState().num_processes > 1
+    if type(found).__name__ == "IterableDatasetShard":
+        found, is_split = found.dataset, True
+    if is_split and found is data and (ranks := given or Ranks.found()).world_size > 1:
+        raise InvalidParamsError(
+            f"accelerator.prepare() got the loader of this data set, and would split the part of rank {ranks.rank} "
+            f"among the {ranks.world_size} ranks once more, so most samples would be lost: leave the loader out of "
+            "prepare() and move batches to accelerator.device, or give the data set ranks=Ranks(0, 1, 0, 1), which has "
+            "Accelerate split all of it"
+        )
 
 
 def distributed() -> bool:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from protocol.errors import InvalidParamsError
 from torch_bridge.core.client import O3Client
+from torch_bridge.core.folders import require_writable, writing_to
 from torch_bridge.core.sizes import byte_count
 from torch_bridge.objects.chunk_cache import ChunkCache
 from torch_bridge.objects.formats import RecordFormat, SampleFormat, SampleIndex, WholeObjects
@@ -33,7 +34,8 @@ class O3Dataset(Dataset[Any]):
 
     A sample is an object's bytes (WholeObjects), a record's (RecordFormat) or a row as a dict (ParquetFormat);
     `decode`, a function of a module, turns it into what the model takes. Forked and spawned workers
-    read through connections of their own. Raises OriginNotFoundError if nothing is under the prefix.
+    read through connections of their own. Raises OriginNotFoundError if nothing is under the prefix, InvalidParamsError
+    for a `cache_dir` that cannot be written.
     """
 
     def __init__(
@@ -68,7 +70,11 @@ class O3Dataset(Dataset[Any]):
         url = f"{bucket_name.rstrip('/')}/{quote(prefix.strip('/'))}" if "://" in bucket_name else ""
         store = client.at(url) if url else client.bucket(bucket_name, prefix)
         folder = Path(cache_dir).absolute()
-        listing = read_listing(store, folder / hashlib.sha256(store.url.encode()).hexdigest()[:16], listing_ttl_s)
+        listed = folder / hashlib.sha256(store.url.encode()).hexdigest()[:16]
+        for needed in (folder, listed, folder / "chunks"):
+            require_writable(needed, "cache_dir")
+        with writing_to(folder, "cache_dir"):
+            listing = read_listing(store, listed, listing_ttl_s)
         form = format or WholeObjects()
         objects = listing.matching(match or form.pattern)
         self.keys = tuple(one.key for one in objects)

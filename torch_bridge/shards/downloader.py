@@ -16,6 +16,7 @@ from protocol import errors
 from protocol.errors import CancelledRequestError, InsufficientDiskError, InvalidParamsError, ShoalError, TimedOutError
 from protocol.manifest import ShardEntry
 from torch_bridge.core.closing import ClosingStack
+from torch_bridge.core.folders import writing_to
 from torch_bridge.core.loop_thread import ServingThread
 from torch_bridge.core.sizes import byte_count
 from torch_bridge.shards.disk_limit import DiskLimit, SharedOrder
@@ -105,6 +106,9 @@ class StreamingDownloader:
         held = tuple(self._entry(shard).filename for shard in pinned)
         self._window = ShardWindow(order, held, keep_behind, expected_readers, retry_first_s)
         self._measures = DownloadMeter(buffer_size, min_buffer, max_buffer)
+        if (ledger := source.ledger_folder) is None:  # nothing is written, so no room is needed
+            warn_free_bytes = stop_free_bytes = 0
+        self._ledger_folder = ledger
         self._space = FreeSpace(source.folder, warn_free_bytes, stop_free_bytes)
         self._limit = None
         if disk_limit is not None:
@@ -125,18 +129,20 @@ class StreamingDownloader:
         self._deleted = 0
 
     def start(self) -> None:
-        """Start to fetch. Raises ShardInUseError if a process reads under this name, InvalidParamsError if the limit of
-        the disk is too little for what must be there at once, InsufficientDiskError.
+        """Start to fetch. Raises ShardInUseError if a process reads under this name, InsufficientDiskError, and
+        InvalidParamsError for a folder that cannot be written, or if the limit of the disk is too little for what must
+        be there at once.
         """
         if self._threads:
             return
         self._stopping.clear()
         self._window.alone_until = time.monotonic() + HEAD_START_S
-        with disk_full_errors(self._source.folder):
-            self._source.folder.mkdir(parents=True, exist_ok=True)
-            self._ledger = ReaderLedger.join(self._source.folder, self._run, self._reader, self._state())
-        if self._limit:
-            self._require_room(self._limit, self._ledger)
+        if (folder := self._ledger_folder) is not None:
+            with disk_full_errors(folder), writing_to(folder, "folder"):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._ledger = ReaderLedger.join(folder, self._run, self._reader, self._state())
+            if self._limit:
+                self._require_room(self._limit, self._ledger)
         self._threads = [ServingThread(self._work, f"shards-{number}") for number in range(self._at_once)]
         for thread in self._threads:
             thread.start()

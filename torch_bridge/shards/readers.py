@@ -6,6 +6,7 @@ The lock of the whole ledger is held by a process that decides, deletes, or need
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from urllib.parse import quote, unquote
 
 import msgspec
 
-from node.files import FileLock, atomic_write
+from node.files import FileLock, atomic_write, is_held_here
 from protocol.errors import ShardInUseError
 from protocol.structs import prepared
 from torch_bridge.core.closing import wait_for_others
@@ -25,8 +26,8 @@ from torch_bridge.shards.disk_space import allocated_bytes
 REGISTERING_S = 600.0
 """For so long readers wait for others of their run to register."""
 LEAVING_S = 30.0
-"""A reader of the same name may take so long to end: a DataLoader starts new workers before the old ones are gone, and
-a worker whose training process was killed notices that only every 5 s, and finishes what it has begun.
+"""A reader of the same name in another process may take so long to end: a DataLoader starts new workers before the old
+ones are gone.
 """
 
 
@@ -125,7 +126,8 @@ class ReaderLedger:
     ) -> None:
         """Register a reader and its state. `give_up_after_s`: for so long the others wait for readers to register.
 
-        Raises ShardInUseError if a living process is this reader already, OSError of the disk.
+        Raises ShardInUseError if a living process is this reader already; its details say `here` if that is this
+        process. OSError of the disk.
         """
         self._root = folder / ".readers"
         self._mine = self._root / quote(run, safe="") / quote(reader, safe="")
@@ -145,9 +147,11 @@ class ReaderLedger:
                         stale.unlink(missing_ok=True)
                 self._mine.with_name("began").touch()
             if not self._lock.try_acquire():
+                here = is_held_here(self._lock.path)
                 raise ShardInUseError(
-                    f"another process reads as {reader!r} of run {run!r} in {folder}: give each its own "
-                    "reader= (rank and worker), and each run its own (run=)"
+                    f"{'this' if here else 'another'} process reads as {reader!r} of run {run!r} in {folder} already: "
+                    "give each its own reader= (rank and worker), and each run its own (run=)",
+                    {"here": here},
                 )
             if state is not None:
                 try:
@@ -158,10 +162,12 @@ class ReaderLedger:
 
     @classmethod
     def join(cls, folder: Path, run: str, reader: str, state: ReaderState) -> ReaderLedger:
-        """The same, but waits for a reader of this name that the garbage collector ended and that is closing."""
+        """The same. One of this name in this process ends first if it is garbage, or closing."""
         try:
             return cls(folder, run, reader, state)
-        except ShardInUseError:
+        except ShardInUseError as error:
+            if error.details["here"]:
+                gc.collect()
             wait_for_others(LEAVING_S)
             return cls(folder, run, reader, state)
 

@@ -35,8 +35,9 @@ def check_parquet(path: Path) -> None:
 def as_published(entry: ShardEntry, why: str) -> InvalidShardError:
     """The error for a damaged file whose content id is right: no peer has other bytes under it."""
     return InvalidShardError(
-        f"{entry.filename} has the bytes that were published (content id {entry.content_id}), and they cannot be read: "
-        f"{why}; publish a whole file, or leave this shard out",
+        f"{entry.filename} has the bytes that were published (content id {entry.content_id}), so no other copy is "
+        f"better: {why}; write it again, whole and as this pyarrow reads it, and publish that with its real row count, "
+        "or leave this shard out",
         {"content_id": entry.content_id, "shard_id": entry.shard_id},
     )
 

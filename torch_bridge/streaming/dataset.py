@@ -11,12 +11,14 @@ from typing import Any, Literal
 import pyarrow as pa
 from torch.utils.data import IterableDataset, get_worker_info
 
-from protocol.errors import InvalidParamsError
+from protocol.errors import InvalidParamsError, InvalidShardError
 from protocol.manifest import ShardEntry
 from torch_bridge.core.closing import ClosingStack
-from torch_bridge.core.ranks import Ranks
+from torch_bridge.core.ranks import Ranks, check_not_split_again
+from torch_bridge.core.workers import end_with_trainer
 from torch_bridge.shards.disk_limit import SharedOrder
 from torch_bridge.shards.downloader import StreamingDownloader
+from torch_bridge.shards.shard_file import as_published
 from torch_bridge.shards.sources.interface import ShardSource
 from torch_bridge.shards.status import StreamingStatus
 from torch_bridge.streaming.disk_needs import DiskNeeds, LocalReaders, epochs_ahead
@@ -26,7 +28,7 @@ from torch_bridge.streaming.position import EpochPosition, ReaderId, ReaderPosit
 from torch_bridge.streaming.rows import ShardDecoder
 from torch_bridge.streaming.schema import DataColumns, as_arrays
 from torch_bridge.streaming.settings import Buffering, Ordering
-from torch_bridge.streaming.shard_rows import ShardRows, start
+from torch_bridge.streaming.shard_rows import FETCHED_AGAIN, ShardRows, damaged_here, start
 
 _log = logging.getLogger(__name__)
 Transform = Callable[[dict[str, Any]], Any]
@@ -117,6 +119,7 @@ class StreamingShardDataset(IterableDataset[Any]):
         """
         if epoch < 0:
             raise InvalidParamsError(f"epoch {epoch} must not be negative")
+        check_not_split_again(self, self._ranks)
         if epoch != self.epoch:
             self._position, self._loaded = None, 0
         self._shared.choose(epoch)
@@ -199,11 +202,24 @@ class StreamingShardDataset(IterableDataset[Any]):
             raise InvalidParamsError("no validation shard: name its file by validation_shard=")
         rows, size = _rows(entry), self._settings.batch_size
         batches = [RowSpan(first, min(size, rows - first), 0, first // size) for first in range(0, rows, size)]
-        with closing(ShardDecoder(self._source.fetch(entry).path, self._columns, batches, rows=rows)) as decoder:
-            for batch in batches:
-                yield self._transformed(decoder.take(batch))
+        for again in range(FETCHED_AGAIN + 1):
+            path = self._source.fetch(entry).path
+            try:
+                with closing(ShardDecoder(path, self._columns, batches, rows=rows)) as decoder:
+                    while batches:
+                        given = self._transformed(decoder.take(batches[0]))
+                        del batches[0]
+                        yield given
+                return
+            except InvalidShardError as error:
+                if again == FETCHED_AGAIN:
+                    raise damaged_here(error.message) from error
+                if not self._source.distrust(entry, error.message):
+                    raise as_published(entry, error.message) from error
 
     def __iter__(self) -> Iterator[Any]:
+        end_with_trainer()
+        check_not_split_again(self, self._ranks)
         turn = self._turn()
         if self._position is None or not self._shared.take(self._loaded, turn.worker):
             self._position = EpochPosition(self._shared.begin(turn.worker, turn.workers))
@@ -224,7 +240,32 @@ class StreamingShardDataset(IterableDataset[Any]):
                 epoch + 1,
             )
             self._position = EpochPosition(epoch, ReaderPosition(self.order(epoch).end(0, turn.ranks)))
+        self._check_not_empty(self.order(self._position.epoch), turn)
         return self._batches(self._position, turn)
+
+    def _check_not_empty(self, order: EpochOrder, turn: ReaderId) -> None:
+        """Warn once if this rank has no batch in an epoch, and others have. Raises InvalidParamsError if none has."""
+        if order.numbers(0, rank=turn.rank, ranks=turn.ranks, worker=0, workers=1):
+            return
+        epoch, settings = order.settings.epoch, order.settings
+        made = (
+            f"{sum(self._rows)} samples in {settings.lanes} lanes make {order.batches} batches of {settings.batch_size}"
+        )
+        if not order.end(0, turn.ranks):
+            dropped = " without those that are smaller" if settings.drop_last else ""
+            raise InvalidParamsError(
+                f"epoch {epoch} has no batch for each of {turn.ranks} ranks: {made}{dropped}; lower batch_size= or "
+                "Ordering(lanes=), set drop_last=False, or use fewer ranks"
+            )
+        if turn.worker == 0 and self._shared.tell_once():
+            _log.warning(
+                "rank %d of %d gets no batch in epoch %d: %s; under DistributedDataParallel the other ranks wait for "
+                "this one for ever: lower batch_size=, or use fewer ranks",
+                turn.rank,
+                turn.ranks,
+                epoch,
+                made,
+            )
 
     def _batches(self, began: EpochPosition, turn: ReaderId) -> Iterator[Any]:
         order = self.order(began.epoch)

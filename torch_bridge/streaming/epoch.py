@@ -9,7 +9,7 @@ import torch
 MOST_WORKERS = 1024
 _LOADED_WAIT_S = 60.0
 _LOOK_S = 0.01
-_EPOCH, _READERS, _CHOSEN, _BASE, _NOTHING_LEFT, _HEAD = range(6)
+_EPOCH, _READERS, _CHOSEN, _BASE, _NOTHING_LEFT, _TOLD, _HEAD = range(7)
 _GIVEN, _LOADED, _TAKEN = range(3)
 _UNFINISHED, _FINISHED = 1, 2
 
@@ -78,6 +78,12 @@ class SharedEpoch:
     def leave_nothing(self) -> None:
         """The chosen epoch had been read; iterations are empty until another one is chosen."""
         self._cells[_NOTHING_LEFT] = 1
+
+    def tell_once(self) -> bool:
+        """Whether nobody asked this before."""
+        is_first = not self._cells[_TOLD]
+        self._cells[_TOLD] = 1
+        return bool(is_first)
 
     def load(self, worker: int, *, finished: bool) -> int:
         """This reader has a state, which has batches of its epoch left for it or not. Returns a number for `take`."""

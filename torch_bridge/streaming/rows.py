@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute  # `take` needs it, and would otherwise import it between an epoch's first rows
 import pyarrow.parquet as pq
 
-from protocol.errors import InvalidParamsError, InvalidShardError
+from protocol.errors import InsufficientMemoryError, InvalidParamsError, InvalidShardError, ShoalError
 from torch_bridge.streaming.order import RowSpan
 from torch_bridge.streaming.schema import DataColumns, joined
 
@@ -32,7 +32,9 @@ class ShardDecoder:
     """One open file, and the pieces of it that will be taken, each once. `rows`: the row count of its manifest."""
 
     def __init__(self, path: Path, columns: DataColumns, pieces: Sequence[RowSpan], *, rows: int | None = None) -> None:
-        """Raises InvalidShardError if the file is damaged or has another row count, InvalidParamsError for a column."""
+        """Raises InvalidShardError if the file is damaged or has another row count, InvalidParamsError for a column,
+        InsufficientMemoryError.
+        """
         self._path, self._columns = path, columns
         try:
             self._file = _opened(path)
@@ -43,8 +45,7 @@ class ShardDecoder:
             self._starts = np.cumsum([0, *(meta.row_group(group).num_rows for group in range(meta.num_row_groups))])
             if rows is not None and rows != int(self._starts[-1]):
                 raise InvalidShardError(
-                    f"{path.name} has {self._starts[-1]} rows by its footer, and its manifest says {rows}: "
-                    "publish the data set again with its real row counts"
+                    f"{path.name} has {self._starts[-1]} rows by its footer, and its manifest says {rows}"
                 )
             self._names = columns.adopt(self._file.schema_arrow, path.name)
         except (InvalidShardError, InvalidParamsError):
@@ -57,7 +58,7 @@ class ShardDecoder:
         self._decoding = self._decoded()
 
     def take(self, piece: RowSpan) -> pa.Table:
-        """The rows of a piece. Raises InvalidShardError if the file is damaged."""
+        """The rows of a piece. Raises InvalidShardError if the file is damaged, InsufficientMemoryError."""
         while piece not in self._whole:
             try:
                 start, table = next(self._decoding)
@@ -132,5 +133,11 @@ def _stored_bytes(group: pq.RowGroupMetaData) -> int:
     return sum(group.column(number).total_compressed_size for number in range(group.num_columns))
 
 
-def _damaged(path: Path, error: Exception) -> InvalidShardError:
-    return InvalidShardError(f"{path.name} cannot be read: {error}; fetch it again")
+def _damaged(path: Path, error: Exception) -> ShoalError:
+    """What to do about a file that cannot be read is said by who knows whether its bytes are right."""
+    if isinstance(error, MemoryError):
+        return InsufficientMemoryError(
+            f"{path} cannot be decoded, memory ran out ({error}): use fewer workers, lower Ordering(lanes=, window=), "
+            "or publish shards with smaller row groups"
+        )
+    return InvalidShardError(f"{path} cannot be read: {error}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from protocol.errors import InvalidShardError, ShardInUseError
+from protocol.errors import InsufficientMemoryError, InvalidShardError, ShardInUseError
 from protocol.manifest import ShardEntry
 from torch_bridge.shards.downloader import StreamingDownloader
 from torch_bridge.shards.readers import LEAVING_S
@@ -20,7 +20,7 @@ from torch_bridge.streaming.schema import DataColumns, joined
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.1
 _TELL_AFTER_S = 2.0
-_FETCHED_AGAIN = 3
+FETCHED_AGAIN = 3
 """How often one shard is fetched again in an iteration, on a disk that damages it each time."""
 
 
@@ -74,7 +74,7 @@ class ShardRows:
 
     def _take(self, shard: int, piece: RowSpan) -> pa.Table:
         entry = self._entries[shard]
-        for again in range(_FETCHED_AGAIN + 1):
+        for again in range(FETCHED_AGAIN + 1):
             path = None if shard in self._open else self._downloader.wait_for_shard(entry, self._timeout_s)
             try:
                 if path is not None:
@@ -82,10 +82,12 @@ class ShardRows:
                     needed = [one for one in pieces if not self._was_taken(one, piece)]
                     self._open[shard] = ShardDecoder(path, self._columns, needed, rows=entry.rows)
                 return self._open[shard].take(piece)
-            except InvalidShardError as error:
+            except (InvalidShardError, InsufficientMemoryError) as error:
                 self._close(shard)
-                if again == _FETCHED_AGAIN:
-                    raise
+                if again and isinstance(error, InsufficientMemoryError):
+                    raise  # once, a damaged file may have asked for it
+                if again == FETCHED_AGAIN:
+                    raise damaged_here(error.message) from error
                 self._downloader.distrust(entry, error.message)
         raise AssertionError("the loop returns or raises")
 
@@ -100,15 +102,26 @@ class ShardRows:
             self._open.pop(shard).close()
 
 
+def damaged_here(why: str) -> InvalidShardError:
+    """The error for a shard that was fetched again and again, each time right, and was damaged when it was read."""
+    return InvalidShardError(
+        f"{why}; it was fetched again {FETCHED_AGAIN} times, and what this disk gave back was wrong each time: check "
+        "the disk, or give another folder"
+    )
+
+
 def start(downloader: StreamingDownloader, *, patient: bool, what: dict[str, Any]) -> None:
-    """Start a downloader. If `patient`, wait for an earlier iteration that is closing. Raises ShardInUseError."""
+    """Start a downloader. If `patient`, wait for an earlier iteration of another process that is closing.
+
+    Raises ShardInUseError, at once if this process has an iteration open under the same name.
+    """
     began, is_told = time.monotonic(), False
     while True:
         try:
             return downloader.start()
         except ShardInUseError as error:
             waited_s = time.monotonic() - began
-            if not patient or waited_s > LEAVING_S:
+            if not patient or error.details.get("here") or waited_s > LEAVING_S:
                 raise ShardInUseError(
                     f"an iteration over this data set is still open as reader {what['reader']!r} of run "
                     f"{what['run']!r}: delete its iterator (`del`) before the next one begins, or give the second "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -218,13 +219,39 @@ def test_a_stateful_loader_goes_on_exactly(origin: Any, tmp_path: Path, workers:
     assert sorted(begun + rest) == NAMES
 
 
+def _holds(origin: Any, cache: Path, said: Any, over: Any) -> None:
+    steps = iter(dataset(origin, cache))
+    next(steps)
+    said.set()
+    over.wait(30)
+
+
 def test_two_runs_in_one_folder_are_told(origin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch_bridge.batches.folder.LOCK_WAIT_S", 0.1)
-    steps = iter(dataset(origin, tmp_path / "cache"))
-    next(steps)
+    context = multiprocessing.get_context("fork")
+    said, over = context.Event(), context.Event()
+    other = context.Process(target=_holds, args=(origin, tmp_path / "cache", said, over))
+    other.start()
+    assert said.wait(30)
     with pytest.raises(BusyError, match="in use by another run"):
         next(iter(dataset(origin, tmp_path / "cache")))
-    steps.close()  # type: ignore[attr-defined]
+    over.set()
+    other.join(30)
+    assert len(list(dataset(origin, tmp_path / "cache"))) == len(NAMES)
+
+
+def test_two_iterations_of_one_process_in_one_folder_are_told_at_once(
+    origin: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a wait: the one that is open cannot end meanwhile. One that is only garbage ends."""
+    steps = iter(dataset(origin, tmp_path / "cache"))
+    next(steps)
+    with pytest.raises(BusyError, match=r"this process has an iteration open .*cache_dir of its own"):
+        next(iter(dataset(origin, tmp_path / "cache")))
+    assert "waiting for" not in caplog.text
+    cycle: list[Any] = [steps]
+    cycle.append(cycle)
+    del steps, cycle
     assert len(list(dataset(origin, tmp_path / "cache"))) == len(NAMES)
 
 

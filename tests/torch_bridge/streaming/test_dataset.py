@@ -106,14 +106,14 @@ def test_too_little_free_disk_is_said_by_the_data_set_too(tmp_path: Path) -> Non
     pq.write_table(pa.table({"id": range(9)}), tmp_path / "shard_00000.parquet")
     full = Buffering(stop_free_bytes=1 << 60, shard_timeout_s=0.5)
     with pytest.raises(TimedOutError, match="stop_free_bytes"):
-        next(iter(StreamingShardDataset(LocalSource(tmp_path), batch_size=3, buffering=full)))
+        next(iter(StreamingShardDataset(LocalSource(tmp_path, deletes=True), batch_size=3, buffering=full)))
 
 
 def test_a_source_says_what_lies_on_disk(folder: Path) -> None:
     source = LocalSource(folder)
     first, second, *others = source.manifest().shards
     (folder / first.filename).unlink()
-    chosen = ShardSubset(source, [second.filename, others[0].filename], folder=folder / "elsewhere")
+    chosen = ShardSubset(source, [second.filename, others[0].filename])
     assert chosen.on_disk([first, second, *others]) == [second, *others]
 
 

@@ -43,7 +43,11 @@ class ShardSource(Protocol):
 
     @property
     def folder(self) -> Path:
-        """A folder of this machine that all processes on it share for this data set: locks, state of readers."""
+        """A folder of this machine that all processes on it share for this data set."""
+
+    @property
+    def ledger_folder(self) -> Path | None:
+        """Where the readers of this machine say what they need; None if `discard` never deletes: nothing is written."""
 
     def manifest(self) -> Manifest:
         """The data set's shards. Raises UnknownNameError, OriginError, UnreachableError."""

@@ -16,7 +16,7 @@ from torch_bridge.shards.sources.interface import FetchedFile, OnProgress
 class LocalSource:
     """The parquet files of a folder, in the order of their names. They are hashed once, when the manifest is asked for.
 
-    `deletes`: whether `discard` deletes; otherwise the files stay.
+    `deletes`: whether `discard` deletes; otherwise the files stay, and nothing is written into the folder.
     """
 
     def __init__(self, folder: Path | str, *, deletes: bool = False, pattern: str = "*.parquet") -> None:
@@ -28,6 +28,10 @@ class LocalSource:
     @property
     def folder(self) -> Path:
         return self._folder
+
+    @property
+    def ledger_folder(self) -> Path | None:
+        return self._folder if self._deletes else None
 
     def manifest(self) -> Manifest:
         """Raises UnknownNameError if there is no such file, InvalidShardError for one that cannot be read."""
@@ -48,11 +52,24 @@ class LocalSource:
         except OSError as err:
             raise InvalidShardError(f"{path} cannot be read: {err}") from None
         if size != entry.size:
-            raise InvalidShardError(f"{path} has {size} bytes and had {entry.size}: it changed during the run")
+            raise InvalidShardError(
+                f"{path} has {size} bytes, and had {entry.size} when the data set was opened: put the file back, or "
+                "start again with it as it is now"
+            )
         return FetchedFile(path, "local", 0.0)
 
     def distrust(self, entry: ShardEntry, why: str) -> bool:
-        raise InvalidShardError(f"{self._folder / entry.filename} is damaged, and there is no other source: {why}")
+        path = self._folder / entry.filename
+        try:
+            found = hash_file(path).content_id
+        except OSError as err:
+            raise InvalidShardError(f"{path} cannot be read: {err}") from None
+        if found != entry.content_id:
+            raise InvalidShardError(
+                f"{path} changed since the data set was opened, and there is no other source of it ({why}): put the "
+                "file back, or start again with it as it is now"
+            )
+        return False
 
     def on_disk(self, entries: Sequence[ShardEntry]) -> list[ShardEntry]:
         return [entry for entry in entries if (self._folder / entry.filename).exists()]
@@ -84,7 +101,9 @@ def _entry(number: int, path: Path) -> ShardEntry:
         rows = parquet.read_metadata(path).num_rows if path.suffix == ".parquet" else None
         hashed = hash_file(path)
     except (ArrowException, OSError, ValueError) as err:
-        raise InvalidShardError(f"{path} is not a readable shard: {err}") from None
+        raise InvalidShardError(
+            f"{path} is not a readable shard ({err}): write the file again, or leave it out of the folder"
+        ) from None
     return ShardEntry(
         shard_id=ShardId(number),
         filename=path.name,

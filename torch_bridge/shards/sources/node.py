@@ -7,7 +7,6 @@ import hashlib
 import logging
 import os
 import socket
-import tempfile
 import threading
 import time
 import uuid
@@ -28,6 +27,7 @@ from protocol.errors import (
 )
 from protocol.manifest import Manifest, ShardEntry
 from protocol.sync_client import SyncClient
+from torch_bridge.core.folders import user_folder
 from torch_bridge.shards.shard_file import as_published, check_parquet
 from torch_bridge.shards.sources.interface import FetchedFile, OnProgress
 
@@ -46,7 +46,8 @@ class NodeSource:
     """A data set of the node at `address` ("127.0.0.1:7400"), which must be on this machine: its files are read here.
 
     Every shard that was fetched is held by a lease of this process until `discard` or `close`; the lease is renewed in
-    the background and ends `ttl_s` after this process is gone. `folder` is only for the ledger of readers.
+    the background and ends `ttl_s` after this process is gone. `folder` is only for the ledger of readers; None: one of
+    this user's own in the temporary folder.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class NodeSource:
     ) -> None:
         self.address, self.dataset = address, dataset
         mark = hashlib.sha256(f"{address} {dataset}".encode()).hexdigest()[:16]
-        self._folder = Path(folder) if folder else Path(tempfile.gettempdir()) / f"shoal-{os.getuid()}" / mark
+        self._folder = Path(folder) if folder else user_folder(mark)
         self._ttl_s, self._reconnect_s = ttl_s, reconnect_s
         self._begin()
 
@@ -78,6 +79,10 @@ class NodeSource:
 
     @property
     def folder(self) -> Path:
+        return self._folder
+
+    @property
+    def ledger_folder(self) -> Path | None:
         return self._folder
 
     def manifest(self) -> Manifest:
@@ -108,16 +113,17 @@ class NodeSource:
                     check_parquet(path)
                 return FetchedFile(path, found.source, found.seconds, found.bytes_by_source)
             except InvalidShardError as err:
-                why = err.message
+                failure = as_published(entry, err.message)
             except OSError as err:
-                why = (
-                    f"{path} of the node at {self.address} cannot be read here ({err.strerror}): is it on this machine?"
+                failure = InvalidShardError(
+                    f"{path} of the node at {self.address} cannot be read here ({err.strerror}): train on the machine "
+                    "of that node, as a user who may read its files, or give an origin and a folder to open_source"
                 )
-            if not self.distrust(entry, why):
+            if not self.distrust(entry, failure.message):
                 break
         with contextlib.suppress(ShoalError):
             self.discard(entry)
-        raise as_published(entry, why)
+        raise failure
 
     def distrust(self, entry: ShardEntry, why: str) -> bool:
         """The node hashes its file again, and sets a wrong one aside."""

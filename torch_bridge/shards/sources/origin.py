@@ -22,15 +22,23 @@ from protocol.errors import InvalidShardError, OriginCorruptError, OriginError, 
 from protocol.manifest import Manifest, ShardEntry, safe_filename
 from protocol.structs import prepared
 from torch_bridge.core.client import O3Client
+from torch_bridge.core.folders import home_of, writing_to
 from torch_bridge.core.store import Store
-from torch_bridge.shards.disk_space import BLOCK_BYTES, allocated_bytes, blocks, release, reserve
+from torch_bridge.shards.disk_space import (
+    BLOCK_BYTES,
+    allocated_bytes,
+    blocks,
+    disk_full_errors,
+    release,
+    reserve,
+)
 from torch_bridge.shards.shard_file import as_published, check_parquet
 from torch_bridge.shards.sources.dataset_origins import DatasetOrigins
 from torch_bridge.shards.sources.interface import DiskUse, FetchedFile, OnProgress
 from torch_bridge.shards.sources.range_download import download
 
 log = logging.getLogger(__name__)
-_LOCK, _CHECKED = ".lock", ".checked"
+_STATE, _LOCK, _CHECKED = ".shards", ".lock", ".checked"
 MAX_SET_ASIDE = 3
 """Wrong files of one shard that are kept for inspection."""
 
@@ -57,7 +65,8 @@ class _Checked(msgspec.Struct, frozen=True):
 
 class OriginSource:
     """A data set by its name at an origin (`where` "o3://bucket/prefix", `dataset` "owner/name"), or by the URL of its
-    manifest (`where` alone). Shards go to `folder`, under their file names.
+    manifest (`where` alone). Shards go to `folder`, under their file names; those of a second data set in the same
+    folder go to one of its own in there.
 
     `keep_free_bytes`: a download that would leave less free is not begun. `deletes`: whether `discard` deletes what
     such sources fetched, in this process or an earlier one; with False, what this one fetches or finds there stays,
@@ -79,11 +88,20 @@ class OriginSource:
         self._unwritten: dict[str, _Checked] = {}
         """Records that a full disk did not take, by file name."""
         self._keep_free_bytes = keep_free_bytes
-        self._origins = DatasetOrigins(where, dataset, client or O3Client(), self._state)
+        self._origins = DatasetOrigins(where, dataset, client or O3Client(), self._folder / _STATE)
+        self._home: Path | None = None
 
     @property
     def folder(self) -> Path:
-        return self._folder
+        """Where the shards go. Raises as `manifest` does, and InvalidParamsError for one that cannot be written."""
+        if self._home is None:
+            with disk_full_errors(self._folder):
+                self._home = home_of(self.manifest().name, self._folder, self._folder / _STATE)
+        return self._home
+
+    @property
+    def ledger_folder(self) -> Path | None:
+        return self.folder
 
     def manifest(self) -> Manifest:
         """The newest valid manifest; if the origin does not answer, the one that was last read into this folder.
@@ -97,8 +115,9 @@ class OriginSource:
     ) -> FetchedFile:
         began = time.monotonic()
         path = self._path(entry)
-        self._state.mkdir(parents=True, exist_ok=True)
-        with FileLock(self._lock(entry)).held(stop):
+        with writing_to(self.folder, "folder"):
+            self._state.mkdir(parents=True, exist_ok=True)
+        with writing_to(self.folder, "folder"), FileLock(self._lock(entry)).held(stop):
             if self._is_here(entry, path):
                 return FetchedFile(path, "local", time.monotonic() - began)
             part = self._part(entry)
@@ -140,10 +159,10 @@ class OriginSource:
         parts: dict[str, int] = {}
         noted: dict[str, int] = {}
         other = 0
-        for folder, found in _files(self._folder):
+        for folder, found in _files(self.folder):
             if folder == self._state and found.name.endswith(_LOCK):
                 continue  # empty, and one for each shard that was ever here
-            size, top, name = allocated_bytes(found), folder == self._folder, found.name
+            size, top, name = allocated_bytes(found), folder == self.folder, found.name
             if top and name in names:
                 shards[name] = size
             elif top and name.removesuffix(PART_SUFFIX) in names:
@@ -183,10 +202,10 @@ class OriginSource:
 
     @property
     def _state(self) -> Path:
-        return self._folder / ".shards"
+        return self.folder / _STATE
 
     def _path(self, entry: ShardEntry) -> Path:
-        return self._folder / safe_filename(entry.filename)
+        return self.folder / safe_filename(entry.filename)
 
     def _part(self, entry: ShardEntry) -> Path:
         return part_path(self._path(entry))
@@ -252,7 +271,7 @@ class OriginSource:
     def _set_aside(self, path: Path, name: str, *, always: bool = False) -> None:
         """Keep a wrong file beside the right one, up to MAX_SET_ASIDE of them unless it is `always` kept."""
         for number in itertools.count(1) if always else range(1, MAX_SET_ASIDE + 1):
-            aside = self._folder / f"{name}.bad-{number}"
+            aside = self.folder / f"{name}.bad-{number}"
             if not aside.exists():
                 with contextlib.suppress(FileNotFoundError):
                     replace_file(path, aside)

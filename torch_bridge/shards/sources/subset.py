@@ -14,13 +14,10 @@ from torch_bridge.shards.sources.interface import DiskUse, FetchedFile, OnProgre
 
 
 class ShardSubset:
-    """The shards with these file names. `folder`: for the state of readers, if the source's own is read-only.
+    """The shards with these file names. Raises InvalidParamsError for a name that the data set does not have."""
 
-    Raises InvalidParamsError for a name that the data set does not have.
-    """
-
-    def __init__(self, source: ShardSource, names: Sequence[str], *, folder: Path | None = None) -> None:
-        self._source, self._folder = source, folder
+    def __init__(self, source: ShardSource, names: Sequence[str]) -> None:
+        self._source = source
         whole = source.manifest()
         absent = sorted(set(names) - {entry.filename for entry in whole.shards})
         if absent or not names:
@@ -33,7 +30,11 @@ class ShardSubset:
 
     @property
     def folder(self) -> Path:
-        return self._folder or self._source.folder
+        return self._source.folder
+
+    @property
+    def ledger_folder(self) -> Path | None:
+        return self._source.ledger_folder
 
     def manifest(self) -> Manifest:
         """With the chosen shards only, under the ids that they have in the whole manifest."""
