@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from protocol.errors import InvalidParamsError, InvalidShardError
+from protocol.errors import InsufficientMemoryError, InvalidParamsError, InvalidShardError, ShoalError
 from torch_bridge.objects.formats import Decode, SampleIndex, Samples
 from torch_bridge.objects.listing import ListedObject
 from torch_bridge.objects.range_reader import ObjectRange, RangeReader
@@ -91,8 +91,11 @@ class ParquetRows:
         for (item, number), ranges in needed.items():
             held = [(wanted.start, next(parts)) for wanted in ranges]
             source = ObjectFile(reader, self._objects[item], held)
-            file = pq.ParquetFile(source, metadata=self._footer(reader, item), pre_buffer=False)
-            known[item, number] = file.read_row_group(number, columns=self._columns())
+            try:
+                file = pq.ParquetFile(source, metadata=self._footer(reader, item), pre_buffer=False)
+                known[item, number] = file.read_row_group(number, columns=self._columns())
+            except (pa.ArrowException, OSError) as error:
+                raise self._unreadable(item, number, error) from error
         for group in groups:
             self._tables[group] = known[group]
             self._tables.move_to_end(group)
@@ -101,17 +104,37 @@ class ParquetRows:
         return [known[group] for group in groups]
 
     def _ranges(self, reader: RangeReader, item: int, group: int) -> list[ObjectRange]:
-        """Byte ranges of the column chunks that are asked for (parquet.thrift, ColumnMetaData)."""
-        described = self._footer(reader, item).row_group(group)
-        found = []
-        for at in range(described.num_columns):
-            column = described.column(at)
-            if self._form.columns is None or column.path_in_schema.split(".")[0] in self._form.columns:
-                start = column.data_page_offset
-                if column.has_dictionary_page and column.dictionary_page_offset:
-                    start = min(start, column.dictionary_page_offset)
-                found.append(ObjectRange(self._objects[item], start, start + column.total_compressed_size))
+        """Byte ranges of the column chunks that are asked for: of each, what pyarrow begins to read.
+
+        Asked for a chunk's offsets, pyarrow aborts the process if the footer describes it wrongly (ColumnMetaData of
+        parquet.thrift); when it reads one, that is an error.
+        """
+        meta, found = self._footer(reader, item), []
+        for at in range(meta.num_columns):
+            if self._form.columns is None or meta.schema.column(at).path.split(".")[0] in self._form.columns:
+                asked = AskedRange(self._objects[item].size)
+                try:
+                    file = pq.ParquetFile(asked, metadata=meta, pre_buffer=False)
+                    file.reader.read_row_group(group, column_indices=[at], use_threads=False)
+                except RangeAskedError:
+                    if not 0 <= asked.start < asked.end:
+                        raise self._unreadable(item, group, f"column {at} begins at byte {asked.start}") from None
+                    found.append(ObjectRange(self._objects[item], asked.start, asked.end))
+                except (pa.ArrowException, OSError) as error:
+                    raise self._unreadable(item, group, error) from error
         return found
+
+    def _unreadable(self, item: int, group: int, error: Exception | str) -> ShoalError:
+        where = f"row group {group} of {self._objects[item].key}"
+        if isinstance(error, MemoryError):
+            return InsufficientMemoryError(
+                f"{where} cannot be decoded, memory ran out ({error}): name fewer columns=, lower "
+                "row_groups_in_memory=, use fewer workers, or upload smaller row groups"
+            )
+        return InvalidShardError(
+            f"{where} cannot be read ({error}): upload the file again, whole and as this pyarrow reads it, or leave it "
+            "out by `match`"
+        )
 
     def _footer(self, reader: RangeReader, item: int, held: Sequence[tuple[int, bytes]] = ()) -> pq.FileMetaData:
         if (known := self._footers.get(item)) is not None:
@@ -136,6 +159,35 @@ class ParquetRows:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_footers": OrderedDict(), "_tables": OrderedDict()}
+
+
+class RangeAskedError(Exception):
+    """Raised in place of a read."""
+
+
+class AskedRange(io.RawIOBase):
+    """A file of `size` bytes that says which of them are read first, and gives none."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self.start = self.end = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.start
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.start = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.start, io.SEEK_END: self._size}[whence]
+        return self.start
+
+    def read(self, size: int | None = -1) -> Any:
+        self.end = min(self._size, self.start + (self._size if size is None or size < 0 else size))
+        raise RangeAskedError
 
 
 class ObjectFile(io.RawIOBase):

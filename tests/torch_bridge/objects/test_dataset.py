@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from node.cli.demo.s3_server import S3Server
 from protocol.errors import (
+    InsufficientMemoryError,
     InvalidParamsError,
     InvalidShardError,
     OriginCorruptError,
@@ -33,6 +34,7 @@ from tests.support.origins.proxy import OriginProxy
 from tests.support.origins.s3_server import credentials
 from torch_bridge import O3Client, RetryPolicy
 from torch_bridge.objects.dataset import O3Dataset, ParquetFormat, RecordFormat
+from torch_bridge.objects.parquet import ParquetRows
 
 RECORD = 10_000
 PER_OBJECT = 120
@@ -224,3 +226,59 @@ def test_parquet_reads_the_columns_and_row_groups_that_are_asked_for(tmp_path: P
         O3Dataset(url, "", O3Client(), tmp_path / "cache", format=ParquetFormat(columns=("none",)))
     (table_one,) = O3Dataset(url, "", O3Client(), tmp_path / "cache", format=ParquetFormat()).__getitems__([150])
     assert table_one["heavy"] == random.Random(150).randbytes(2000)
+
+
+def nested(path: Path) -> Path:
+    pq.write_table(pa.table({"id": [1, 2, 3], "tags": [[1, 2], [3], []]}), path)
+    return path
+
+
+def test_a_footer_at_which_pyarrow_aborts_is_an_error_that_names_the_object(tmp_path: Path) -> None:
+    """An element is required (parquet-format, SchemaElement), and its statistics are of one that may be missing. Asked
+    where its column chunk is, pyarrow 26 ends the process.
+    """
+    (tmp_path / "o").mkdir()
+    path = nested(tmp_path / "o" / "bad.parquet")
+    raw, element = path.read_bytes(), b"\x25\x02\x18\x07element"
+    assert raw.count(element) == 1
+    path.write_bytes(raw.replace(element, b"\x25\x00\x18\x07element"))
+    url = (tmp_path / "o").as_uri()
+    dataset = O3Dataset(url, "", O3Client(), tmp_path / "cache", format=ParquetFormat())
+    with pytest.raises(InvalidShardError, match=r"row group 0 of bad.parquet cannot be read .*upload the file again"):
+        dataset[0]
+    rest = O3Dataset(url, "", O3Client(), tmp_path / "cache", format=ParquetFormat(columns=("id",)))
+    assert [row["id"] for row in rest] == [1, 2, 3]
+
+
+def test_a_row_group_that_cannot_be_decoded_is_named_and_memory_is_no_fault_of_the_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "o").mkdir()
+    path = nested(tmp_path / "o" / "bad.parquet")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4] + bytes(40) + whole[44:])  # the first page's header
+    url = (tmp_path / "o").as_uri()
+    dataset = O3Dataset(url, "", O3Client(), tmp_path / "cache", format=ParquetFormat())
+    with pytest.raises(InvalidShardError, match=r"row group 0 of bad.parquet cannot be read"):
+        dataset[0]
+
+    def out_of_memory(*_: Any, **__: Any) -> Any:
+        raise pa.ArrowMemoryError("malloc of size 1099511627776 failed")
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", out_of_memory)
+    with pytest.raises(InsufficientMemoryError, match=r"row group 0 of bad.parquet .*fewer columns="):
+        dataset[0]
+
+
+def test_the_ranges_that_are_fetched_are_those_of_the_column_chunks(tmp_path: Path) -> None:
+    (tmp_path / "o").mkdir()
+    table = pa.table({"x": [0.5] * 900, "tags": [[1, 2], [3], []] * 300, "s": [{"a": 1, "b": "c"}] * 900})
+    pq.write_table(table, path := tmp_path / "o" / "one.parquet", row_group_size=300)
+    dataset = O3Dataset((tmp_path / "o").as_uri(), "", O3Client(), tmp_path / "cache", format=ParquetFormat())
+    rows, meta = dataset._samples, pq.read_metadata(path)
+    assert isinstance(rows, ParquetRows)
+    for group in range(3):
+        chunks = [meta.row_group(group).column(column) for column in range(meta.num_columns)]
+        starts = [min(one.data_page_offset, one.dictionary_page_offset or 1 << 60) for one in chunks]
+        expected = [(start, start + one.total_compressed_size) for start, one in zip(starts, chunks, strict=True)]
+        assert [(one.start, one.end) for one in rows._ranges(dataset._reader, 0, group)] == expected
