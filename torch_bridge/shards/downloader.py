@@ -112,14 +112,15 @@ class StreamingDownloader:
         self._space = FreeSpace(source.folder, warn_free_bytes, stop_free_bytes)
         self._limit = None
         if disk_limit is not None:
-            self._limit = DiskLimit(source, self._by_name, byte_count(disk_limit), shared_order, held)
+            limit = DiskLimit(source, self._by_name, byte_count(disk_limit), shared_order, held)
+            self._limit = limit if ledger else None
         self._no_room: _Waiting | None = None
         self._warned_at = self._look_again_at = 0.0
         self._blocked: object = None
+        """What there was no room for, and what the ledger looked like."""
         self._left_at: object = None
         self._fetched: set[str] = set()
         """Shards that the source has fetched here and not discarded."""
-        """What there was no room for, and what the ledger looked like."""
         self._run, self._reader = run, reader
         self._at_once, self._retry_total_s, self._disk_patience_s = at_once, retry_total_s, disk_patience_s
         self._changed = threading.Condition()
