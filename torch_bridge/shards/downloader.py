@@ -310,6 +310,9 @@ class StreamingDownloader:
 
     def _begin(self, name: str) -> bool:
         """Count the shard as on its way; False if a limit has no room for it."""
+        if self._ledger_folder is None:
+            self._window.on_the_way.add(name)
+            return True
         if self._ledger is None:
             return False
         seen = None if self._limit is None else (name, name in self._window.wanted, self._ledger.mark())

@@ -143,16 +143,17 @@ def test_below_five_gigabytes_it_warns_once_and_goes_on(
 ) -> None:
     """The defaults: 5 GB to warn below, 1 GB to stop below."""
     parquet_files(tmp_path, 3)
+    source = LocalSource(tmp_path, deletes=True)
     free = [5_000_000_000]
     monkeypatch.setattr(disk_space, "free_bytes", lambda _: free[0])
 
     def warnings() -> list[str]:
         return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
-    with StreamingDownloader(LocalSource(tmp_path), [0], disk_patience_s=0.2) as shards:
+    with StreamingDownloader(source, [0], keep_behind=9, disk_patience_s=0.2) as shards:
         shards.wait_for_shard(0, 10)
         assert warnings() == []
-    with StreamingDownloader(LocalSource(tmp_path), buffer_size=1, max_buffer=1, disk_patience_s=0.2) as shards:
+    with StreamingDownloader(source, buffer_size=1, max_buffer=1, keep_behind=9, disk_patience_s=0.2) as shards:
         free[0] = 4_999_999_999
         for number in (0, 1):
             assert shards.wait_for_shard(number, 10).exists(), "it goes on"
@@ -162,7 +163,7 @@ def test_below_five_gigabytes_it_warns_once_and_goes_on(
     assert warnings() == [f"{tmp_path} has 4999999999 bytes free: below 1000000000 no shard is fetched"]
     free[0] = 999_999_999
     with (
-        StreamingDownloader(LocalSource(tmp_path), disk_patience_s=0.2) as shards,
+        StreamingDownloader(source, disk_patience_s=0.2) as shards,
         pytest.raises(InsufficientDiskError, match="999999999 bytes are free"),
     ):
         shards.wait_for_shard(0, 10)
