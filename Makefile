@@ -43,6 +43,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m scripts.bench.ranks
 	$(BIN)/python -m scripts.bench.disk_bound
 	$(BIN)/python -m scripts.bench.checkpoint
+	$(BIN)/python -m scripts.bench.row_groups
 	$(BIN)/python -m scripts.bench.dataset
 
 clean:

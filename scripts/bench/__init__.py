@@ -10,5 +10,6 @@ object_stores  S3 clients beside each other
 disk_bound     a data set larger than the disk that it may use
 checkpoint     O3CheckpointManager beside torch.save
 dataset        samples a second of the data sets, beside other libraries
+row_groups     parquet files with row groups of any size, beside pyarrow
 ranks          the data sets of several training ranks, with and without nodes
 """
