@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import traceback
 import warnings
 from multiprocessing.connection import Connection
@@ -118,16 +119,33 @@ def test_what_one_process_saved_two_ranks_load_and_the_other_way_round(tmp_path:
     assert len({item.key for item in store.list("shards/")} - uncut) == RANKS
 
 
-def test_a_sharded_state_is_refused_by_name_where_no_other_rank_takes_part() -> None:
+def refusals(say: Connection) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        states: dict[str, Any] = {
-            "DTensor": torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])),
-            "ShardedTensor": sharded_tensor.empty(ChunkShardingSpec(0, ["rank:0/cpu"]), 4, 4),
-        }
-        for kind, sharded in states.items():
-            with pytest.raises(UnsayableStateError, match=rf"'model/layer.weight' is a {kind}, .*O3StorageWriter"):
-                flatten({"model": {"layer.weight": sharded}})
-    finally:
-        dist.destroy_process_group()
+    mesh = init_device_mesh("cpu", (1,))
+    states: dict[str, Any] = {
+        "DTensor": torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])),
+        "ShardedTensor": sharded_tensor.empty(ChunkShardingSpec(0, ["rank:0/cpu"]), 4, 4),
+    }
+    for kind, sharded in states.items():
+        try:
+            flatten({"model": {"layer.weight": sharded}})
+        except UnsayableStateError as error:
+            say.send((kind, str(error)))
+    dist.destroy_process_group()
+    say.close()
+
+
+def test_a_sharded_state_is_refused_by_name_where_no_other_rank_takes_part() -> None:
+    # In a process of its own: torch keeps the group in a thread's memory, and a fork by another thread would hang.
+    hear, say = forkserver().Pipe(duplex=False)
+    process = forkserver().Process(target=refusals, args=(say,))
+    process.start()
+    say.close()
+    found = {}
+    while len(found) < 2 and hear.poll(WAIT_S):
+        kind, message = hear.recv()
+        found[kind] = message
+    process.join(WAIT_S)
+    assert found.keys() == {"DTensor", "ShardedTensor"}
+    for kind, message in found.items():
+        assert re.search(rf"'model/layer.weight' is a {kind}, .*O3StorageWriter", message)
