@@ -19,6 +19,7 @@ from node.origin.interface import ObjectStore
 from node.origin.publishing import OriginPublication, refusal_by_others
 from node.origin.settings import origin_settings
 from node.origin.url import OriginUrl
+from node.shards.pins import pin_from_outside
 from node.shards.publish.manifest_builder import Publication, build_manifest, list_publishable, read_publication
 from node.shards.publish.placement import manifest_at, place_files, target_folder
 from node.shards.publish.uploader import upload
@@ -91,6 +92,8 @@ def publish(
             loose=loose,
             is_same=lambda path, entry: hash_file(path).content_id == entry.content_id,
         )
+        placed = (target / entry.filename for entry in manifest.shards)
+        pin_from_outside(settings.data_dir, settings.shards_dir, placed)
     published = _upload_to_all(signed, chosen, stores) if signed else []
     more = {"origins": [asdict(one) for one in published]} if origin else {}
     show_manifest(manifest, None if only_origin else target, json_output=json_output, more=more)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import io
 import json
@@ -17,6 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from node.cli import main
+from node.files import Fingerprint
+from node.shards.pins import Pins
+from node.shards.store.catalog import ShardFile
 from protocol.content import hash_file
 from protocol.signing import SigningKey
 from tests.support.cli_node import NODE, PIECES, SET, FakeNode, fake_node
@@ -228,6 +232,28 @@ def test_publish_a_data_set_a_loose_file_and_any_file(shoal: Shoal, tmp_path: Pa
     digest = json.loads(shoal("publish", tmp_path / "notes.txt", "--shards-dir", shards, "--json").out)["digest"]
     folder = shards / f"notes.txt@{digest[:12]}"
     assert json.loads((folder / "manifest.json").read_text())["manifest"]["kind"] == "file"
+
+
+def test_what_is_published_in_its_place_is_pinned(shoal: Shoal, tmp_path: Path) -> None:
+    shards, data = tmp_path / "shards", tmp_path / "data"
+    given = [parquet(tmp_path / "train" / f"{name}.parquet", rows) for name, rows in (("a", 5), ("b", 7))]
+    options = ("--name", "org/set", "--shards-dir", shards, "--data-dir", data)
+    assert shoal("publish", *given, *options).code == 0
+    paths = [shards / "org--set" / file.name for file in given]
+    for path in paths:  # as a training run would have fetched it, and long ago
+        path.write_bytes(path.read_bytes())
+        os.utime(path, (1_000_000, 1_000_000))
+
+    def files() -> list[ShardFile]:
+        return [ShardFile(path, "seeding", "parquet", Fingerprint.of(path)) for path in paths]
+
+    data.mkdir()
+    pins = Pins(data, shards)
+    asyncio.run(pins.unpin(files()[:1]))
+    assert [pins.is_pinned(file) for file in files()] == [False, True]
+    assert shoal("publish", *given, *options).code == 0
+    assert [pins.is_pinned(file) for file in files()] == [True, True]
+    assert paths[1].stat().st_mtime == 1_000_000, "it was pinned, and is not hashed again"
 
 
 def test_publish_again_is_no_harm_and_another_of_the_name_is_refused(shoal: Shoal, tmp_path: Path) -> None:
