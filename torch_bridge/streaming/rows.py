@@ -25,7 +25,7 @@ _MOST_ROWS = 8192
 _READ_AT_ONCE = 1 << 20
 """Bytes of a column chunk of a larger row group."""
 _READ_WHOLE = 64 << 20
-"""A row group that is no larger in the file is read in one piece, which is faster."""
+"""A row group of a file that is no larger, or one that is no larger decoded, is read in one piece, which is faster."""
 
 
 class ShardDecoder:
@@ -121,16 +121,12 @@ class ShardDecoder:
 
 
 def _opened(path: Path) -> pq.ParquetFile:
+    """The footer is not asked where column chunks lie: at some damaged ones pyarrow ends the process."""
     meta = pq.read_metadata(path)
-    groups = (meta.row_group(number) for number in range(meta.num_row_groups))
-    largest = max((_stored_bytes(group) for group in groups), default=0)
-    if largest <= _READ_WHOLE:
+    decoded = max((meta.row_group(number).total_byte_size for number in range(meta.num_row_groups)), default=0)
+    if min(decoded, path.stat().st_size) <= _READ_WHOLE:
         return pq.ParquetFile(path, metadata=meta)
     return pq.ParquetFile(path, metadata=meta, buffer_size=_READ_AT_ONCE, pre_buffer=False)
-
-
-def _stored_bytes(group: pq.RowGroupMetaData) -> int:
-    return sum(group.column(number).total_compressed_size for number in range(group.num_columns))
 
 
 def _damaged(path: Path, error: Exception) -> ShoalError:

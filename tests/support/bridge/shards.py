@@ -67,3 +67,14 @@ def publish_at(store: Store, name: str, paths: list[Path], origins: tuple[str, .
 
     loop_thread().run(asyncio.wait_for(send(), 30))
     return manifest
+
+
+def file_at_whose_footer_pyarrow_aborts(path: Path) -> Path:
+    """Three rows. An element is required (parquet-format, SchemaElement), and its statistics are of one that may be
+    missing: asked where that column chunk is, pyarrow 26 ends the process.
+    """
+    parquet.write_table(pa.table({"id": [1, 2, 3], "tags": [[1, 2], [3], []]}), path)
+    raw, element = path.read_bytes(), b"\x25\x02\x18\x07element"
+    assert raw.count(element) == 1
+    path.write_bytes(raw.replace(element, b"\x25\x00\x18\x07element"))
+    return path

@@ -30,6 +30,7 @@ from protocol.errors import (
     OriginNotFoundError,
 )
 from tests.support.bridge.o3_client import client_of, served
+from tests.support.bridge.shards import file_at_whose_footer_pyarrow_aborts
 from tests.support.origins.proxy import OriginProxy
 from tests.support.origins.s3_server import credentials
 from torch_bridge import O3Client, RetryPolicy
@@ -234,14 +235,8 @@ def nested(path: Path) -> Path:
 
 
 def test_a_footer_at_which_pyarrow_aborts_is_an_error_that_names_the_object(tmp_path: Path) -> None:
-    """An element is required (parquet-format, SchemaElement), and its statistics are of one that may be missing. Asked
-    where its column chunk is, pyarrow 26 ends the process.
-    """
     (tmp_path / "o").mkdir()
-    path = nested(tmp_path / "o" / "bad.parquet")
-    raw, element = path.read_bytes(), b"\x25\x02\x18\x07element"
-    assert raw.count(element) == 1
-    path.write_bytes(raw.replace(element, b"\x25\x00\x18\x07element"))
+    file_at_whose_footer_pyarrow_aborts(tmp_path / "o" / "bad.parquet")
     url = (tmp_path / "o").as_uri()
     dataset = O3Dataset(url, "", O3Client(), tmp_path / "cache", format=ParquetFormat())
     with pytest.raises(InvalidShardError, match=r"row group 0 of bad.parquet cannot be read .*upload the file again"):

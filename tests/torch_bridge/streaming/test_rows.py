@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.errors import InvalidParamsError, InvalidShardError
+from tests.support.bridge.shards import file_at_whose_footer_pyarrow_aborts
 from torch_bridge.shards.sources.local import LocalSource
 from torch_bridge.streaming import rows as rows_module
 from torch_bridge.streaming.dataset import StreamingShardDataset
@@ -121,6 +122,13 @@ def test_windows_are_smaller_for_larger_samples() -> None:
     assert Ordering().fitted(1e12) == (1, 1)
     assert Ordering(window=64).fitted(1e12) == (8, 64)
     assert Ordering(block_rows=7).fitted(300) == (7, 8192)
+
+
+def test_a_footer_at_which_pyarrow_aborts_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    path, rows = file_at_whose_footer_pyarrow_aborts(tmp_path / "a.parquet"), RowSpan(0, 3, 0, 0)
+    with pytest.raises(InvalidShardError, match=r"a\.parquet cannot be read"):
+        ShardDecoder(path, DataColumns(None), [rows]).take(rows)
+    assert ShardDecoder(path, DataColumns(["id"]), [rows]).take(rows)["id"].to_pylist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("damage", ["footer", "rows", "page"])
