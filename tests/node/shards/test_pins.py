@@ -31,29 +31,11 @@ from tests.support.shards.parts import (
     age,
     manifest_of,
     open_room,
-    write_shard,
 )
 from tests.support.waiting import eventually
 
 NAMES = ("a.parquet", "b.bin")
 TERM = Term("run", 100)
-
-
-@pytest.fixture
-def made(tmp_path: Path) -> Path:
-    for name in NAMES:
-        write_shard(tmp_path / "made" / name)
-    return tmp_path / "made"
-
-
-@pytest.fixture
-def cluster() -> MemoryDiscovery:
-    return MemoryDiscovery()
-
-
-@pytest.fixture
-def signed(made: Path, cluster: MemoryDiscovery) -> SignedManifest:
-    return cluster.publish(manifest_of(made, *NAMES, name="owner/set"))
 
 
 async def fetch(room: Room, signed: SignedManifest, made: Path, shard_id: int, *terms: Term | None) -> Path:

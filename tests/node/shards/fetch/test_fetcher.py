@@ -29,23 +29,6 @@ from tests.support.shards.parts import MemoryDiscovery, Room, manifest_of, open_
 from tests.support.waiting import eventually
 
 
-@pytest.fixture
-def made(tmp_path: Path) -> Path:
-    for name in ("a.parquet", "b.bin"):
-        write_shard(tmp_path / "made" / name)
-    return tmp_path / "made"
-
-
-@pytest.fixture
-def cluster() -> MemoryDiscovery:
-    return MemoryDiscovery()
-
-
-@pytest.fixture
-def signed(made: Path, cluster: MemoryDiscovery) -> SignedManifest:
-    return cluster.publish(manifest_of(made, "a.parquet", "b.bin", name="owner/set"))
-
-
 async def downloading(room: Room, n_downloads: int = 1) -> None:
     await eventually(lambda: len(room.swarm.downloads) == n_downloads)
     await eventually(lambda: bool(room.swarm.downloads[-1].peers))
